@@ -1,0 +1,29 @@
+"""Errors that are the user's to mend, and the wording they share."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A mistake in what the user gave: a flag, a file, a tree, a name.
+
+  The message names the thing, the value found and the value wanted. Scripts print it without a
+  traceback and exit with a non-zero code; library users catch it as a `ValueError`.
+  """
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
+  """The error for a name that is not in a registry, with the nearest names that are.
+
+  Args:
+    what: what the name stands for, in the singular: 'predictor', 'dataset', 'model'.
+    name: the name found.
+    known: the names that exist.
+
+  Returns:
+    The error, to be raised by the caller.
+  """
+  names = sorted(known)
+  near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+  hint = f' Did you mean {" or ".join(repr(n) for n in near)}?' if near else ''
+  return UserError(f'unknown {what} {name!r}.{hint} Known: {", ".join(names)}.')
