@@ -1,0 +1,26 @@
+"""know_jax: predict the weights that more data would have given, from how a network forgets.
+
+    import know_jax
+
+    weights = know_jax.predict(params_history)  # oldest first: five pytrees of Flax parameters
+
+See `predict` for the whole contract.
+"""
+
+from know_jax.errors import UserError
+from know_jax.known import KNOWN
+from know_jax.nowcast import PREDICTORS, forecast, predict
+from know_jax.pretrained import load_known
+from know_jax.trajectory import Trajectory
+from know_jax.version import __version__
+
+__all__ = [
+  'KNOWN',
+  'PREDICTORS',
+  'Trajectory',
+  'UserError',
+  '__version__',
+  'forecast',
+  'load_known',
+  'predict',
+]

@@ -1,0 +1,473 @@
+"""predict and forecast: check the history, route its leaves by kind, apply a predictor."""
+
+import dataclasses
+import functools
+import math
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from know_jax import known, trees
+from know_jax.errors import UserError
+from know_jax.predictors import METHODS, Leaf, Method, check_options
+from know_jax.pretrained import load_known
+from know_jax.trajectory import Trajectory, check_stages, stacked_length
+
+BLOCK = 8192
+"""Weights that KNOWN takes at a time: its temporaries (64 features each) stay in the cache."""
+
+_BATCH = 1 << 20
+"""At most this many weights of small leaves are copied together into one run of blocks."""
+
+
+def predict(
+  params_history: Any,
+  steps: int = 1,
+  *,
+  predictor: str = 'known',
+  theta: Any = None,
+  rate: float = 0.5,
+  kinds: trees.KindFn | None = None,
+  **options: Any,
+) -> trees.PyTree:
+  """Predicts the weights `steps` stages beyond the newest: "as if trained on" rate^-steps the data.
+
+  A pure function of arrays: works under `jit` (with `steps`, `predictor`, `rate`, `kinds` and
+  options static), `grad` (for the history and theta) and `vmap`. Leaves sharded by a
+  `NamedSharding` keep their sharding. bfloat16 and float16 are computed in float32 and returned in
+  their own dtype.
+
+  Args:
+    params_history: the weights at T stages, oldest (smallest subset) first: a list or tuple of
+      pytrees, a `Trajectory`, or one pytree whose leaves are stacked on axis 0 (`[T, ...]`). KNOWN
+      reads the S newest stages, S = 5 for the shipped weights.
+    steps: how far ahead; 0 gives the newest weights, bit for bit.
+    predictor: a name in `PREDICTORS`.
+    theta: the parameters of KNOWN, as `load_known` gives them; None: those shipped. Only for
+      `known` and `known_history_free`.
+    rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size.
+    kinds: `(path, leaf) -> 'conv' | 'fc' | 'bias' | 'keep' | None` where the default rule of
+      `trees.default_kind` (None) does not fit; `path` joins the keys by `/`, `leaf` is a
+      `jax.ShapeDtypeStruct` without the time axis.
+    **options: the predictor's own options: `regressor` (linear_fit), `lam` and `variant`
+      (task_vector), `c` (shrink).
+
+  Returns:
+    A pytree like one element of the history: same structure, shapes and dtypes. Kept leaves
+    (normalisation, integers) are those of the newest stage.
+
+  Raises:
+    UserError: before anything is computed, if the history is too short for the step, its stages
+      differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind, or
+      a name or option is unknown.
+  """
+  steps = _check_steps(steps, least=0)
+  plan = _plan(params_history, steps, predictor, theta, rate, kinds, options)
+  history = plan.history
+  if steps == 0:
+    return history.unflatten(history.newest())
+  predicted = plan.run((steps,))
+  leaves = [
+    newest if leaf is None else leaf[0]
+    for newest, leaf in zip(history.newest(), predicted, strict=True)
+  ]
+  return history.unflatten(leaves)
+
+
+def forecast(
+  params_history: Any,
+  steps: int = 3,
+  *,
+  predictor: str = 'known',
+  theta: Any = None,
+  rate: float = 0.5,
+  kinds: trees.KindFn | None = None,
+  **options: Any,
+) -> Trajectory:
+  """Predicts each of the next `steps` weights; the arguments are those of `predict`.
+
+  Returns:
+    A `Trajectory` of `steps` stages, the nearest prediction first; stage n - 1 equals
+    `predict(params_history, n, ...)`.
+
+  Raises:
+    UserError: as `predict` does; also for steps = 0.
+  """
+  steps = _check_steps(steps, least=1)
+  plan = _plan(params_history, steps, predictor, theta, rate, kinds, options)
+  history = plan.history
+  leaves = [
+    _repeat(newest, steps) if leaf is None else leaf
+    for newest, leaf in zip(history.newest(), plan.run(tuple(range(1, steps + 1))), strict=True)
+  ]
+  return Trajectory(history.unflatten(leaves))
+
+
+PREDICTORS: dict[str, Callable[..., trees.PyTree]] = {
+  name: functools.partial(predict, predictor=name) for name in METHODS
+}
+"""Name -> `(params_history, steps=1, *, rate=0.5, kinds=None, **options) -> pytree`."""
+
+
+def max_steps(predictor: str, history_length: int, **options: Any) -> int | None:
+  """The largest step that a predictor can do with a history of this length; None: any."""
+  options = check_options(predictor, options)
+  needs = METHODS[predictor].needs
+  if needs(1, options) == needs(2, options):
+    return None
+  return max(n for n in range(history_length + 1) if n == 0 or needs(n, options) <= history_length)
+
+
+def _check_steps(steps: Any, least: int) -> int:
+  try:
+    steps = operator.index(steps)
+  except TypeError as error:
+    raise UserError(f'steps is {steps!r}; wanted a Python integer of at least {least}.') from error
+  if steps < least:
+    raise UserError(f'steps is {steps}; wanted at least {least}.')
+  return steps
+
+
+def _repeat(leaf: Any, times: int) -> Any:
+  if isinstance(leaf, jax.Array):
+    return jnp.stack([leaf] * times)
+  return np.stack([leaf] * times)
+
+
+# --- the history in one form ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _History:
+  """A history, whatever form it was given in.
+
+  Attributes:
+    leaves: for every leaf either a tuple of T arrays or one array `[T, ...]`, oldest first.
+    structs: for every leaf its shape and dtype without the time axis.
+  """
+
+  leaves: list[Any]
+  structs: list[jax.ShapeDtypeStruct]
+  paths: list[str]
+  treedef: Any
+  length: int
+
+  def newest(self) -> list[Any]:
+    return [leaf[-1] for leaf in self.leaves]
+
+  def unflatten(self, leaves: Sequence[Any]) -> trees.PyTree:
+    return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _read_history(params_history: Any) -> _History:
+  if type(params_history) in (list, tuple):
+    stages = list(params_history)
+    check_stages(stages)
+    newest, length = stages[-1], len(stages)
+    flat = [jax.tree.leaves(stage) for stage in stages]
+    leaves: list[Any] = [
+      tuple(leaf if hasattr(leaf, 'dtype') else np.asarray(leaf) for leaf in column)
+      for column in zip(*flat, strict=True)
+    ]
+    structs = [jax.ShapeDtypeStruct(np.shape(leaf[0]), leaf[0].dtype) for leaf in leaves]
+  else:
+    newest = params_history
+    if isinstance(params_history, Trajectory):
+      newest = params_history.weights
+    length = stacked_length(newest)
+    leaves = jax.tree.leaves(newest)
+    structs = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+  if not leaves:
+    raise UserError('the history has no leaves; wanted pytrees of weights.')
+  paths = trees.leaf_paths(newest)
+  for path, struct in zip(paths, structs, strict=True):
+    if struct.dtype == np.float64 and not jax.config.read('jax_enable_x64'):
+      raise UserError(
+        f'leaf {path!r} is float64, which JAX would narrow to float32 in silence; cast the history '
+        'or set jax_enable_x64.'
+      )
+  return _History(leaves, structs, paths, jax.tree.structure(newest), length)
+
+
+def _check_finite(history: _History, predicted: Sequence[int]) -> None:
+  """Raises where a leaf to be predicted has NaN or infinity; traced histories are not checked."""
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(history.leaves)):
+    return
+  # Evaluated now, also where the caller is being traced and the history is a constant of the trace.
+  with jax.ensure_compile_time_eval():
+    finite = jax.device_get(_all_finite([history.leaves[i] for i in predicted]))
+  for i, leaf_is_finite in zip(predicted, finite, strict=True):
+    if not leaf_is_finite:
+      stages = jax.device_get(history.leaves[i])
+      counts = [int((~np.isfinite(np.asarray(s, np.float64))).sum()) for s in stages]
+      stage = next(stage for stage, count in enumerate(counts) if count)
+      size = math.prod(history.structs[i].shape)
+      raise UserError(
+        f'leaf {history.paths[i]!r} has {counts[stage]} of {size} values NaN or infinite at stage '
+        f'{stage} of {history.length} (0 is the oldest); wanted finite weights at every stage.'
+      )
+
+
+@jax.jit
+def _all_finite(leaves: Any) -> list[jax.Array]:
+  return [
+    functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(leaf)])
+    for leaf in leaves
+  ]
+
+
+# --- the plan and its run -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """The static part of a prediction: with equal jobs and shapes nothing is compiled again."""
+
+  predictor: str
+  leaves: tuple[Leaf, ...]
+  shardings: tuple[NamedSharding | None, ...]
+  rate: float
+  options: tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  history: _History
+  predicted: list[int]
+  job: _Job
+  theta: Any
+
+  def run(self, steps: tuple[int, ...]) -> list[jax.Array | None]:
+    """For every leaf the predictions `[len(steps), ...]`; None for kept leaves."""
+    found = _run([self.history.leaves[i] for i in self.predicted], self.theta, self.job, steps)
+    leaves: list[jax.Array | None] = [None] * len(self.history.leaves)
+    for i, leaf in zip(self.predicted, found, strict=True):
+      leaves[i] = leaf
+    return leaves
+
+
+def _plan(
+  params_history: Any,
+  steps: int,
+  predictor: str,
+  theta: Any,
+  rate: float,
+  kinds: trees.KindFn | None,
+  options: dict[str, Any],
+) -> _Plan:
+  options = check_options(predictor, options)
+  if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
+    raise UserError(f'rate is {rate!r}; wanted a Python number in (0, 1).')
+  history = _read_history(params_history)
+  found = list(trees.leaf_kinds(history.unflatten(history.structs), kinds).values())
+  predicted = [i for i, kind in enumerate(found) if kind != trees.KEEP]
+  method = METHODS[predictor]
+  if method.leaf_fn is not None and theta is not None:
+    raise UserError(f'theta is for the predictors that run KNOWN; {predictor!r} takes none.')
+  if steps and method.leaf_fn is None:
+    theta = load_known() if theta is None else theta
+    _check_theta(theta, {found[i] for i in predicted})
+  _check_length(predictor, method, steps, history.length, options, theta)
+  _check_finite(history, predicted)
+  job = _Job(
+    predictor=predictor,
+    leaves=tuple(Leaf(history.paths[i], found[i]) for i in predicted),
+    shardings=tuple(_sharding(history.leaves[i]) for i in predicted),
+    rate=float(rate),
+    options=tuple(options.items()),
+  )
+  return _Plan(history, predicted, job, theta)
+
+
+def _check_theta(theta: Any, kinds: set[str]) -> None:
+  if missing := sorted(kinds - set(theta)):
+    raise UserError(
+      f'theta has no parameters for leaves of kind {missing[0]!r}; it has {sorted(theta)}.'
+    )
+
+
+def _check_length(
+  predictor: str, method: Method, steps: int, length: int, options: dict[str, Any], theta: Any
+) -> None:
+  if steps == 0:
+    return
+  needed = method.needs(steps, options)
+  if predictor == 'known':
+    needed = max(known.history_length(params) for params in theta.values())
+  if length >= needed:
+    return
+  reach = max_steps(predictor, length, **options)
+  at_most = f'; with this history it can do at most steps={reach}' if reach else ''
+  raise UserError(
+    f'predictor {predictor!r} needs a history of {needed} stages for steps={steps}; found {length}'
+    f'{at_most}.'
+  )
+
+
+def _sharding(leaf: Any) -> NamedSharding | None:
+  """The sharding that all stages of a leaf share, if it spans devices and spares the time axis."""
+  shardings = [_array_sharding(part) for part in jax.tree.leaves(leaf)]
+  sharding = shardings[0]
+  if sharding is None or any(other != sharding for other in shardings):
+    return None
+  if isinstance(leaf, tuple):
+    return sharding
+  time, *rest = (*sharding.spec, None) if not sharding.spec else sharding.spec
+  return NamedSharding(sharding.mesh, PartitionSpec(*rest)) if time is None else None
+
+
+def _array_sharding(array: Any) -> NamedSharding | None:
+  sharding: Any = None
+  if isinstance(array, jax.core.Tracer):
+    # A traced array shows its sharding only where the axes of the mesh are explicit.
+    sharding = jax.typeof(array).sharding
+    if not sharding.mesh.are_all_axes_explicit:
+      return None
+  elif isinstance(array, jax.Array):
+    sharding = array.sharding
+  return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _run(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]) -> list[jax.Array]:
+  method = METHODS[job.predictor]
+  if method.leaf_fn is None:
+    return _run_known(leaves, theta, job, steps)
+  options = dict(job.options)
+  found = []
+  for leaf, info, sharding in zip(leaves, job.leaves, job.shardings, strict=True):
+    predicted = []
+    for n in steps:
+      leaf_fn = functools.partial(method.leaf_fn, leaf=info, steps=n, rate=job.rate, **options)
+      predicted.append(_let_xla_shard(leaf_fn, sharding)(_in_float32(leaf)))
+    found.append(jnp.stack([p.astype(leaf[0].dtype) for p in predicted]))
+  return found
+
+
+def _let_xla_shard(fn: Callable[..., Any], sharding: NamedSharding | None) -> Callable[..., Any]:
+  """`fn` for arrays of this sharding: tsv's reshape has no explicit sharding that JAX could infer."""
+  if sharding is None or not sharding.mesh.are_all_axes_explicit:
+    return fn
+  return jax.sharding.auto_axes(fn, out_sharding=sharding)
+
+
+def _in_float32(leaf: Any) -> list[jax.Array]:
+  """The stages of a leaf, in float32 at least."""
+  dtype = jnp.promote_types(leaf[0].dtype, jnp.float32)
+  return [leaf[i].astype(dtype) for i in range(_length(leaf))]
+
+
+def _length(leaf: Any) -> int:
+  return len(leaf) if isinstance(leaf, tuple) else leaf.shape[0]
+
+
+# --- KNOWN over leaves ----------------------------------------------------------------------------
+
+
+def _run_known(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]) -> list[jax.Array]:
+  """KNOWN on every leaf: sharded ones shard by shard, large ones in place, small ones together."""
+  run = functools.partial(_known_leaf, steps=steps)
+  windows = [
+    _window(leaf, theta[info.kind], job) for leaf, info in zip(leaves, job.leaves, strict=True)
+  ]
+  found: list[Any] = [None] * len(leaves)
+  small: dict[str, list[int]] = {}
+  for i, (window, info, sharding) in enumerate(
+    zip(windows, job.leaves, job.shardings, strict=True)
+  ):
+    if sharding is not None:
+      found[i] = _known_sharded(run, theta[info.kind], window, sharding)
+    elif math.prod(window[0].shape) < BLOCK:
+      small.setdefault(info.kind, []).append(i)
+    else:
+      found[i] = run(theta[info.kind], window)
+  for kind, indices in small.items():
+    for batch in _batches(indices, [math.prod(windows[i][0].shape) for i in indices]):
+      joined = _known_batch(theta[kind], [windows[i] for i in batch], steps)
+      for i, leaf in zip(batch, joined, strict=True):
+        found[i] = leaf
+  return found
+
+
+def _window(leaf: Any, params: Any, job: _Job) -> Any:
+  """What KNOWN reads of a leaf's history: its newest stages, or copies of the newest one."""
+  length = known.history_length(params)
+  return leaf[-length:] if job.predictor == 'known' else (leaf[-1],) * length
+
+
+def _known_sharded(
+  run: Callable[..., jax.Array], params: Any, window: Any, sharding: NamedSharding
+) -> jax.Array:
+  """KNOWN on each shard where it lies: no weight leaves its device."""
+  stage = sharding.spec
+  spec = (stage,) * len(window) if isinstance(window, tuple) else PartitionSpec(None, *stage)
+  return jax.shard_map(
+    run,
+    mesh=sharding.mesh,
+    in_specs=(PartitionSpec(), spec),
+    out_specs=PartitionSpec(None, *stage),
+  )(params, window)
+
+
+def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+  batches: list[list[int]] = [[]]
+  total = 0
+  for i, size in zip(indices, sizes, strict=True):
+    if total + size > _BATCH and batches[-1]:
+      batches.append([])
+      total = 0
+    batches[-1].append(i)
+    total += size
+  return batches
+
+
+def _known_batch(params: Any, windows: list[Any], steps: tuple[int, ...]) -> list[jax.Array]:
+  """KNOWN on several small leaves joined into one row of weights."""
+  flat = [jnp.stack([stage.ravel() for stage in _in_float32(window)]) for window in windows]
+  joined = _known_leaf(params, jnp.concatenate(flat, axis=1), steps)
+  splits = np.cumsum([leaf.shape[1] for leaf in flat])[:-1]
+  return [
+    part.reshape(len(steps), *window[0].shape).astype(window[0].dtype)
+    for part, window in zip(jnp.split(joined, splits, axis=1), windows, strict=True)
+  ]
+
+
+def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
+  """KNOWN on one leaf, block by block, so that the temporaries are those of one block.
+
+  Args:
+    params: Flax parameters of one KNOWN.
+    window: S arrays `[...]` or one `[S, ...]`, oldest first.
+    steps: the steps wanted, ascending.
+
+  Returns:
+    The predictions `[len(steps), ...]`, in the leaf's dtype.
+  """
+  shape, dtype = window[0].shape, window[0].dtype
+  size = math.prod(shape)
+  stages = [window[i].reshape(size) for i in range(_length(window))]
+  width = jnp.promote_types(dtype, jnp.float32)
+
+  def run(parts: Sequence[jax.Array]) -> jax.Array:
+    block = jnp.stack([part.astype(width) for part in parts])
+    return known.rollout(params, block, steps).astype(dtype)
+
+  if size <= BLOCK:
+    return run(stages).reshape(len(steps), *shape)
+
+  def body(index: jax.Array, out: jax.Array) -> jax.Array:
+    # The last block reaches back over the one before: it repeats some weights, and pads none.
+    start = jnp.minimum(index * BLOCK, size - BLOCK)
+    block = run([jax.lax.dynamic_slice(stage, (start,), (BLOCK,)) for stage in stages])
+    return jax.lax.dynamic_update_slice(out, block, (0, start))
+
+  # Zeros made from the input have its mapped axes, which a loop in shard_map must carry.
+  blank = jnp.broadcast_to((stages[0] * 0).astype(dtype), (len(steps), size))
+  out = jax.lax.fori_loop(0, -(-size // BLOCK), body, blank)
+  return out.reshape(len(steps), *shape)
