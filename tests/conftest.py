@@ -1,0 +1,51 @@
+"""Settings of the whole suite: eight simulated devices, no files of the user's touched."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before JAX is imported by anything: the suite runs on eight simulated devices.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+).strip()
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def own_cache_folder(tmp_path_factory):
+  """Decoded images and compiled programs go to a folder of this run, not to the user's cache."""
+  folder = tmp_path_factory.mktemp('cache')
+  os.environ['KNOW_JAX_CACHE'] = str(folder / 'know_jax')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'jax')
+
+
+@pytest.fixture(scope='session')
+def official() -> Path:
+  """The folder with the authors' three networks and stored outputs of their Keras code."""
+  folder = Path(__file__).parents[1] / '..' / 'shared' / 'official'
+  if not folder.is_dir():
+    pytest.skip(f"{folder}: the authors' networks have no licence and are not in the repository")
+  return folder
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory) -> Path:
+  """The workdir of a finished forgetting run, `runs.small_config`; tests write to copies of it."""
+  from runs import forget
+
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  forget(workdir)
+  return workdir
+
+
+@pytest.fixture(scope='session')
+def known_file(tmp_path_factory) -> Path:
+  """Untrained parameters of KNOWN, for tests that want no more of them than that they are used."""
+  import jax
+
+  from know_jax import known, pretrained
+
+  path = tmp_path_factory.mktemp('known') / 'known.safetensors'
+  pretrained.save_known(path, known.init_theta(jax.random.key(0)), {})
+  return path
