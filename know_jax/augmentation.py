@@ -1,0 +1,165 @@
+"""Random rotation, shift, zoom and flip of a batch of images, on the device."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from know_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """How strongly images are distorted; the default does nothing.
+
+  The names and ranges are those of Keras' `ImageDataGenerator`.
+
+  Attributes:
+    rotation: the angle is uniform in ±`rotation` degrees; 0 to 180.
+    shift: rows and columns are shifted, each by its own draw, by a part of the side that is uniform
+      in ±`shift`; 0 to below 1.
+    zoom: rows and columns are scaled, each by its own draw, by a factor uniform in 1 ± `zoom`; 0 to
+      below 1.
+    flip: mirror left and right with probability 1/2.
+
+  Raises:
+    UserError: a value is out of its range.
+  """
+
+  rotation: float = 0.0
+  shift: float = 0.0
+  zoom: float = 0.0
+  flip: bool = False
+
+  def __post_init__(self):
+    for name, wanted, fits in (
+      ('rotation', '0 to 180 degrees', lambda value: 0 <= value <= 180),
+      ('shift', '0 to below 1, a fraction of the side', lambda value: 0 <= value < 1),
+      ('zoom', '0 to below 1', lambda value: 0 <= value < 1),
+    ):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise UserError(f'augmentation {name} is {value!r}; wanted a number from {wanted}.')
+    if not isinstance(self.flip, bool):
+      raise UserError(f'augmentation flip is {self.flip!r}; wanted True or False.')
+
+
+# The setting of the paper's meta-dataset and CIFAR experiments.
+PAPER_AUGMENTATION = Augmentation(rotation=10.0, shift=0.15, zoom=0.3)
+
+
+class Distortion(NamedTuple):
+  """What is done to each image of a batch.
+
+  Attributes:
+    angle: [B] radians.
+    shift: [B, 2] pixels, rows then columns.
+    zoom: [B, 2] factors, rows then columns; above 1 the image shrinks, as in Keras.
+    flip: [B] bool.
+  """
+
+  angle: jax.Array
+  shift: jax.Array
+  zoom: jax.Array
+  flip: jax.Array
+
+
+def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
+  """Distorts every image by its own random draw.
+
+  Args:
+    keys: [B] typed keys, one an image, so that what happens to an image depends neither on the rest
+      of the batch nor on how the batch is split over devices.
+    images: [B, H, W, C] floating point.
+    augmentation: how strongly; static under `jax.jit`.
+
+  Returns:
+    [B, H, W, C] of the dtype of `images`; where `augmentation` does nothing, `images` itself.
+
+  Raises:
+    UserError: shapes or dtypes are not as described.
+  """
+  if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(
+      f'images have shape {images.shape} and dtype {images.dtype}; wanted [B, H, W, C], floating '
+      'point.'
+    )
+  if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != images.shape[:1]:
+    raise UserError(
+      f'keys have shape {keys.shape} and dtype {keys.dtype}; wanted {images.shape[:1]}, one typed '
+      'key an image, as from jax.random.split(key, B).'
+    )
+  if augmentation == Augmentation():
+    return images
+  drawn = draw(keys, augmentation, images.shape[1:3])
+  if augmentation.rotation or augmentation.shift or augmentation.zoom:
+    images = warp(images, drawn)
+  if augmentation.flip:
+    images = jnp.where(drawn.flip[:, None, None, None], images[:, :, ::-1], images)
+  return images
+
+
+def draw(keys: jax.Array, augmentation: Augmentation, sides: Sequence[int]) -> Distortion:
+  """Draws a distortion for each key.
+
+  Args:
+    keys: [B] typed keys.
+    augmentation: the ranges.
+    sides: (H, W), the height and width that shifts are fractions of.
+
+  Returns:
+    The distortions, float32.
+  """
+  # All draws are made whatever the setting, so that turning one off leaves the others as they are.
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1.0, maxval=1.0))(keys)
+  return Distortion(
+    angle=math.radians(augmentation.rotation) * uniform[:, 0],
+    shift=augmentation.shift * jnp.asarray(sides, jnp.float32) * uniform[:, 1:3],
+    zoom=1.0 + augmentation.zoom * uniform[:, 3:5],
+    flip=(uniform[:, 5] < 0.0) & augmentation.flip,
+  )
+
+
+def warp(images: jax.Array, distortion: Distortion) -> jax.Array:
+  """Rotates, shifts and zooms images about their centre, with bilinear interpolation.
+
+  The value at place p = (row, column) is taken from c + R(angle) (zoom (p - c) + shift), with the
+  centre c = ((H - 1) / 2, (W - 1) / 2), R(a) = [[cos a, -sin a], [sin a, cos a]], and places beyond
+  the edge replaced by the nearest place within. This is `apply_affine_transform` of Keras (rotation
+  matrix times shift matrix times zoom matrix, output to input, `fill_mode='nearest'`, order 1) with
+  the centre as corrected in keras-preprocessing (pull request 314, 2020); before, it was
+  (H / 2 + 1/2, W / 2 + 1/2) by mistake. Keras finally swaps the roles of rows and columns; as all
+  draws are symmetric about no change and rows and columns are drawn alike, that leaves the
+  distribution for square images as it is. Here rows are rows, so that images of unequal sides turn
+  about their centre too.
+
+  Args:
+    images: [B, H, W, C] floating point.
+    distortion: one for each image; `flip` is not looked at.
+
+  Returns:
+    [B, H, W, C] of the dtype of `images`, interpolated in float32 (or wider).
+  """
+  H, W = images.shape[1:3]
+
+  def warp_one(image, angle, shift, zoom):
+    rows = (zoom[0] * (jnp.arange(H) - (H - 1) / 2) + shift[0])[:, None]
+    columns = (zoom[1] * (jnp.arange(W) - (W - 1) / 2) + shift[1])[None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    from_places = [
+      cos * rows - sin * columns + (H - 1) / 2,
+      sin * rows + cos * columns + (W - 1) / 2,
+    ]
+    return jax.vmap(
+      lambda channel: map_coordinates(channel, from_places, order=1, mode='nearest'),
+      in_axes=-1,
+      out_axes=-1,
+    )(image)
+
+  wide = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+  angle, shift, zoom, _ = distortion
+  return jax.vmap(warp_one)(wide, angle, shift, zoom).astype(images.dtype)
