@@ -1,0 +1,142 @@
+"""What happens to BatchNorm after weights are predicted.
+
+Predictors leave normalisation layers as they are in the newest weights. Their running statistics
+then describe the activations of a network that no longer exists, and the paper's released script
+replaces them by those of a fresh network: a choice that moves accuracy as much as the prediction
+does, and so is made by name and reported.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax.errors import UserError, unknown_name
+from know_jax.trees import named_leaves, path_string
+
+Variables = dict[str, Any]
+
+BATCH_NORM_POLICIES = ('keep', 'reset', 'recalibrate')
+"""The names that `apply_policy` knows."""
+
+_STATS = 'batch_stats'
+
+
+def has_batch_norm(variables: Variables) -> bool:
+  """Whether a model's variables hold BatchNorm statistics."""
+  return bool(jax.tree.leaves(variables.get(_STATS, {})))
+
+
+def apply_policy(
+  policy: str,
+  model: Any,
+  variables: Variables,
+  images: Any = None,
+  *,
+  num_batches: int,
+  batch_size: int,
+) -> Variables:
+  """Settles BatchNorm's parameters and running statistics after a prediction.
+
+  - `keep`: as given, that is as in the newest weights.
+  - `reset`: scale 1, shift 0, mean 0, variance 1, as in a fresh network: what the paper's released
+    script leaves after a prediction.
+  - `recalibrate`: scale and shift as given; each running mean and variance becomes the plain
+    average, over `num_batches` batches, of the statistics that the model in training mode computes
+    for a batch. The old running statistics have no part in it.
+
+  A model without BatchNorm comes back as it is, whatever the policy. So do the other normalisation
+  layers, which have no running statistics.
+
+  Args:
+    policy: one of `BATCH_NORM_POLICIES`.
+    model: the Flax module, called as `model.apply(variables, images, train=True)`.
+    variables: `params` and, where there is BatchNorm, `batch_stats`; not replicated.
+    images: for `recalibrate`: [N, H, W, C], floating-point, normalised as in training, not
+      augmented; the first `num_batches * batch_size` are used, in the order given.
+    num_batches: for `recalibrate`: the number of batches.
+    batch_size: for `recalibrate`: the number of images in each.
+
+  Returns:
+    The variables, in new dicts where something changed; arrays are never written to.
+
+  Raises:
+    UserError: unknown policy; for `recalibrate`, too few images or images that are not arrays of
+      floating-point numbers of rank 4, or sizes below 1.
+  """
+  if policy not in BATCH_NORM_POLICIES:
+    raise unknown_name('BatchNorm policy', policy, BATCH_NORM_POLICIES)
+  if policy == 'keep' or not has_batch_norm(variables):
+    return variables
+  if policy == 'reset':
+    return _reset(variables)
+  return _recalibrate(model, variables, images, num_batches, batch_size)
+
+
+def _reset(variables: Variables) -> Variables:
+  fresh = {'mean': 0.0, 'var': 1.0, 'scale': 1.0, 'bias': 0.0}
+  # Only layers with running statistics: LayerNorm has a scale and a shift too.
+  layers = {path.rpartition('/')[0] for path in named_leaves(variables[_STATS])}
+
+  def reset_leaf(key_path: tuple, leaf: Any) -> Any:
+    layer, _, name = path_string(key_path).rpartition('/')
+    return jnp.full_like(leaf, fresh[name]) if layer in layers else leaf
+
+  return {
+    **variables,
+    **{
+      part: jax.tree_util.tree_map_with_path(reset_leaf, variables[part])
+      for part in ('params', _STATS)
+    },
+  }
+
+
+def _recalibrate(
+  model: Any, variables: Variables, images: Any, num_batches: int, batch_size: int
+) -> Variables:
+  if num_batches < 1 or batch_size < 1:
+    raise UserError(
+      f'recalibrate was given num_batches={num_batches}, batch_size={batch_size}; wanted both to '
+      'be at least 1.'
+    )
+  shape, dtype = np.shape(images), getattr(images, 'dtype', None)
+  if len(shape) != 4 or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise UserError(
+      f'recalibrate was given images of shape {shape} and dtype {dtype}; wanted normalised '
+      'floating-point images [N, height, width, channels].'
+    )
+  if shape[0] < (wanted := num_batches * batch_size):
+    raise UserError(
+      f'recalibrate was given {shape[0]} images; wanted at least {wanted} '
+      f'(num_batches {num_batches} x batch_size {batch_size}).'
+    )
+  if getattr(model, 'axis_name', None) is not None:
+    # Here one device sees the whole batch, and no mapped axis is bound.
+    model = model.clone(axis_name=None)
+  total = None
+  for i in range(num_batches):
+    batch = jnp.asarray(images[i * batch_size : (i + 1) * batch_size])
+    stats = _batch_statistics(model, variables, batch)
+    total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+  return {**variables, _STATS: jax.tree.map(lambda leaf: leaf / num_batches, total)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_statistics(model: Any, variables: Variables, images: jax.Array) -> Any:
+  """The mean and variance of one batch at every BatchNorm layer, whatever its momentum.
+
+  A training step gives `new = m old + (1 - m) batch`. At `old = 0` that is `(1 - m) batch`, and its
+  derivative in the direction of ones is m.
+  """
+  rest = {key: value for key, value in variables.items() if key != _STATS}
+
+  def step(old: Any) -> Any:
+    _, new = model.apply({**rest, _STATS: old}, images, train=True, mutable=[_STATS])
+    return new[_STATS]
+
+  zeros = jax.tree.map(jnp.zeros_like, variables[_STATS])
+  ones = jax.tree.map(jnp.ones_like, variables[_STATS])
+  new, momentum = jax.jvp(step, (zeros,), (ones,))
+  return jax.tree.map(lambda leaf, m: leaf / (1 - m), new, momentum)

@@ -1,0 +1,189 @@
+"""What the model families share: the classifier around them, layers, and pooling.
+
+Every kernel starts Glorot-uniform and every bias at zero, as in Keras, whose defaults the paper's
+networks were trained from: weights are predicted from their raw values, so that another initial
+scale would be another distribution of inputs. Parameters and BatchNorm statistics are float32
+whatever the compute dtype.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from know_jax.errors import UserError
+
+HEAD = 'head'
+"""The name of the final Dense, at the top level of the parameters of every model."""
+
+SMALLEST_IMAGE = 8
+"""Height and width, in pixels, below which a model refuses images."""
+
+BATCH_NORM_MOMENTUM = 0.9
+"""The share of the old running statistics kept at each training step.
+
+Keras keeps 0.99; the last forgetting stages have too few steps for running statistics that slow.
+"""
+
+BATCH_NORM_EPSILON = 1e-5
+"""What is added to the variance; Flax's default, PyTorch's too (Keras: 1e-3)."""
+
+glorot_uniform = nn.initializers.glorot_uniform()
+
+
+class Layers(NamedTuple):
+  """How one model makes its layers in one call.
+
+  Attributes:
+    dtype: the dtype of the computation.
+    axis_name: the mapped axis over which BatchNorm averages its statistics in training, or None.
+    train: whether BatchNorm uses, and records, the statistics of the batch.
+  """
+
+  dtype: Any
+  axis_name: str | None
+  train: bool
+
+  def conv(
+    self, features: int, kernel: int, name: str, *, stride: int = 1, bias: bool = False
+  ) -> nn.Module:
+    """A square convolution with zero padding; no bias by default, since BatchNorm follows."""
+    return nn.Conv(
+      features,
+      (kernel, kernel),
+      strides=stride,
+      padding='SAME',
+      use_bias=bias,
+      dtype=self.dtype,
+      kernel_init=glorot_uniform,
+      name=name,
+    )
+
+  def depthwise(self, name: str, *, stride: int = 1) -> nn.Module:
+    """A 3x3 depthwise convolution with zero padding and without bias."""
+    return DepthwiseConv(stride=stride, dtype=self.dtype, name=name)
+
+  def norm(self, name: str) -> nn.Module:
+    """BatchNorm; in training its statistics are those of the batch over all of `axis_name`."""
+    return nn.BatchNorm(
+      use_running_average=not self.train,
+      momentum=BATCH_NORM_MOMENTUM,
+      epsilon=BATCH_NORM_EPSILON,
+      dtype=self.dtype,
+      # Running averages are the same on every device: evaluation needs no mapped axis.
+      axis_name=self.axis_name if self.train else None,
+      name=name,
+    )
+
+  def dense(self, features: int, name: str) -> nn.Module:
+    """A fully connected layer with bias."""
+    return nn.Dense(features, dtype=self.dtype, kernel_init=glorot_uniform, name=name)
+
+
+class Classifier(nn.Module):
+  """The base of every family: images to features (the family's part) to logits.
+
+  Attributes:
+    num_classes: the number of logits.
+    width: the family's measure of size; channel counts are multiples of it.
+    dtype: the dtype of the computation; parameters are float32.
+    axis_name: the mapped axis (of `jax.pmap`) over which BatchNorm averages its statistics in
+      training; None: each device for itself. Families without BatchNorm ignore it.
+  """
+
+  num_classes: int
+  width: int
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Classifies images.
+
+    Args:
+      x: images [B, H, W, C], floating-point, H and W at least 8.
+      train: True: BatchNorm uses the batch's statistics and updates the running ones, so that
+        `batch_stats` must be mutable; False: it uses the running ones.
+
+    Returns:
+      Logits [B, num_classes], float32.
+
+    Raises:
+      UserError: `x` is not a batch of floating-point images of at least 8x8.
+    """
+    if x.ndim != 4 or min(x.shape[1:3]) < SMALLEST_IMAGE:
+      raise UserError(
+        f'images have shape {tuple(x.shape)}; wanted [batch, height, width, channels] with height '
+        f'and width of at least {SMALLEST_IMAGE}.'
+      )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise UserError(f'images have dtype {x.dtype}; wanted normalised floating-point images.')
+    layers = Layers(self.dtype, self.axis_name, train)
+    # The head is made here and not by the families, so that transfer finds it in all of them.
+    logits = layers.dense(self.num_classes, HEAD)(self.features(x.astype(self.dtype), layers))
+    return logits.astype(jnp.float32)
+
+  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to features [B, F]: what tells one family from another."""
+    raise NotImplementedError
+
+
+class DepthwiseConv(nn.Module):
+  """A 3x3 depthwise convolution with zero ('SAME') padding, without bias.
+
+  The kernel has the shape and meaning of `nn.Conv(C, (3, 3), feature_group_count=C)`. It is
+  computed as nine shifted products: with XLA's grouped convolution a training step of MobileNetV2
+  or ShuffleNetV2 takes 4 to 7 times as long on CPU.
+  """
+
+  stride: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C]."""
+    batch, height, width, channels = x.shape
+    kernel = self.param('kernel', glorot_uniform, (3, 3, 1, channels), jnp.float32)
+    kernel = kernel.astype(self.dtype)
+    step = self.stride
+    pads = lax.padtype_to_pads((height, width), (3, 3), (step, step), 'SAME')
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    rows, columns = -(-height // step), -(-width // step)
+    shifted = (
+      lax.slice(
+        x,
+        (0, i, j, 0),
+        (batch, i + (rows - 1) * step + 1, j + (columns - 1) * step + 1, channels),
+        (1, step, step, 1),
+      )
+      * kernel[i, j, 0]
+      for i in range(3)
+      for j in range(3)
+    )
+    return sum(shifted, start=jnp.zeros((), self.dtype))
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+  """2x2 max-pooling with stride 2; an odd last row or column is dropped ('VALID' padding).
+
+  Computed by reshaping, whose gradient on CPU takes half as long as that of
+  `lax.reduce_window`. Where several of the four values are the largest, each gets an equal share
+  of the gradient; `nn.max_pool` gives it all to the first.
+
+  Args:
+    x: [B, H, W, C].
+
+  Returns:
+    [B, H // 2, W // 2, C].
+  """
+  batch, height, width, channels = x.shape
+  rows, columns = height // 2, width // 2
+  x = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+  return x.max(axis=(2, 4))
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+  """[B, H, W, C] to [B, C]."""
+  return x.mean(axis=(1, 2))
