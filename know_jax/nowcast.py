@@ -299,7 +299,7 @@ def _check_length(
     return
   needed = method.needs(steps, options)
   if predictor == 'known':
-    needed = max(known.history_length(params) for params in theta.values())
+    needed = max((known.history_length(params) for params in theta.values()), default=needed)
   if length >= needed:
     return
   reach = max_steps(predictor, length, **options)
@@ -451,12 +451,14 @@ def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
   """
   shape, dtype = window[0].shape, window[0].dtype
   size = math.prod(shape)
-  stages = [window[i].reshape(size) for i in range(_length(window))]
   width = jnp.promote_types(dtype, jnp.float32)
+  # A stacked window is sliced as it is: taking it apart first would copy all of it.
+  stages = jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - len(shape)], size), window)
 
-  def run(parts: Sequence[jax.Array]) -> jax.Array:
-    block = jnp.stack([part.astype(width) for part in parts])
-    return known.rollout(params, block, steps).astype(dtype)
+  def run(block: Any) -> jax.Array:
+    if isinstance(block, tuple):
+      block = jnp.stack(block)
+    return known.rollout(params, block.astype(width), steps).astype(dtype)
 
   if size <= BLOCK:
     return run(stages).reshape(len(steps), *shape)
@@ -464,10 +466,12 @@ def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
   def body(index: jax.Array, out: jax.Array) -> jax.Array:
     # The last block reaches back over the one before: it repeats some weights, and pads none.
     start = jnp.minimum(index * BLOCK, size - BLOCK)
-    block = run([jax.lax.dynamic_slice(stage, (start,), (BLOCK,)) for stage in stages])
-    return jax.lax.dynamic_update_slice(out, block, (0, start))
+    block = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis=x.ndim - 1), stages
+    )
+    return jax.lax.dynamic_update_slice(out, run(block), (0, start))
 
   # Zeros made from the input have its mapped axes, which a loop in shard_map must carry.
-  blank = jnp.broadcast_to((stages[0] * 0).astype(dtype), (len(steps), size))
+  blank = jnp.zeros((len(steps), size), dtype) + 0 * jax.tree.leaves(stages)[0].ravel()[0]
   out = jax.lax.fori_loop(0, -(-size // BLOCK), body, blank)
   return out.reshape(len(steps), *shape)

@@ -1,0 +1,26 @@
+"""Collects a meta-dataset of randomised forgetting runs.
+
+    python bin/collect.py --output=D --config=configs/collect_first.py
+
+The same command, also in several processes or on several hosts that share the folder, runs on
+where runs are missing. --dry_run lists the runs.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from know_jax import cli
+from know_jax.meta import collect
+
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'collect_first.py')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder of the meta-dataset.', required=True)
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Only list the runs.')
+
+
+def main() -> None:
+  print(collect.run(_CONFIG.value, _OUTPUT.value, dry_run=_DRY_RUN.value))
+
+
+if __name__ == '__main__':
+  cli.run(main)

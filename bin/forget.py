@@ -1,0 +1,30 @@
+"""Trains a network, then fine-tunes it on ever smaller nested subsets of its own training data.
+
+    python bin/forget.py --workdir=W --config=configs/fashion_mnist_cnn.py --config.lr=2e-3
+
+Without --workdir, ./workdir is used; without --config, configs/forget_digits.py. The same command
+runs on after a kill.
+"""
+
+from pathlib import Path
+
+from know_jax import cli, forgetting
+
+cli.define_workdir()
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'forget_digits.py')
+
+
+def main() -> None:
+  workdir = cli.workdir()
+  record = forgetting.run(_CONFIG.value, workdir)
+  print(f'{"stage":>5} {"examples":>9} {"test accuracy":>14} {"test loss":>10} {"seconds":>8}')
+  for stage in record['stages']:
+    print(
+      f'{stage["stage"]:>5} {stage["examples"]:>9} {stage["test_accuracy"]:>14.2%} '
+      f'{stage["test_loss"]:>10.4f} {stage["train_seconds"]:>8.1f}'
+    )
+  print(f'{record["parameters"]:,} parameters; {len(record["stages"])} stages in {workdir}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,29 @@
+"""Trains KNOWN on a meta-dataset.
+
+    python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_first.py
+
+Writes W/known.safetensors, which `know_jax.load_known` and bin/nowcast.py --known read. The same
+command runs on after a kill.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from know_jax import cli
+from know_jax.meta import meta_training
+
+cli.define_workdir()
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'meta_train_first.py')
+_DATA = flags.DEFINE_string('data', None, 'Output folder of bin/collect.py.', required=True)
+
+
+def main() -> None:
+  workdir = cli.workdir()
+  record = meta_training.run(_CONFIG.value, _DATA.value, workdir)
+  print(meta_training.report(record))
+  print(f'weights and card: {workdir / "known.safetensors"}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,16 @@
+"""The training of the first shipped KNOWN.
+
+Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_first.py
+Hardware:  2 CPU cores
+Paper:     section 4.1 (L1 loss, Adam 1e-3, L1 penalty)
+"""
+
+from ml_collections import ConfigDict
+
+from know_jax.meta import meta_training
+
+
+def get_config() -> ConfigDict:
+  config = meta_training.default_config()
+  config.steps = 8000
+  return config

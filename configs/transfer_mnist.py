@@ -1,0 +1,21 @@
+"""Transfer to MNIST with 10 labels a class.
+
+Command:   python bin/transfer.py --workdir=W --config=configs/transfer_mnist.py
+Hardware:  2 CPU cores
+Paper:     section 4.2 (new head, warm-up of head and BatchNorm at 1e-3, then all, cosine from 4e-4)
+"""
+
+from ml_collections import ConfigDict
+
+from know_jax import transfer
+
+
+def get_config() -> ConfigDict:
+  config = transfer.default_config()
+  config.dataset = 'mnist'
+  config.labels_per_class = 10
+  config.seeds = 5
+  config.batch_size = 50
+  config.warmup_epochs = 10
+  config.epochs = 100
+  return config

@@ -1,0 +1,361 @@
+"""The forgetting run: train on all data, then fine-tune on ever smaller nested subsets of it.
+
+The paper, section 3: D^0 is the training set, D^i a random subset of D^(i-1) with r |D^(i-1)|
+examples; Theta^0 is trained on D^0, Theta^i is Theta^(i-1) fine-tuned on D^i with a fresh optimiser
+and schedule. Read backwards, the weights walk towards more data.
+
+A workdir holds `record.json` (config, versions, subset sizes, accuracies), `metrics.jsonl`,
+`tensorboard/`, and one checkpoint for each stage in `stages/0` (all data) to `stages/<S-1>`.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from know_jax import checkpoints, training
+from know_jax.augmentation import Augmentation
+from know_jax.data import Dataset, load_dataset, mean_image
+from know_jax.errors import UserError
+from know_jax.models import build_model
+from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
+from know_jax.subsets import check_subsets, nested_subsets
+from know_jax.training import AXIS, Checkpoint, Recipe, TrainState, named_key
+from know_jax.trajectory import Trajectory
+
+KIND = 'forget'
+"""What `record.json` of a forgetting run says it is."""
+
+
+def default_config() -> ConfigDict:
+  """Every field of a forgetting run, with the defaults that configs start from."""
+  return ConfigDict(
+    {
+      'seed': 0,
+      # Data: a TFDS name or 'digits'; classes: () for all, else those kept, relabelled 0, 1, ...
+      'dataset': 'digits',
+      'data_dir': placeholder(str),
+      'classes': (),
+      'image_size': (),
+      'train_split': 'train',
+      'test_split': 'test',
+      # D^0: this many training examples, drawn by seed and by class; 0: all.
+      'train_examples': 0,
+      # Network: a name in know_jax.models.MODELS; width: None for the family's own.
+      'model': 'cnn',
+      'width': placeholder(int),
+      'dtype': 'float32',
+      # Forgetting: S stages (the pre-training is the first), sampling rate r.
+      'stages': 5,
+      'rate': 0.5,
+      'stratified': False,
+      # Training of a stage; stage_* None: as in pre-training.
+      'epochs': 30,
+      'stage_epochs': placeholder(int),
+      'batch_size': 32,
+      'lr': 1e-3,
+      'stage_lr': placeholder(float),
+      'schedule': 'cosine',
+      'optimizer': 'adam',
+      'weight_decay': 0.0,
+      'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
+      # A checkpoint to resume from within a stage is written at most this often.
+      'save_every_seconds': 60.0,
+    }
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A classification task ready to train on.
+
+  Attributes:
+    train: the training set.
+    test: the test set.
+    mean: the mean of the training images / 255, float32 `[H, W, C]`.
+    model: the network.
+  """
+
+  train: Dataset
+  test: Dataset
+  mean: np.ndarray
+  model: nn.Module
+
+  @property
+  def input_shape(self) -> tuple[int, ...]:
+    """`(H, W, C)`."""
+    return self.train.images.shape[1:]
+
+
+def load_task(config: Mapping[str, Any]) -> Task:
+  """Loads the data and builds the network that the config of a forgetting run names."""
+  options = {
+    'data_dir': config['data_dir'],
+    'classes': tuple(config['classes']),
+    'image_size': tuple(config['image_size']) or None,
+  }
+  train = load_dataset(config['dataset'], config['train_split'], **options)
+  test = load_dataset(config['dataset'], config['test_split'], **options)
+  train = _draw(train, config['train_examples'], config['seed'])
+  model = build_model(
+    config['model'],
+    num_classes=train.num_classes,
+    width=config['width'],
+    dtype=config['dtype'],
+    axis_name=AXIS,
+  )
+  return Task(train, test, mean_image(train.images), model)
+
+
+def _draw(train: Dataset, examples: int, seed: int) -> Dataset:
+  """A random part of a training set, with the classes' shares kept."""
+  if examples == 0 or examples == len(train.labels):
+    return train
+  if not 0 < examples < len(train.labels):
+    raise UserError(
+      f'train_examples is {examples}; wanted 0 (all) to {len(train.labels)}, the size of '
+      f'{train.name}/{train.split}.'
+    )
+  share = examples / len(train.labels)
+  key = named_key(seed, 'train_examples')
+  chosen = nested_subsets(key, train.labels, rate=share, phases=2, stratified=True)[1]
+  return dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])
+
+
+def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> RunRecord:
+  """Runs all stages, or what is left of them, and returns the record.
+
+  Args:
+    config: the fields of `default_config`.
+    workdir: where everything is written; a workdir of the same config is run on.
+    show_progress: whether each stage shows its progress bar.
+
+  Returns:
+    The record, complete.
+
+  Raises:
+    UserError: a value does not fit, or the workdir belongs to another config.
+  """
+  config = config_dict(config)
+  task = load_task(config)
+  subsets = nested_subsets(
+    named_key(config['seed'], 'subsets'),
+    task.train.labels,
+    rate=config['rate'],
+    phases=config['stages'],
+    stratified=config['stratified'],
+  )
+  check_subsets(
+    subsets,
+    task.train.labels,
+    batch_size=config['batch_size'],
+    num_classes=task.train.num_classes,
+  )
+  training.check_batch_size(config['batch_size'], len(subsets[-1]), 'the smallest subset')
+  plans = [stage_plan(config, stage, len(s)) for stage, s in enumerate(subsets)]
+  recipe = recipe_of(config)
+  params = _init(task, config)['params']
+
+  workdir = Path(workdir).expanduser()
+  record = RunRecord.open(workdir, config, kind=KIND)
+  record.update(
+    subset_sizes=[len(s) for s in subsets],
+    class_names=list(task.train.class_names),
+    parameters=int(sum(np.size(x) for x in jax.tree.leaves(params))),
+  )
+  stages = list(record.get('stages', []))
+  if len(stages) == len(subsets):
+    return record
+  train = training.put_data(task.train.images, task.train.labels, task.mean)
+  test = training.put_data(task.test.images, task.test.labels, task.mean)
+  for stage in range(len(stages), len(subsets)):
+    variables = restore_stage(workdir, stage - 1) if stage else _init(task, config)
+    state, seconds = _train_stage(
+      workdir, task.model, training.create_state(variables, recipe), train, subsets[stage],
+      recipe=recipe, plan=plans[stage], config=config, stage=stage, show_progress=show_progress,
+      epochs_before=sum(plan['epochs'] for plan in plans[:stage]),
+    )  # fmt: skip
+    metrics = training.evaluate(task.model, state.variables, test)
+    summary = {
+      'stage': stage,
+      'examples': len(subsets[stage]),
+      'test_loss': metrics['loss'],
+      'test_accuracy': metrics['accuracy'],
+    }
+    checkpoints.save(stage_path(workdir, stage), state.variables, metadata=summary, overwrite=True)
+    stages.append({**summary, 'train_seconds': seconds})
+    record.update(stages=stages)
+    shutil.rmtree(_resume_path(workdir), ignore_errors=True)
+  return record
+
+
+def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str, Any]:
+  """Epochs, steps and learning rate of one stage.
+
+  Raises:
+    UserError: the stage would train for no epoch.
+  """
+  epochs, lr = config['epochs'], config['lr']
+  if stage:
+    epochs = epochs if config['stage_epochs'] is None else config['stage_epochs']
+    lr = lr if config['stage_lr'] is None else config['stage_lr']
+  if epochs < 1:
+    raise UserError(f'stage {stage} has {epochs} epochs; wanted at least 1.')
+  training.learning_rates(config['schedule'], lr, 1)
+  return {'epochs': epochs, 'lr': lr, 'steps': epochs * (examples // config['batch_size'])}
+
+
+def recipe_of(config: Mapping[str, Any]) -> Recipe:
+  """The recipe that the config of a forgetting run describes."""
+  return Recipe(
+    optimizer=config['optimizer'],
+    weight_decay=config['weight_decay'],
+    augmentation=Augmentation(**config['augmentation']),
+  )
+
+
+def stage_path(workdir: str | Path, stage: int) -> Path:
+  """The checkpoint of Theta^stage: 0 is trained on all data."""
+  return Path(workdir) / 'stages' / str(stage)
+
+
+def restore_stage(workdir: str | Path, stage: int) -> Any:
+  """The variables of Theta^stage, NumPy arrays.
+
+  Raises:
+    UserError: the checkpoint is missing, damaged or foreign.
+  """
+  return checkpoints.restore(stage_path(workdir, stage))
+
+
+def load_trajectory(workdir: str | Path) -> tuple[Trajectory, RunRecord]:
+  """The weights of all stages of a finished run, oldest (smallest subset) first, and its record.
+
+  Raises:
+    UserError: the workdir holds no finished forgetting run, or a checkpoint is damaged.
+  """
+  record = finished_record(workdir)
+  stages = [restore_stage(workdir, i) for i in range(record['config']['stages'] - 1, -1, -1)]
+  return Trajectory.from_sequence(stages), record
+
+
+def finished_record(workdir: str | Path) -> RunRecord:
+  """The record of a finished run.
+
+  Raises:
+    UserError: the workdir holds no finished forgetting run.
+  """
+  record = RunRecord.read(workdir, KIND)
+  wanted, found = record['config']['stages'], len(record.get('stages', []))
+  if found < wanted:
+    raise UserError(
+      f'{workdir}: {found} of {wanted} stages are done; run bin/forget.py with the same flags to '
+      'finish it.'
+    )
+  return record
+
+
+def _init(task: Task, config: Mapping[str, Any]) -> Any:
+  return training.init_variables(task.model, named_key(config['seed'], 'init'), task.input_shape)
+
+
+def _resume_path(workdir: Path) -> Path:
+  return workdir / 'resume'
+
+
+def _train_stage(
+  workdir: Path,
+  model: nn.Module,
+  state: TrainState,
+  train: training.DeviceData,
+  subset: np.ndarray,
+  *,
+  recipe: Recipe,
+  plan: Mapping[str, Any],
+  config: Mapping[str, Any],
+  stage: int,
+  epochs_before: int,
+  show_progress: bool,
+) -> tuple[TrainState, float]:
+  """Trains one stage, from the checkpoint within it if there is one; returns state and seconds."""
+  start, seconds_before = Checkpoint(state), 0.0
+  resume = _resume_path(workdir)
+  metadata = checkpoints.read_metadata(resume) if checkpoints.exists(resume) else {}
+  if metadata.get('stage') == stage:
+    state = _from_tree(state, checkpoints.restore(resume))
+    start, seconds_before = Checkpoint(state, tuple(metadata['sums'])), metadata['seconds']
+  else:
+    # What a kill left of the stage before, maybe half removed, and so nothing that `save` replaces.
+    shutil.rmtree(resume, ignore_errors=True)
+  epoch_before = int(start.state.step) * plan['epochs'] // plan['steps']
+  began = time.monotonic()
+
+  def seconds() -> float:
+    return seconds_before + time.monotonic() - began
+
+  with (
+    MetricsLog(workdir, resume_step=epochs_before + epoch_before) as log,
+    progress(
+      plan['epochs'], f'stage {stage}', 'epoch', initial=epoch_before, show=show_progress
+    ) as bar,
+  ):
+
+    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
+      log.write(epochs_before + epoch, stage=stage, epoch=epoch, **metrics)
+      bar.set_postfix(loss=f'{metrics["loss"]:.3f}', accuracy=f'{metrics["accuracy"]:.3f}')
+      bar.update(1)
+
+    def save(checkpoint: Checkpoint) -> None:
+      log.sync()
+      checkpoints.save(
+        resume,
+        _to_tree(checkpoint.state),
+        metadata={'stage': stage, 'sums': list(checkpoint.sums), 'seconds': seconds()},
+        overwrite=True,
+      )
+
+    state = training.fit(
+      model,
+      start,
+      train,
+      subset,
+      recipe=recipe,
+      epochs=plan['epochs'],
+      batch_size=config['batch_size'],
+      lr=plan['lr'],
+      schedule=config['schedule'],
+      key=named_key(config['seed'], 'train', stage),
+      on_epoch=on_epoch,
+      save=save,
+      save_every_seconds=config['save_every_seconds'],
+    )
+  return state, seconds()
+
+
+def _to_tree(state: TrainState) -> dict[str, Any]:
+  """A state as nested dicts: the optimiser's named tuples become a dict of numbered leaves."""
+  leaves = jax.tree.leaves(state.opt_state)
+  return {
+    'step': state.step,
+    'params': state.params,
+    'batch_stats': state.batch_stats,
+    'opt_state': {str(i): leaf for i, leaf in enumerate(leaves)},
+  }
+
+
+def _from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
+  leaves = [tree['opt_state'][str(i)] for i in range(len(tree['opt_state']))]
+  return TrainState(
+    step=tree['step'],
+    params=tree['params'],
+    batch_stats=tree.get('batch_stats', {}),
+    opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
+  )

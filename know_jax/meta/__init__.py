@@ -1,0 +1,1 @@
+"""The meta-dataset of forgetting runs, and the training of KNOWN on it."""

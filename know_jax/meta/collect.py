@@ -1,0 +1,334 @@
+"""Collects the meta-dataset: many small forgetting runs with randomised settings.
+
+The paper, section 4.1: each run draws its sampling rate, learning rate and batch size, and keeps
+the weights after each of seven stages. A run is a function of the config and its own number alone,
+so that any run can be made again, and several workers can share one output folder.
+
+A finished run is two files in the output folder (format `know_jax.meta/1`):
+
+  runs/00017.safetensors   every leaf, path -> [7, ...], oldest (smallest subset) first
+  runs/00017.json          sealed: hyper-parameters, leaf kinds, accuracy of every stage, SHA-256
+                           of the safetensors file
+
+A run that diverged leaves the JSON file alone, with the reason.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from know_jax import forgetting, trees
+from know_jax.errors import UserError, unknown_name
+from know_jax.files import locked, read_sealed, write_atomic, write_sealed
+from know_jax.models import MODELS
+from know_jax.run_record import RunRecord, config_dict, progress
+from know_jax.training import OPTIMIZERS, DivergedError
+
+KIND = 'collect'
+FORMAT = 'know_jax.meta/1'
+
+
+def default_config() -> ConfigDict:
+  """Every field of a collection. A pair is a range to draw from, ends included."""
+  return ConfigDict(
+    {
+      'seed': 0,
+      'runs': 60,
+      # Run i takes family i mod F and data set (i div F) mod D: every pair as often as any other.
+      'families': ('cnn',),
+      'datasets': ('digits', 'mnist', 'fashion_mnist'),
+      'data_dir': placeholder(str),
+      # Family -> the widths to draw from; families not named take their own default.
+      'widths': {'cnn': (8, 12, 16)},
+      'stages': 7,
+      # Uniform, as in the paper; the lower end rises until the smallest subset fills a batch.
+      'rate': (0.3, 0.9),
+      'lr': (1e-5, 4e-3),
+      # Uniform up to the smallest subset's size, as in the paper, but at most this and rounded down
+      # to a power of two, so that runs share compiled steps.
+      'batch_size': (32, 128),
+      # Log-uniform: examples of D^0, drawn from the training set, and epochs of every stage.
+      'train_examples': (2000, 8000),
+      'epochs': (10, 40),
+      # At most this many steps over all stages; fewer epochs are trained where it would be more.
+      'max_steps': 6000,
+      # Share of runs with the paper's augmentation (rotation 10, shift 0.15, zoom 0.3).
+      'augmented': 0.5,
+      'optimizers': ('adam',),
+      'schedules': ('cosine', 'constant'),
+    }
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run of the meta-dataset.
+
+  Attributes:
+    number: which one.
+    about: the JSON file's content.
+    weights: path -> `[T, ...]`, oldest first; None if it diverged.
+  """
+
+  number: int
+  about: dict[str, Any]
+  weights: dict[str, np.ndarray] | None
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+  """Checks the names and ranges of a collection.
+
+  Raises:
+    UserError: a name is unknown or a range is empty.
+  """
+  for name in config['families']:
+    if name not in MODELS:
+      raise unknown_name('model', name, MODELS)
+  for name in config['optimizers']:
+    if name not in OPTIMIZERS:
+      raise unknown_name('optimizer', name, OPTIMIZERS)
+  for name in ('families', 'datasets', 'optimizers', 'schedules'):
+    if not config[name]:
+      raise UserError(f'{name} is empty; wanted at least one name.')
+  for name in ('rate', 'lr', 'batch_size', 'train_examples', 'epochs'):
+    low, high = config[name]
+    if not 0 < low <= high:
+      raise UserError(f'{name} is {tuple(config[name])}; wanted a range 0 < low <= high.')
+  if config['runs'] < 1 or config['stages'] < 2:
+    raise UserError(
+      f'runs is {config["runs"]} and stages {config["stages"]}; wanted at least 1 and 2.'
+    )
+
+
+def run_config(config: Mapping[str, Any], number: int) -> ConfigDict:
+  """The forgetting config of one run, a function of the collection's seed and the run's number."""
+  rng = np.random.default_rng([config['seed'], number])
+  families, datasets = config['families'], config['datasets']
+  family = families[number % len(families)]
+  dataset = datasets[number // len(families) % len(datasets)]
+  # Every number is drawn for every run, so that one field's range does not move the others' draws.
+  size, rate_at, lr_at, batch_at, epochs_at, augment_at = rng.random(6)
+  width_at, optimizer_at, schedule_at = rng.random(3)
+
+  available = _TRAIN_SIZES.get(dataset, config['train_examples'][1])
+  examples = min(round(_log_between(config['train_examples'], size)), available)
+  stages, smallest_batch = config['stages'], config['batch_size'][0]
+  # Two more than a batch: sizes are rounded at every stage.
+  floor = ((smallest_batch + 2) / examples) ** (1 / (stages - 1))
+  low, high = config['rate']
+  rate = max(low, floor) + rate_at * (max(high, floor) - max(low, floor))
+  smallest = int(examples * rate ** (stages - 1)) - 2
+  largest_batch = min(config['batch_size'][1], max(smallest, smallest_batch))
+  batch_size = smallest_batch + batch_at * (largest_batch - smallest_batch)
+  batch_size = max(smallest_batch, 1 << int(math.log2(batch_size)))
+  steps_an_epoch = sum(int(examples * rate**i) // batch_size for i in range(stages))
+  epochs = min(_log_between(config['epochs'], epochs_at), config['max_steps'] / steps_an_epoch)
+  lr_low, lr_high = config['lr']
+
+  run = forgetting.default_config()
+  run.seed = int(rng.integers(2**31 - 1))
+  run.dataset, run.data_dir = dataset, config['data_dir']
+  run.train_examples = examples
+  run.model = family
+  widths = config['widths'].get(family, ())
+  run.width = int(widths[int(width_at * len(widths))]) if widths else None
+  run.stages, run.rate, run.stratified = stages, float(rate), True
+  run.batch_size, run.epochs = batch_size, max(1, round(epochs))
+  run.lr = float(lr_low + lr_at * (lr_high - lr_low))
+  run.optimizer = config['optimizers'][int(optimizer_at * len(config['optimizers']))]
+  run.schedule = config['schedules'][int(schedule_at * len(config['schedules']))]
+  if augment_at < config['augmented']:
+    run.augmentation = {'rotation': 10.0, 'shift': 0.15, 'zoom': 0.3, 'flip': False}
+  return run
+
+
+# Sets with fewer training examples than a range's upper end.
+_TRAIN_SIZES = {'digits': 1400}
+
+
+def _log_between(ends: tuple[float, float], at: float) -> float:
+  low, high = ends
+  return float(low * (high / low) ** at)
+
+
+def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str:
+  """Collects the runs that the output folder still lacks.
+
+  Args:
+    config: the fields of `default_config`.
+    output: the folder; several processes and hosts may share it.
+    dry_run: only list the runs.
+
+  Returns:
+    A summary for the terminal.
+
+  Raises:
+    UserError: a value does not fit, or the folder belongs to another config.
+  """
+  config = config_dict(config)
+  check_config(config)
+  output = Path(output).expanduser()
+  if dry_run:
+    return _listing(config, output)
+  RunRecord.open(output, config, kind=KIND)
+  (output / 'runs').mkdir(exist_ok=True)
+  numbers = range(config['runs'])
+  with progress(len(numbers), 'collect', 'run') as bar:
+    waiting = list(numbers)
+    while waiting:
+      # Runs that another worker holds come round again, in case it dies.
+      number = waiting.pop(0)
+      if not _about_path(output, number).exists() and not _collect(config, output, number):
+        waiting.append(number)
+        continue
+      bar.update(1)
+  return summary(output)
+
+
+def _collect(config: Mapping[str, Any], output: Path, number: int) -> bool:
+  """Makes one run; False if another worker is at it."""
+  path = _about_path(output, number)
+  try:
+    with locked(path.with_suffix('.claim'), wait_seconds=1.0):
+      if path.exists():
+        return True
+      workdir = output / 'running' / path.stem
+      settings = run_config(config, number)
+      try:
+        record = forgetting.run(settings, workdir, show_progress=False)
+      except DivergedError as error:
+        write_sealed(path, {**_about(number, settings), 'diverged': str(error)})
+      else:
+        _pack(path, number, settings, workdir, record)
+      shutil.rmtree(workdir)
+      return True
+  except TimeoutError:
+    return False
+
+
+def _pack(path: Path, number: int, settings: ConfigDict, workdir: Path, record: RunRecord) -> None:
+  """Writes a finished run's two files; the JSON file, last, makes it count."""
+  trajectory, _ = forgetting.load_trajectory(workdir)
+  weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
+  data = safetensors.numpy.save(weights, {'format': FORMAT})
+  write_atomic(path.with_suffix('.safetensors'), data)
+  write_sealed(
+    path,
+    {
+      **_about(number, settings),
+      'kinds': trees.leaf_kinds(trajectory.newest),
+      'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
+      'stages': record['stages'],
+      'final_train_loss': _flatness(workdir),
+      'parameters': record['parameters'],
+      'weights_sha256': hashlib.sha256(data).hexdigest(),
+    },
+  )
+
+
+def _about(number: int, settings: ConfigDict) -> dict[str, Any]:
+  return {'format': FORMAT, 'number': number, 'config': config_dict(settings)}
+
+
+def _flatness(workdir: Path) -> dict[str, float]:
+  """Stage 0's training loss at its end and a fifth of its epochs before: has it flattened?"""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  losses = [line['loss'] for line in lines if line['stage'] == 0]
+  return {'end': losses[-1], 'before': losses[max(0, len(losses) - 1 - max(1, len(losses) // 5))]}
+
+
+def _about_path(output: Path, number: int) -> Path:
+  return output / 'runs' / f'{number:05d}.json'
+
+
+def read_runs(output: str | Path) -> Iterator[Run]:
+  """Reads the finished runs of a meta-dataset, in order of their numbers.
+
+  Raises:
+    UserError: there is none, or a file is missing, damaged or foreign; it is named.
+  """
+  folder = Path(output).expanduser() / 'runs'
+  paths = sorted(folder.glob('[0-9]*.json'))
+  if not paths:
+    raise UserError(f'{folder}: no finished runs; make some with bin/collect.py.')
+  for path in paths:
+    about = read_sealed(path, 'run')
+    if about.get('format') != FORMAT:
+      raise UserError(f'{path}: format {about.get("format")!r}; wanted {FORMAT!r}.')
+    yield Run(about['number'], about, None if 'diverged' in about else _read_weights(path, about))
+
+
+def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  file = path.with_suffix('.safetensors')
+  try:
+    data = file.read_bytes()
+  except OSError as error:
+    raise UserError(
+      f'{file}: cannot be read ({error.strerror}); wanted the weights of a run.'
+    ) from error
+  found = hashlib.sha256(data).hexdigest()
+  if found != about['weights_sha256']:
+    raise UserError(
+      f'{file}: sha256 {found[:12]}...; wanted {about["weights_sha256"][:12]}..., as in {path}.'
+    )
+  return safetensors.numpy.load(data)
+
+
+def forgot(about: Mapping[str, Any]) -> bool:
+  """Whether test accuracy fell from every stage to the next smaller one."""
+  accuracies = [stage['test_accuracy'] for stage in about['stages']]
+  return all(after < before for before, after in itertools.pairwise(accuracies))
+
+
+def summary(output: str | Path) -> str:
+  """What a meta-dataset holds: runs by family and data set, and how many of them forgot."""
+  abouts = [run.about for run in read_runs(output)]
+  good = [about for about in abouts if 'diverged' not in about]
+  falls = [
+    after['test_accuracy'] < before['test_accuracy']
+    for about in good
+    for before, after in itertools.pairwise(about['stages'])
+  ]
+  lines = [f'{len(good)} runs, {len(abouts) - len(good)} diverged, in {output}']
+  pairs = sorted({(a['config']['model'], a['config']['dataset']) for a in good})
+  for pair in pairs:
+    group = [a for a in good if (a['config']['model'], a['config']['dataset']) == pair]
+    first = np.mean([a['stages'][0]['test_accuracy'] for a in group])
+    last = np.mean([a['stages'][-1]['test_accuracy'] for a in group])
+    lines.append(
+      f'  {pair[0]:<14} {pair[1]:<14} {len(group):>4} runs, accuracy {first:.1%} -> {last:.1%}'
+    )
+  if good:
+    lines.append(
+      f'test accuracy fell in {np.mean(falls):.0%} of stages, and at every stage in '
+      f'{np.mean([forgot(a) for a in good]):.0%} of runs'
+    )
+  return '\n'.join(lines)
+
+
+def _listing(config: Mapping[str, Any], output: Path) -> str:
+  header = (
+    f'{"run":>5} {"model":<14} {"width":>5} {"data set":<14} {"examples":>8} {"rate":>5} '
+    f'{"lr":>8} {"batch":>5} {"epochs":>6} {"optimizer":<9} {"schedule":<9} augmented'
+  )
+  lines = [header]
+  for number in range(config['runs']):
+    c = run_config(config, number)
+    done = ' (done)' if _about_path(output, number).exists() else ''
+    lines.append(
+      f'{number:>5} {c.model:<14} {c.width or "-":>5} {c.dataset:<14} {c.train_examples:>8} '
+      f'{c.rate:>5.2f} {c.lr:>8.1e} {c.batch_size:>5} {c.epochs:>6} {c.optimizer:<9} '
+      f'{c.schedule:<9} {"yes" if c.augmentation.rotation else "no"}{done}'
+    )
+  return '\n'.join(lines)

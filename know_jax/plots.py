@@ -1,0 +1,114 @@
+"""Pictures. Matplotlib is imported where it draws, and draws to files only."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from know_jax import trees
+from know_jax.trajectory import Trajectory
+
+_MARKERS = 'osD^vP*X<>hp'
+
+
+def plot_nowcast(
+  path: Path,
+  trajectory: Trajectory,
+  predictions: Mapping[str, Sequence[Any]],
+  history_accuracy: Sequence[float],
+  rate: float,
+) -> None:
+  """Draws a trajectory with its predictions in a plane, and test accuracy against amount of data.
+
+  Args:
+    path: the PNG file to write.
+    trajectory: the history, oldest first.
+    predictions: predictor -> objects with `variables`, `multiple` and `accuracy`, nearest first;
+      weights with NaN or infinity have no place in the plane.
+    history_accuracy: test accuracy of the stages, all data first.
+    rate: r.
+  """
+  # Figure and Agg canvas without pyplot: no global state, no display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  history = [_flat(stage) for stage in trajectory]
+  points = {name: _finite(_flat(p.variables) for p in group) for name, group in predictions.items()}
+  everything = np.stack([*history, *(x for group in points.values() for x in group)])
+  plane, shares = principal_plane(everything)
+
+  figure = Figure(figsize=(13, 5.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  left, right = figure.subplots(1, 2)
+  colors = {name: f'C{i % 10}' for i, name in enumerate(predictions)}
+
+  past = plane[: len(history)]
+  left.plot(*past.T, '-o', color='black', label='history (stages)')
+  for stage, point in enumerate(past):
+    age = len(past) - 1 - stage
+    left.annotate(f'$\\Theta^{age}$', point, textcoords='offset points', xytext=(6, 6))
+  start = len(history)
+  for i, (name, group) in enumerate(points.items()):
+    ahead = np.vstack([past[-1:], plane[start : start + len(group)]])
+    start += len(group)
+    left.plot(*ahead.T, '--', color=colors[name], linewidth=1)
+    left.plot(*ahead[1:].T, _MARKERS[i % len(_MARKERS)], color=colors[name], label=name)
+  left.set_xlabel(f'first principal component ({shares[0]:.0%} of variance)')
+  left.set_ylabel(f'second principal component ({shares[1]:.0%})')
+  left.set_title('Predicted leaves of the network, in the plane that shows most of them')
+  left.legend(fontsize=8)
+
+  amounts = [rate**i for i in range(len(history_accuracy))]
+  right.plot(amounts, history_accuracy, '-o', color='black', label='history (stages)')
+  for i, (name, ahead_of) in enumerate(predictions.items()):
+    right.plot(
+      [1.0, *(p.multiple for p in ahead_of)],
+      [history_accuracy[0], *(p.accuracy for p in ahead_of)],
+      '--' + _MARKERS[i % len(_MARKERS)],
+      color=colors[name],
+      linewidth=1,
+      label=name,
+    )
+  right.set_xscale('log', base=2)
+  right.axvline(1.0, color='grey', linewidth=0.5)
+  right.set_xlabel('amount of data, as a multiple of the training set (beyond 1: predicted)')
+  right.set_ylabel('test accuracy of the weights as they are')
+  right.set_title('Before any further training')
+  right.legend(fontsize=8)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+
+
+def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Coordinates in the plane of the two first principal components.
+
+  Args:
+    points: `[n, d]`, n at least 2; d may be in the millions: only an n x n matrix is decomposed.
+
+  Returns:
+    Coordinates `[n, 2]` and the two components' shares of the variance, `[2]`. The sign of a
+    component is such that the last point of the first half lies on its positive side or at 0.
+  """
+  centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+  values, vectors = np.linalg.eigh(centred @ centred.T)
+  values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+  coordinates = vectors[:, :2] * np.sqrt(values[:2])
+  middle = coordinates[(len(points) - 1) // 2]
+  coordinates = coordinates * np.where(middle < 0, -1.0, 1.0)
+  return coordinates, values[:2] / max(values.sum(), np.finfo(np.float64).tiny)
+
+
+def _finite(vectors: Iterable[np.ndarray]) -> list[np.ndarray]:
+  return [vector for vector in vectors if np.isfinite(vector).all()]
+
+
+def _flat(variables: Any) -> np.ndarray:
+  """The leaves that are predicted, as one vector."""
+  kinds = trees.leaf_kinds(variables)
+  leaves = trees.named_leaves(jax.device_get(variables))
+  parts = [
+    np.ravel(leaf).astype(np.float32) for path, leaf in leaves.items() if kinds[path] != trees.KEEP
+  ]
+  return np.concatenate(parts)

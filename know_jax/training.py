@@ -1,0 +1,424 @@
+"""Training on all local devices: state, pmapped train and eval steps, schedules, fit.
+
+The only module that knows pmap. A step computes what one device would with the whole batch:
+gradients are averaged over devices, BatchNorm statistics are those of the global batch, and every
+random number belongs to an example's place in the batch, not to a device. What changes from step to
+step (learning rate, keys, example indices) is an argument of the compiled step, so that runs that
+differ in nothing else share one compilation.
+"""
+
+import dataclasses
+import functools
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from know_jax import trees
+from know_jax.augmentation import Augmentation, augment
+from know_jax.data import mean_image, to_device_input
+from know_jax.errors import UserError, unknown_name
+from know_jax.signals import Terminated, uninterrupted
+
+AXIS = 'batch'
+"""The pmapped axis; models take it as `axis_name` to share BatchNorm statistics."""
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+  # Without the learning rate, which the step multiplies in.
+  'adam': lambda weight_decay: _decayed(optax.scale_by_adam(eps=1e-7), 0.0, weight_decay),
+  'adamw': lambda weight_decay: _decayed(optax.scale_by_adam(eps=1e-7), weight_decay, 0.0),
+  'sgd': lambda weight_decay: _decayed(optax.trace(decay=0.9), 0.0, weight_decay),
+}
+"""Name -> weight decay -> transformation; epsilon 1e-7 is Keras' default, the authors'."""
+
+SCHEDULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+  'constant': np.ones_like,
+  'cosine': lambda done: 0.5 * (1 + np.cos(np.pi * done)),
+}
+"""Name -> (share of the training done, [steps]) -> factor of the learning rate."""
+
+
+class DivergedError(UserError):
+  """The loss is no longer finite."""
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What training changes.
+
+  Attributes:
+    step: the number of steps done, int32 scalar.
+    params: the model's parameters.
+    batch_stats: BatchNorm running statistics; `{}` for a model without.
+    opt_state: the optimiser's state.
+  """
+
+  step: Any
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """`{'params': ...}` and, if there are any, `'batch_stats'`: what `model.apply` takes."""
+    return variables_dict(self.params, self.batch_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a compiled train step depends on beside the model and the shapes.
+
+  Attributes:
+    optimizer: a name in `OPTIMIZERS`.
+    weight_decay: L2 penalty for adam and sgd, decoupled for adamw; on kernels only.
+    augmentation: applied on the device, after the mean image is subtracted.
+    frozen: paths of the parameters that do not move.
+  """
+
+  optimizer: str = 'adam'
+  weight_decay: float = 0.0
+  augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+  frozen: frozenset[str] = frozenset()
+
+  def __post_init__(self) -> None:
+    if self.optimizer not in OPTIMIZERS:
+      raise unknown_name('optimizer', self.optimizer, OPTIMIZERS)
+    if self.weight_decay < 0:
+      raise UserError(f'weight_decay is {self.weight_decay}; wanted at least 0.')
+
+
+@flax.struct.dataclass
+class DeviceData:
+  """Images, labels and the mean image, a copy on every device: leaves `[devices, ...]`."""
+
+  images: Any
+  labels: Any
+  mean: Any
+
+
+def named_key(seed: int, *names: str | int) -> jax.Array:
+  """The random key for one purpose of a run, from its one seed: the same on every machine."""
+  key = jax.random.key(seed)
+  for name in names:
+    key = jax.random.fold_in(key, zlib.crc32(str(name).encode()))
+  return key
+
+
+def variables_dict(params: Any, batch_stats: Any) -> dict[str, Any]:
+  """The variables of a model; no `batch_stats` entry where there are no statistics."""
+  return {'params': params, 'batch_stats': batch_stats} if batch_stats else {'params': params}
+
+
+def put_data(images: np.ndarray, labels: np.ndarray, mean: np.ndarray | None = None) -> DeviceData:
+  """Copies a data set to every local device, images as uint8.
+
+  Args:
+    images: uint8 `[N, H, W, C]`.
+    labels: int32 `[N]`.
+    mean: the image to subtract, float32 `[H, W, C]`; None: the mean of these images / 255.
+  """
+  mean = mean_image(images) if mean is None else mean
+  return replicate(DeviceData(images, labels.astype(np.int32), np.asarray(mean, np.float32)))
+
+
+def init_variables(model: nn.Module, key: jax.Array, input_shape: tuple[int, ...]) -> Any:
+  """Fresh variables of a model; `input_shape` is `(H, W, C)`."""
+  return _init_fn(model)(key, jnp.zeros((1, *input_shape)))
+
+
+@functools.lru_cache(maxsize=64)
+def _init_fn(model: nn.Module) -> Callable[..., Any]:
+  return jax.jit(functools.partial(model.init, train=False))
+
+
+def create_state(variables: Any, recipe: Recipe) -> TrainState:
+  """A state at step 0 with a fresh optimiser; not yet replicated."""
+  params = variables['params']
+  return TrainState(
+    step=np.int32(0),
+    params=params,
+    batch_stats=variables.get('batch_stats', {}),
+    opt_state=_optimizer(recipe).init(params),
+  )
+
+
+def learning_rates(schedule: str, lr: float, total_steps: int) -> np.ndarray:
+  """The learning rate of every step, float32 `[total_steps]`.
+
+  Cosine decay (Loshchilov and Hutter, 2017) goes from lr at step 0 to 0 at step `total_steps`.
+
+  Raises:
+    UserError: there is no such schedule, or lr is negative or not finite.
+  """
+  if schedule not in SCHEDULES:
+    raise unknown_name('schedule', schedule, SCHEDULES)
+  if not (np.isfinite(lr) and lr >= 0):
+    raise UserError(f'the learning rate is {lr}; wanted a finite number of at least 0.')
+  done = np.arange(total_steps, dtype=np.float64) / max(total_steps, 1)
+  return (lr * SCHEDULES[schedule](done)).astype(np.float32)
+
+
+def check_batch_size(batch_size: int, examples: int, what: str) -> None:
+  """Checks that batches split over the local devices and that the data fill at least one.
+
+  Raises:
+    UserError: they do not; `what` names the data.
+  """
+  devices = jax.local_device_count()
+  if batch_size < 1 or batch_size % devices:
+    raise UserError(
+      f'batch_size is {batch_size}; wanted a positive multiple of the {devices} local devices.'
+    )
+  if examples < batch_size:
+    raise UserError(f'{what} has {examples} examples; wanted at least batch_size = {batch_size}.')
+
+
+class Checkpoint(NamedTuple):
+  """Where a training stands between two steps.
+
+  Attributes:
+    state: not replicated.
+    sums: loss and accuracy summed over the steps of the unfinished epoch.
+  """
+
+  state: TrainState
+  sums: tuple[float, float] = (0.0, 0.0)
+
+
+def fit(
+  model: nn.Module,
+  start: Checkpoint,
+  data: DeviceData,
+  indices: np.ndarray,
+  *,
+  recipe: Recipe,
+  epochs: int,
+  batch_size: int,
+  lr: float,
+  schedule: str,
+  key: jax.Array,
+  on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, metrics: None,
+  save: Callable[[Checkpoint], None] | None = None,
+  save_every_seconds: float = 60.0,
+) -> TrainState:
+  """Trains on a subset of the data, from wherever `start` stands to the end.
+
+  Each epoch visits a fresh permutation of `indices`, a function of `key` and the epoch; the last,
+  incomplete batch is left out. From any checkpoint the result is, on the same machine, bit for bit
+  that of an uninterrupted training.
+
+  Args:
+    model: a Flax module with BatchNorm axis `AXIS`.
+    start: `Checkpoint(create_state(...))`, or one that `save` was given.
+    data: the whole data set.
+    indices: the examples to train on, int32 `[n]`, n >= batch_size.
+    recipe: what the state was created with.
+    epochs: how many epochs make the whole training.
+    batch_size: over all devices.
+    lr: the first learning rate.
+    schedule: a name in `SCHEDULES`.
+    key: decides order and augmentation.
+    on_epoch: called after each epoch with its number (1 is the first) and the mean training loss
+      and accuracy.
+    save: called between steps at most every `save_every_seconds`, and before SIGINT or SIGTERM
+      ends the training.
+    save_every_seconds: see `save`.
+
+  Returns:
+    The trained state, NumPy arrays, not replicated.
+
+  Raises:
+    DivergedError: the loss of an epoch is not finite, or a weight after the last one.
+  """
+  check_batch_size(batch_size, len(indices), 'the training subset')
+  devices = jax.local_device_count()
+  steps = len(indices) // batch_size
+  rates = learning_rates(schedule, lr, epochs * steps)
+  step_fn = train_step(model, recipe)
+  order_key, augment_key = jax.random.split(key)
+  first = int(start.state.step)
+  state, sums, pending = replicate(start.state), start.sums, list[Any]()
+  saved = time.monotonic()
+  batches: Any = None
+
+  def checkpoint() -> Checkpoint:
+    return Checkpoint(unreplicate(state), _add(sums, pending))
+
+  try:
+    for done in range(first, epochs * steps):
+      epoch, i = divmod(done, steps)
+      if done == first or i == 0:
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), indices))
+        batches = order[: steps * batch_size].reshape(steps, devices, batch_size // devices)
+      # A signal in here waits until state, sums and what on_epoch wrote agree again.
+      with uninterrupted():
+        state, metrics = step_fn(state, data, batches[i], rates[done], augment_key)
+        pending.append(metrics)
+        if i == steps - 1:
+          loss, accuracy = (total / steps for total in _add(sums, pending))
+          sums, pending = (0.0, 0.0), []
+          if not np.isfinite(loss):
+            raise DivergedError(
+              f'the loss is {loss} in epoch {epoch + 1} at learning rate {lr}; wanted a finite one.'
+            )
+          on_epoch(epoch + 1, {'loss': loss, 'accuracy': accuracy})
+        if save and done + 1 < epochs * steps and time.monotonic() - saved > save_every_seconds:
+          save(checkpoint())
+          saved = time.monotonic()
+  except (KeyboardInterrupt, Terminated):
+    if save:
+      save(checkpoint())
+    raise
+  trained = unreplicate(state)
+  # The loss of a step is that before its update: it cannot tell what the last update did.
+  for path, leaf in trees.named_leaves(trained.variables).items():
+    if not np.isfinite(leaf).all():
+      raise DivergedError(
+        f'leaf {path!r} holds NaN or infinity after the last step at learning rate {lr}; wanted '
+        'finite weights.'
+      )
+  return trained
+
+
+def _add(sums: tuple[float, float], pending: list[Any]) -> tuple[float, float]:
+  """Adds the metrics of steps one after the other, so that a resumed sum has the same bits."""
+  loss, accuracy = sums
+  for step in jax.device_get(pending):
+    loss, accuracy = loss + float(step[0][0]), accuracy + float(step[1][0])
+  return loss, accuracy
+
+
+def evaluate(
+  model: nn.Module, variables: Any, data: DeviceData, *, batch_size: int = 512
+) -> dict[str, float]:
+  """Mean cross-entropy and accuracy over a data set, with running statistics.
+
+  Args:
+    model: a Flax module.
+    variables: its variables, not replicated.
+    data: the data set.
+    batch_size: examples a device takes at a time.
+
+  Returns:
+    `{'loss': ..., 'accuracy': ...}`; accuracy in [0, 1].
+  """
+  size, devices = data.labels.shape[1], jax.local_device_count()
+  per_device = min(batch_size, -(-size // devices))
+  batch = per_device * devices
+  padded = np.arange(-(-size // batch) * batch, dtype=np.int32)
+  replicated = replicate(variables)
+  sums = [
+    eval_step(model)(replicated, data, index) for index in padded.reshape(-1, devices, per_device)
+  ]
+  totals = np.sum([[float(x[0]) for x in s] for s in jax.device_get(sums)], axis=0)
+  return {'loss': totals[0] / size, 'accuracy': totals[1] / size}
+
+
+@functools.lru_cache(maxsize=64)
+def train_step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
+  """The pmapped train step: (state, data, indices [devices, b], lr, key) -> state, metrics.
+
+  Metrics are the mean loss and accuracy of the global batch, before the update.
+  """
+
+  def step(state: TrainState, data: DeviceData, index: Any, lr: Any, key: Any) -> Any:
+    images = to_device_input(data.images[index], data.mean)
+    place = jax.lax.axis_index(AXIS) * index.shape[0] + jnp.arange(index.shape[0])
+    step_key = jax.random.fold_in(key, state.step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(place)
+    images = augment(keys, images, recipe.augmentation)
+    labels = data.labels[index]
+
+    def loss_fn(params: Any) -> Any:
+      variables = variables_dict(params, state.batch_stats)
+      logits, updated = model.apply(variables, images, train=True, mutable=['batch_stats'])
+      loss, correct = _loss_and_correct(logits, labels)
+      return loss.mean(), (correct.mean(), updated.get('batch_stats', {}))
+
+    (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grads, loss, accuracy, batch_stats = jax.lax.pmean((grads, loss, accuracy, batch_stats), AXIS)
+    updates, opt_state = _optimizer(recipe).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - lr.astype(p.dtype) * u, state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), (loss, accuracy)
+
+  return jax.pmap(step, AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=64)
+def eval_step(model: nn.Module) -> Callable[..., Any]:
+  """The pmapped eval step: (variables, data, indices [devices, b]) -> sums of loss and correct.
+
+  Indices beyond the end of the data are padding and count nothing.
+  """
+
+  def step(variables: Any, data: DeviceData, index: Any) -> Any:
+    real = index < data.labels.shape[0]
+    index = jnp.where(real, index, 0)
+    images = to_device_input(data.images[index], data.mean)
+    logits: Any = model.apply(variables, images, train=False)
+    loss, correct = _loss_and_correct(logits, data.labels[index])
+    return jax.lax.psum(((loss * real).sum(), (correct * real).sum()), AXIS)
+
+  return jax.pmap(step, AXIS)
+
+
+def _loss_and_correct(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  logits = logits.astype(jnp.float32)
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return loss, (logits.argmax(-1) == labels).astype(jnp.float32)
+
+
+def _decayed(
+  direction: optax.GradientTransformation, decoupled: float, coupled: float
+) -> optax.GradientTransformation:
+  """Weight decay of kernels, before the direction (a penalty) or after it (decoupled)."""
+
+  def kernels(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  parts = [direction]
+  if coupled:
+    parts.insert(0, optax.add_decayed_weights(coupled, kernels))
+  if decoupled:
+    parts.append(optax.add_decayed_weights(decoupled, kernels))
+  return optax.chain(*parts)
+
+
+def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  optimizer = OPTIMIZERS[recipe.optimizer](recipe.weight_decay)
+  if not recipe.frozen:
+    return optimizer
+
+  def labels(params: Any) -> Any:
+    paths, treedef = trees.leaf_paths(params), jax.tree.structure(params)
+    moving = ['frozen' if path in recipe.frozen else 'moving' for path in paths]
+    return jax.tree.unflatten(treedef, moving)
+
+  return optax.multi_transform({'moving': optimizer, 'frozen': optax.set_to_zero()}, labels)
+
+
+def replicate(tree: Any) -> Any:
+  """A copy of every leaf on every local device: leaves `[devices, ...]`, laid out as pmap wants."""
+  devices = jax.local_device_count()
+  stacked = jax.tree.map(
+    lambda x: np.broadcast_to(x, (devices, *np.shape(x))), jax.device_get(tree)
+  )
+  return _identity()(stacked)
+
+
+@functools.cache
+def _identity() -> Callable[..., Any]:
+  # Under the axis name of the steps: arrays laid out under another would make each compile twice.
+  return jax.pmap(lambda x: x, AXIS)
+
+
+def unreplicate(tree: Any) -> Any:
+  """The copy of the first device, as NumPy arrays."""
+  return jax.device_get(jax.tree.map(lambda x: x[0], tree))

@@ -1,0 +1,225 @@
+"""The meta-dataset: what is drawn, what is kept, and that nothing is made twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from know_jax import forgetting, trees
+from know_jax.errors import UserError
+from know_jax.meta import collect
+from know_jax.run_record import config_dict
+from know_jax.subsets import nested_subsets
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_config() -> ConfigDict:
+  config = collect.default_config()
+  config.runs = 2
+  config.datasets = ('digits',)
+  config.widths = {'cnn': (2,)}
+  config.train_examples = (1400, 1400)
+  config.epochs = (1, 1)
+  config.rate = (0.6, 0.6)
+  config.augmented = 0.0
+  return config
+
+
+@pytest.fixture(scope='module')
+def collected(tmp_path_factory):
+  output = tmp_path_factory.mktemp('meta')
+  summary = collect.run(tiny_config(), output)
+  return output, summary
+
+
+def test_every_run_is_a_function_of_seed_and_number():
+  config = config_dict(collect.default_config())
+  first = [config_dict(collect.run_config(config, n)) for n in range(20)]
+  again = [config_dict(collect.run_config({**config, 'runs': 1000}, n)) for n in range(20)]
+  other = [config_dict(collect.run_config({**config, 'seed': 1}, n)) for n in range(20)]
+  assert first == again
+  assert all(a != b for a, b in zip(first, other, strict=True))
+  assert len({run['seed'] for run in first}) == 20
+
+
+def test_one_range_does_not_move_the_draws_of_another():
+  config = config_dict(collect.default_config())
+  narrow = {**config, 'lr': [1e-3, 1e-3]}
+  for number in range(10):
+    a, b = (config_dict(collect.run_config(c, number)) for c in (config, narrow))
+    assert {k: v for k, v in a.items() if k != 'lr'} == {k: v for k, v in b.items() if k != 'lr'}
+
+
+def test_draws_are_in_their_ranges_and_the_grid_is_balanced():
+  config = config_dict(collect.default_config())
+  config = {
+    **config,
+    'families': ['cnn', 'cnn_bn'],
+    'datasets': ['digits', 'mnist', 'fashion_mnist'],
+  }
+  pairs = []
+  for number in range(120):
+    run = collect.run_config(config, number)
+    pairs.append((run.model, run.dataset))
+    assert 0.3 <= run.rate <= 0.9
+    assert 1e-5 <= run.lr <= 4e-3
+    assert run.batch_size in (32, 64, 128)
+    assert run.train_examples <= 8000 and run.train_examples >= 1400
+    steps = sum(int(run.train_examples * run.rate**i) // run.batch_size for i in range(7))
+    assert run.epochs == 1 or run.epochs * steps <= 6000 + steps
+    assert run.augmentation.rotation in (0.0, 10.0)
+  assert {pairs.count(pair) for pair in set(pairs)} == {20}
+
+
+@pytest.mark.parametrize('number', range(30))
+def test_the_smallest_subset_always_fills_a_batch(number):
+  run = collect.run_config(config_dict(collect.default_config()), number)
+  labels = np.arange(run.train_examples) % 10
+  key = jax.random.key(run.seed)
+  subsets = nested_subsets(key, labels, rate=run.rate, phases=7, stratified=True)
+  assert len(subsets[-1]) >= run.batch_size
+
+
+def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
+  output, _ = collected
+  run = next(collect.read_runs(output))
+  settings = collect.run_config(config_dict(tiny_config()), 0)
+  record = forgetting.run(settings, tmp_path / 'direct', show_progress=False)
+  trajectory, _ = forgetting.load_trajectory(tmp_path / 'direct')
+  wanted = trees.named_leaves(trajectory.weights)
+  assert set(run.weights) == set(wanted)
+  for path, leaf in wanted.items():
+    np.testing.assert_array_equal(run.weights[path], leaf, err_msg=path)
+    assert leaf.shape[0] == 7
+  assert run.about['kinds'] == trees.leaf_kinds(trajectory.newest)
+  accuracies = [stage['test_accuracy'] for stage in run.about['stages']]
+  assert accuracies == [stage['test_accuracy'] for stage in record['stages']]
+  assert run.about['config'] == json.loads(json.dumps(config_dict(settings)))
+  assert run.about['final_train_loss']['end'] > 0
+
+
+def test_summary_counts_runs_and_falls(collected):
+  output, summary = collected
+  assert '2 runs, 0 diverged' in summary
+  assert 'cnn' in summary and 'digits' in summary
+  falls = [
+    after['test_accuracy'] < before['test_accuracy']
+    for run in collect.read_runs(output)
+    for before, after in zip(run.about['stages'][:-1], run.about['stages'][1:], strict=True)
+  ]
+  assert f'fell in {np.mean(falls):.0%} of stages' in summary
+
+
+def test_a_second_call_makes_nothing_again(collected):
+  output, summary = collected
+  before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (output / 'runs').iterdir()}
+  assert collect.run(tiny_config(), output) == summary
+  assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (output / 'runs').iterdir()} == before
+  assert not list((output / 'running').iterdir())
+
+
+def test_a_lost_run_is_made_again_with_the_same_bits(collected):
+  output, _ = collected
+  paths = [output / 'runs' / f'00001.{suffix}' for suffix in ('json', 'safetensors')]
+  weights = paths[1].read_bytes()
+  for path in paths:
+    path.unlink()
+  collect.run(tiny_config(), output)
+  assert safetensors.numpy.load(paths[1].read_bytes()).keys()
+  assert paths[1].read_bytes() == weights
+
+
+def test_another_config_is_refused_and_the_fields_are_named(collected):
+  output, _ = collected
+  config = tiny_config()
+  config.runs = 3
+  with pytest.raises(UserError, match='runs'):
+    collect.run(config, output)
+
+
+def test_a_flipped_bit_is_noticed(collected, tmp_path):
+  output, _ = collected
+  folder = tmp_path / 'copy' / 'runs'
+  folder.mkdir(parents=True)
+  for path in (output / 'runs').iterdir():
+    (folder / path.name).write_bytes(path.read_bytes())
+  target = folder / '00001.safetensors'
+  data = bytearray(target.read_bytes())
+  data[len(data) // 2] ^= 1
+  target.write_bytes(bytes(data))
+  with pytest.raises(UserError, match=r'00001\.safetensors: sha256'):
+    list(collect.read_runs(tmp_path / 'copy'))
+  target.unlink()
+  with pytest.raises(UserError, match=r'00001\.safetensors: cannot be read'):
+    list(collect.read_runs(tmp_path / 'copy'))
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
+  config = tiny_config()
+  config.runs = 1
+  config.lr = (1e30, 1e30)
+  summary = collect.run(config, tmp_path)
+  assert '0 runs, 1 diverged' in summary
+  run = next(collect.read_runs(tmp_path))
+  assert run.weights is None and 'loss is' in run.about['diverged']
+
+
+def test_dry_run_lists_and_writes_nothing(tmp_path):
+  listing = collect.run(tiny_config(), tmp_path / 'none', dry_run=True)
+  assert len(listing.splitlines()) == 3
+  assert 'digits' in listing
+  assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('families', ('cnm',), "unknown model 'cnm'. Did you mean 'cnn'"),
+    ('families', (), 'families is empty'),
+    ('optimizers', ('adm',), "Did you mean 'adam"),
+    ('rate', (0.9, 0.3), 'rate is'),
+    ('stages', 1, 'stages 1'),
+  ],
+)
+def test_bad_settings_are_named_before_anything_is_written(tmp_path, field, value, message):
+  config = tiny_config()
+  config[field] = value
+  with pytest.raises(UserError, match=message.replace('.', r'\.').replace('(', r'\(')):
+    collect.run(config, tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_no_runs_is_an_error(tmp_path):
+  with pytest.raises(UserError, match='no finished runs'):
+    list(collect.read_runs(tmp_path))
+
+
+def test_two_workers_share_a_folder(tmp_path):
+  """Two processes at once: every run once, by one of them, and both end well."""
+  command = [sys.executable, str(ROOT / 'bin' / 'collect.py'), f'--output={tmp_path}/shared']
+  config = tmp_path / 'tiny.py'
+  config.write_text(
+    'import sys\n'
+    f'sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+    'from test_collect import tiny_config\n'
+    'def get_config():\n'
+    '  config = tiny_config()\n'
+    '  config.runs = 3\n'
+    '  return config\n'
+  )
+  command.append(f'--config={config}')
+  workers = [
+    subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(2)
+  ]
+  outputs = [worker.communicate(timeout=300) for worker in workers]
+  assert [worker.returncode for worker in workers] == [0, 0], outputs
+  assert all('3 runs, 0 diverged' in out for out, _ in outputs)
+  assert [run.number for run in collect.read_runs(tmp_path / 'shared')] == [0, 1, 2]

@@ -1,0 +1,106 @@
+"""Every file in configs/ fits its pipeline, and says what it is."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from know_jax import forgetting, training, transfer
+from know_jax.augmentation import Augmentation
+from know_jax.meta import collect, meta_training
+from know_jax.models import build_model
+from know_jax.run_record import config_dict
+
+ROOT = Path(__file__).parent.parent
+PIPELINES = {
+  'bin/forget.py': forgetting,
+  'bin/transfer.py': transfer,
+  'bin/collect.py': collect,
+  'bin/meta_train.py': meta_training,
+}
+# The embedded digits, and names of TFDS (its list takes seconds to import).
+DATASETS = {'digits', 'mnist', 'fashion_mnist', 'cifar10', 'cifar100'}
+
+FILES = sorted((ROOT / 'configs').glob('*.py'))
+every_file = pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+
+
+def header(path):
+  """The docstring of a config file, and the script of its command."""
+  text = runpy.run_path(str(path))['__doc__']
+  command = re.search(r'^Command: +python (bin/\w+\.py) (.*)$', text, re.MULTILINE)
+  assert command, f'{path.name} says no command'
+  return text, command[1], command[2]
+
+
+def load(path):
+  config = runpy.run_path(str(path))['get_config']()
+  assert isinstance(config, ConfigDict)
+  return config
+
+
+def fields(config, prefix=''):
+  """Dotted name -> type, for all fields."""
+  found = {}
+  for name in config:
+    found[prefix + name] = config.get_type(name)
+    if isinstance(config.get_oneway_ref(name).get(), ConfigDict):
+      found |= fields(config[name], f'{prefix}{name}.')
+  return found
+
+
+def test_there_are_configs_of_all_pipelines():
+  assert {header(path)[1] for path in FILES} == set(PIPELINES)
+
+
+@every_file
+def test_the_header_says_what_it_is(path):
+  text, script, flags = header(path)
+  assert re.fullmatch(r'\S.*\.', text.splitlines()[0])
+  assert (ROOT / script).is_file()
+  assert f'--config=configs/{path.name}' in flags
+  for name in ('Hardware', 'Paper'):
+    assert re.search(rf'^{name}: +\S', text, re.MULTILINE), name
+  # Other files that it names are there too.
+  for other in re.findall(r'(?:configs|bin)/\w+\.py', text):
+    assert (ROOT / other).is_file(), other
+
+
+@every_file
+def test_the_fields_are_those_of_the_pipeline(path):
+  wanted = PIPELINES[header(path)[1]].default_config()
+  assert fields(load(path)) == fields(wanted)
+  config_dict(load(path))  # It can be kept in a record.
+
+
+@every_file
+def test_names_and_values_are_known(path):
+  pipeline = PIPELINES[header(path)[1]]
+  config = config_dict(load(path))
+  if pipeline is collect:
+    collect.check_config(config)
+    assert set(config['datasets']) <= DATASETS
+  elif pipeline is forgetting:
+    assert config['dataset'] in DATASETS
+    build_model(config['model'], num_classes=2, width=config['width'], dtype=config['dtype'])
+    forgetting.recipe_of(config)
+    for stage in range(config['stages']):
+      assert forgetting.stage_plan(config, stage, 10 * config['batch_size'])['steps'] > 0
+  elif pipeline is transfer:
+    assert config['dataset'] in DATASETS
+    training.Recipe(config['optimizer'], augmentation=Augmentation(**config['augmentation']))
+    assert len(training.learning_rates(config['schedule'], config['lr'], 10)) == 10
+    classes = len(config['classes']) or 10
+    if config['labels_per_class']:
+      # Every labelled example is seen in every epoch.
+      assert config['labels_per_class'] * classes % config['batch_size'] == 0
+
+
+def test_the_demo_forgets_and_transfers_between_different_classes():
+  source, target = (
+    set(load(ROOT / 'configs' / f'{name}_digits.py').classes) for name in ('forget', 'transfer')
+  )
+  assert source | target == set(range(10))
+  assert not source & target

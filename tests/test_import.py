@@ -1,0 +1,118 @@
+"""What `import know_jax` needs and brings in, each in a fresh interpreter."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(source):
+  done = subprocess.run(
+    [sys.executable, '-W', 'error', '-c', source], cwd='/', capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+HISTORY = """
+import jax, numpy as np
+import know_jax
+from know_jax import known
+rng = np.random.default_rng(0)
+history = [
+  {'conv': {'kernel': rng.normal(size=(3, 3, 1, 2)).astype(np.float32)},
+   'head': {'kernel': rng.normal(size=(4, 3)).astype(np.float32), 'bias': np.ones(3, np.float32)}}
+  for _ in range(5)
+]
+shapes = jax.eval_shape(known.init_theta, jax.random.key(0))
+theta = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), shapes)
+def run(name, theta):
+  options = {'theta': theta} if name.startswith('known') else {}
+  predicted = know_jax.predict(history, 2, predictor=name, **options)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(predicted)), name
+"""
+
+
+def test_import_is_quick_and_neither_it_nor_predict_brings_in_the_heavy_packages():
+  heavy = (
+    'tensorflow', 'tensorflow_datasets', 'orbax', 'optax', 'sklearn', 'matplotlib', 'h5py',
+  )  # fmt: skip
+  out = run(f"""
+import sys, time
+import jax, flax
+start = time.perf_counter()
+import know_jax
+assert time.perf_counter() - start < 1.5
+def loaded():
+  return sorted({{name.split('.')[0] for name in sys.modules}} & set({heavy!r}))
+assert not loaded(), loaded()
+{HISTORY}
+run('known', theta)
+assert not loaded(), loaded()
+print('done')
+""")
+  assert out == 'done\n'
+
+
+def train_modules():
+  """The top-level modules of the packages that the extra `train` asks for."""
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  wanted = {
+    re.match(r'[\w.-]+', requirement)[0].lower()
+    for requirement in project['optional-dependencies']['train']
+  }
+  provided = importlib.metadata.packages_distributions()
+  found = {
+    module
+    for module, names in provided.items()
+    if {name.lower().replace('_', '-') for name in names} & {n.replace('_', '-') for n in wanted}
+  }
+  return sorted(module for module in found if module.isidentifier())
+
+
+# Fails every import of a module that core dependencies do not bring.
+BLOCK = """
+import sys
+class Block:
+  def find_spec(self, name, path=None, target=None):
+    if name.split('.')[0] in {blocked!r}:
+      raise ModuleNotFoundError('not a core dependency: ' + name, name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def core_only():
+  """Code that blocks what core dependencies do not bring; run it before any import."""
+  blocked = train_modules()
+  for module in ('optax', 'orbax', 'h5py', 'sklearn', 'tensorflow_datasets', 'PIL', 'tqdm'):
+    assert module in blocked
+  core = ('absl', 'scipy')  # Flax imports the one, JAX the other.
+  return BLOCK.format(blocked=[module for module in blocked if module not in core])
+
+
+def test_all_predictors_work_with_core_dependencies_only():
+  source = "for name in know_jax.PREDICTORS: run(name, theta)\nprint('done')"
+  assert run(core_only() + HISTORY + source) == 'done\n'
+
+
+def test_the_shipped_weights_work_with_core_dependencies_only():
+  source = "run('known', None)\nprint('done')"
+  assert run(core_only() + HISTORY + source) == 'done\n'
+
+
+def test_reading_the_authors_files_without_h5py_says_what_to_install(tmp_path):
+  out = run(
+    BLOCK.format(blocked=['h5py'])
+    + f"""
+import know_jax
+try:
+  know_jax.load_known({str(tmp_path)!r})
+except know_jax.UserError as error:
+  print(error)
+"""
+  )
+  assert 'needs h5py; pip install h5py' in out
