@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
   config.model = 'cnn'
   config.stages = 5
   config.rate = 0.5
+  config.width = 16
   config.batch_size = 128
-  config.epochs = 10
+  config.epochs = 8
   return config

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from know_jax import known, trees
 from know_jax.errors import UserError
 from know_jax.predictors import METHODS, Leaf, Method, check_options
-from know_jax.pretrained import load_known
+from know_jax.pretrained import load_known, parameter_shapes
 from know_jax.trajectory import Trajectory, check_stages, stacked_length
 
 BLOCK = 8192
@@ -40,8 +40,9 @@ def predict(
 
   A pure function of arrays: works under `jit` (with `steps`, `predictor`, `rate`, `kinds` and
   options static), `grad` (for the history and theta) and `vmap`. Leaves sharded by a
-  `NamedSharding` keep their sharding. bfloat16 and float16 are computed in float32 and returned in
-  their own dtype.
+  `NamedSharding` keep their sharding, and KNOWN moves no weight between devices; under a `jit` of
+  the caller's over a mesh with automatic axes XLA decides both. bfloat16 and float16 are computed
+  in float32 and returned in their own dtype.
 
   Args:
     params_history: the weights at T stages, oldest (smallest subset) first: a list or tuple of
@@ -195,14 +196,15 @@ def _read_history(params_history: Any) -> _History:
   return _History(leaves, structs, paths, jax.tree.structure(newest), length)
 
 
-def _check_finite(history: _History, predicted: Sequence[int]) -> None:
-  """Raises where a leaf to be predicted has NaN or infinity; traced histories are not checked."""
+def _check_finite(history: _History) -> None:
+  """Raises where a leaf, kept ones included, has NaN or infinity; not for traced histories."""
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(history.leaves)):
     return
+  floating = [i for i, s in enumerate(history.structs) if trees.is_floating(s)]
   # Evaluated now, also where the caller is being traced and the history is a constant of the trace.
   with jax.ensure_compile_time_eval():
-    finite = jax.device_get(_all_finite([history.leaves[i] for i in predicted]))
-  for i, leaf_is_finite in zip(predicted, finite, strict=True):
+    finite = jax.device_get(_all_finite([history.leaves[i] for i in floating]))
+  for i, leaf_is_finite in zip(floating, finite, strict=True):
     if not leaf_is_finite:
       stages = jax.device_get(history.leaves[i])
       counts = [int((~np.isfinite(np.asarray(s, np.float64))).sum()) for s in stages]
@@ -274,7 +276,7 @@ def _plan(
     theta = load_known() if theta is None else theta
     _check_theta(theta, {found[i] for i in predicted})
   _check_length(predictor, method, steps, history.length, options, theta)
-  _check_finite(history, predicted)
+  _check_finite(history)
   job = _Job(
     predictor=predictor,
     leaves=tuple(Leaf(history.paths[i], found[i]) for i in predicted),
@@ -290,6 +292,15 @@ def _check_theta(theta: Any, kinds: set[str]) -> None:
     raise UserError(
       f'theta has no parameters for leaves of kind {missing[0]!r}; it has {sorted(theta)}.'
     )
+  for kind in sorted(kinds):
+    found = {path: tuple(np.shape(leaf)) for path, leaf in trees.named_leaves(theta[kind]).items()}
+    length = (*found.get('weights/embed/kernel', ()), known.HISTORY_LENGTH)[0]
+    for path, shape in parameter_shapes(length).items():
+      if found.get(path) != shape:
+        raise UserError(
+          f'theta[{kind!r}] has {path!r} of shape {found.get(path)}; wanted {shape}, as load_known '
+          'gives it.'
+        )
 
 
 def _check_length(
@@ -351,7 +362,7 @@ def _run(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]) -> li
 
 
 def _let_xla_shard(fn: Callable[..., Any], sharding: NamedSharding | None) -> Callable[..., Any]:
-  """`fn` for arrays of this sharding: tsv's reshape has no explicit sharding that JAX could infer."""
+  """`fn` for arrays of this sharding: JAX infers no explicit one for the reshape of tsv."""
   if sharding is None or not sharding.mesh.are_all_axes_explicit:
     return fn
   return jax.sharding.auto_axes(fn, out_sharding=sharding)

@@ -137,7 +137,8 @@ def _load_keras(folder: Path) -> dict[str, Any]:
   return _nest(tensors)
 
 
-def _shapes(history_length: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of the parameters of one KNOWN that reads so many stages."""
   shapes: dict[str, tuple[int, ...]] = {}
   for stream, size in (('weights', history_length), ('differences', history_length - 1)):
     for layer, shape in {'embed': (size, 64), **_HIDDEN}.items():
@@ -148,7 +149,7 @@ def _shapes(history_length: int) -> dict[str, tuple[int, ...]]:
 def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
   first = tensors.get('conv/weights/embed/kernel')
   length = first.shape[0] if first is not None and first.ndim == 2 else HISTORY_LENGTH
-  wanted = {f'{k}/{name}': s for k in trees.KINDS for name, s in _shapes(length).items()}
+  wanted = {f'{k}/{name}': s for k in trees.KINDS for name, s in parameter_shapes(length).items()}
   for name in [*wanted, *tensors]:
     if name not in tensors:
       raise UserError(f'{where}: lacks tensor {name!r} of KNOWN.')

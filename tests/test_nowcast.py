@@ -5,6 +5,7 @@ import logging
 import math
 import operator
 
+import chex
 import flax.core
 import hypothesis
 import hypothesis.strategies as st
@@ -87,8 +88,8 @@ def assert_identical(found, wanted):
 
 
 def assert_close(found, wanted, rtol=1e-5, atol=1e-6):
-  trees.check_same(wanted, found, names=('wanted', 'found'))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, wanted)
+  chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+  chex.assert_trees_all_close(found, wanted, rtol=rtol, atol=atol)
 
 
 # --- structure, shapes, dtypes --------------------------------------------------------------------
@@ -745,6 +746,22 @@ def test_theta_must_have_every_kind_that_the_history_has(nothing_runs):
     r"no parameters for leaves of kind 'bias'; it has \['conv', 'fc'\]", make_history(), theta=theta
   )
   fails("no parameters for leaves of kind 'bias'; it has", make_history(), theta=THETA['conv'])
+
+
+def test_theta_must_have_the_shapes_of_known(nothing_runs):
+  fails(r"theta\['conv'\] has 'weights/embed/kernel' of shape None", make_history(),
+        theta={**THETA, 'conv': 1.0})  # fmt: skip
+  short = jax.tree.map(lambda leaf: leaf, THETA)
+  short['fc']['residual']['bias'] = np.zeros(2, np.float32)
+  fails(r"theta\['fc'\] has 'residual/bias' of shape \(2,\); wanted \(1,\)", make_history(),
+        theta=short)  # fmt: skip
+
+
+def test_what_is_not_finite_is_found_in_kept_leaves_too(nothing_runs):
+  history = [{'a': {'kernel': np.ones((2, 2), np.float32)}, 'n': {'scale': np.ones(3, np.float32)}}]
+  history = [jax.tree.map(np.array, history[0]) for _ in range(5)]
+  history[2]['n']['scale'][1] = np.inf
+  fails("leaf 'n/scale' has 1 of 3 values NaN or infinite at stage 2 of 5", history, theta=THETA)
 
 
 @pytest.mark.parametrize('name', [n for n in PREDICTORS if not n.startswith('known')])
