@@ -22,8 +22,10 @@ from know_jax.trajectory import Trajectory, check_stages, stacked_length
 BLOCK = 8192
 """Weights that KNOWN takes at a time: its temporaries (64 features each) stay in the cache."""
 
+_SMALL = 1 << 17
 _BATCH = 1 << 20
-"""At most this many weights of small leaves are copied together into one run of blocks."""
+"""Leaves of fewer than `_SMALL` weights are copied together, at most `_BATCH` weights at a time,
+into one run of blocks: a loop for each leaf would take long to compile."""
 
 
 def predict(
@@ -201,10 +203,10 @@ def _check_finite(history: _History) -> None:
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(history.leaves)):
     return
   floating = [i for i, s in enumerate(history.structs) if trees.is_floating(s)]
-  # Evaluated now, also where the caller is being traced and the history is a constant of the trace.
-  with jax.ensure_compile_time_eval():
-    finite = jax.device_get(_all_finite([history.leaves[i] for i in floating]))
-  for i, leaf_is_finite in zip(floating, finite, strict=True):
+  for i in floating:
+    # Evaluated now, also where the caller is traced and the history is a constant of the trace.
+    with jax.ensure_compile_time_eval():
+      leaf_is_finite = _is_finite(history.leaves[i])
     if not leaf_is_finite:
       stages = jax.device_get(history.leaves[i])
       counts = [int((~np.isfinite(np.asarray(s, np.float64))).sum()) for s in stages]
@@ -216,12 +218,34 @@ def _check_finite(history: _History) -> None:
       )
 
 
+def _is_finite(leaf: Any) -> bool:
+  """Whether the stages of a leaf, a tuple of arrays or one array, hold no NaN or infinity."""
+  for array in jax.tree.leaves(leaf):
+    if not isinstance(array, jax.Array):
+      parts = [array]
+    elif array.is_fully_replicated:
+      parts = [array.addressable_data(0)]
+    else:
+      parts = [shard.data for shard in array.addressable_shards]
+    for part in parts:
+      if isinstance(part, jax.Array) and next(iter(part.devices())).platform != 'cpu':
+        if not _all_finite(part):
+          return False
+      elif not _all_finite_on_host(np.asarray(part)):
+        return False
+  return True
+
+
+# On the host NumPy looks at the arrays where they lie: a compilation for every shape would take far
+# longer than the prediction.
+def _all_finite_on_host(array: np.ndarray) -> bool:
+  flat = array.reshape(-1)
+  return all(np.isfinite(flat[i : i + _BATCH]).all() for i in range(0, flat.size, _BATCH))
+
+
 @jax.jit
-def _all_finite(leaves: Any) -> list[jax.Array]:
-  return [
-    functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(leaf)])
-    for leaf in leaves
-  ]
+def _all_finite(array: jax.Array) -> jax.Array:
+  return jnp.isfinite(array).all()
 
 
 # --- the plan and its run -------------------------------------------------------------------------
@@ -394,7 +418,7 @@ def _run_known(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...])
   ):
     if sharding is not None:
       found[i] = _known_sharded(run, theta[info.kind], window, sharding)
-    elif math.prod(window[0].shape) < BLOCK:
+    elif math.prod(window[0].shape) < _SMALL:
       small.setdefault(info.kind, []).append(i)
     else:
       found[i] = run(theta[info.kind], window)

@@ -457,6 +457,7 @@ def test_leaves_without_weights_and_scalars_are_no_trouble():
 def small_blocks(monkeypatch):
   """Blocks of 16 weights and runs of at most 40, so that small leaves take every path."""
   monkeypatch.setattr(nowcast, 'BLOCK', 16)
+  monkeypatch.setattr(nowcast, '_SMALL', 16)
   monkeypatch.setattr(nowcast, '_BATCH', 40)
   nowcast._run.clear_cache()
   yield
@@ -544,7 +545,7 @@ def test_blocks_of_sharded_leaves(small_blocks):
 
 
 def test_a_leaf_larger_than_the_real_block():
-  history = make_history(shapes={'a': {'kernel': (2 * nowcast.BLOCK + 1001, 1)}})
+  history = make_history(shapes={'a': {'kernel': (nowcast._SMALL + 1001, 1)}})
   assert_close(know_jax.predict(history, theta=THETA), plain_known(history, 1))
 
 
