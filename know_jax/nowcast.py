@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,13 +74,10 @@ def predict(
   plan = _plan(params_history, steps, predictor, theta, rate, kinds, options)
   history = plan.history
   if steps == 0:
-    return history.unflatten(history.newest())
-  predicted = plan.run((steps,))
-  leaves = [
-    newest if leaf is None else leaf[0]
-    for newest, leaf in zip(history.newest(), predicted, strict=True)
-  ]
-  return history.unflatten(leaves)
+    return history.unflatten([history.newest(i) for i in range(len(history.leaves))])
+  return history.unflatten(
+    [history.newest(i) if leaf is None else leaf for i, leaf in enumerate(plan.run(steps))]
+  )
 
 
 def forecast(
@@ -105,9 +102,9 @@ def forecast(
   steps = _check_steps(steps, least=1)
   plan = _plan(params_history, steps, predictor, theta, rate, kinds, options)
   history = plan.history
+  predicted = plan.run(tuple(range(1, steps + 1)))
   leaves = [
-    _repeat(newest, steps) if leaf is None else leaf
-    for newest, leaf in zip(history.newest(), plan.run(tuple(range(1, steps + 1))), strict=True)
+    _repeat(history.newest(i), steps) if leaf is None else leaf for i, leaf in enumerate(predicted)
   ]
   return Trajectory(history.unflatten(leaves))
 
@@ -161,8 +158,8 @@ class _History:
   treedef: Any
   length: int
 
-  def newest(self) -> list[Any]:
-    return [leaf[-1] for leaf in self.leaves]
+  def newest(self, leaf: int) -> Any:
+    return self.leaves[leaf][-1]
 
   def unflatten(self, leaves: Sequence[Any]) -> trees.PyTree:
     return jax.tree.unflatten(self.treedef, leaves)
@@ -269,9 +266,16 @@ class _Plan:
   job: _Job
   theta: Any
 
-  def run(self, steps: tuple[int, ...]) -> list[jax.Array | None]:
-    """For every leaf the predictions `[len(steps), ...]`; None for kept leaves."""
-    found = _run([self.history.leaves[i] for i in self.predicted], self.theta, self.job, steps)
+  def run(self, steps: int | tuple[int, ...]) -> list[jax.Array | None]:
+    """The prediction of every leaf, of several steps `[len(steps), ...]`; None for kept leaves."""
+    predicted = [self.history.leaves[i] for i in self.predicted]
+    on_host = self.job.predictor != 'tsv' and _is_on_host(predicted, self.theta)
+    if on_host:
+      # Now, also where the caller is traced and the history is a constant of the trace.
+      with jax.ensure_compile_time_eval():
+        found = _run_on_host(predicted, self.theta, self.job, steps)
+    else:
+      found = _run(predicted, self.theta, self.job, steps)
     leaves: list[jax.Array | None] = [None] * len(self.history.leaves)
     for i, leaf in zip(self.predicted, found, strict=True):
       leaves[i] = leaf
@@ -370,7 +374,9 @@ def _array_sharding(array: Any) -> NamedSharding | None:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]) -> list[jax.Array]:
+def _run(leaves: list[Any], theta: Any, job: _Job, steps: int | tuple[int, ...]) -> list[jax.Array]:
+  if isinstance(steps, int):
+    return [leaf[0] for leaf in _run(leaves, theta, job, (steps,))]
   method = METHODS[job.predictor]
   if method.leaf_fn is None:
     return _run_known(leaves, theta, job, steps)
@@ -400,6 +406,74 @@ def _in_float32(leaf: Any) -> list[jax.Array]:
 
 def _length(leaf: Any) -> int:
   return len(leaf) if isinstance(leaf, tuple) else leaf.shape[0]
+
+
+# --- on the host ----------------------------------------------------------------------------------
+
+
+def _is_on_host(leaves: list[Any], theta: Any) -> bool:
+  """Whether all arrays are at hand in the memory of this machine, and none is traced."""
+  for array in jax.tree.leaves((leaves, theta)):
+    if isinstance(array, jax.core.Tracer):
+      return False
+    if isinstance(array, jax.Array):
+      device, *others = array.devices()
+      if others or device.platform != 'cpu':
+        return False
+  return True
+
+
+def _run_on_host(
+  leaves: list[Any], theta: Any, job: _Job, steps: int | tuple[int, ...]
+) -> list[jax.Array]:
+  """What `_run` computes, in rows of fixed size: no shape of a leaf is ever compiled for.
+
+  The leaves of a kind form one long row of weights, cut into rows of `_BATCH` or, at its end,
+  `BLOCK` weights, whatever the borders of leaves.
+  """
+  several = (steps,) if isinstance(steps, int) else steps
+  views = [
+    [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
+    for leaf in leaves
+  ]
+  found = [np.empty((len(several), *view[-1].shape), view[-1].dtype) for view in views]
+  groups: dict[tuple[str, Any], list[int]] = {}
+  for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
+    dtype = jnp.promote_types(view[-1].dtype, jnp.float32)
+    groups.setdefault((info.kind, dtype), []).append(i)
+  for (kind, dtype), members in groups.items():
+    row_job = dataclasses.replace(job, leaves=(Leaf('', kind),), shardings=(None,))
+    params = {kind: theta[kind]} if METHODS[job.predictor].leaf_fn is None else None
+    for width, parts in _rows(members, [found[i][0].size for i in members]):
+      row = np.zeros((len(views[members[0]]), width), dtype)
+      for place, i, start, stop in parts:
+        for t, stage in enumerate(views[i]):
+          row[t, place : place + stop - start] = stage.reshape(-1)[start:stop]
+      (predicted,) = jax.device_get(_run([row], params, row_job, several))
+      for place, i, start, stop in parts:
+        flat = found[i].reshape(len(several), -1)
+        flat[:, start:stop] = predicted[:, place : place + stop - start]
+  return [jnp.asarray(leaf[0] if isinstance(steps, int) else leaf) for leaf in found]
+
+
+def _rows(
+  members: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
+  """Cuts leaves laid end to end into rows: width and, for each part, place, leaf, start, stop."""
+  left, total = 0, sum(sizes)
+  queue = [(i, 0, size) for i, size in zip(members, sizes, strict=True) if size]
+  while left < total:
+    width = _BATCH if total - left >= _BATCH else BLOCK
+    place, parts = 0, []
+    while queue and place < width:
+      i, start, size = queue.pop(0)
+      stop = min(size, start + width - place)
+      parts.append((place, i, start, stop))
+      place += stop - start
+      if stop < size:
+        queue.insert(0, (i, stop, size))
+    left += place
+    yield width, parts
 
 
 # --- KNOWN over leaves ----------------------------------------------------------------------------

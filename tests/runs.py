@@ -16,10 +16,10 @@ from know_jax import forgetting, trees
 from know_jax.run_record import RunRecord
 from know_jax.signals import raise_terminated
 
-SIZES = [384, 192, 96, 48, 24]
+SIZES = [625, 250, 100, 40, 16]
 """The subsets of `small_config`; the smallest is one batch, so that order plays no part in it."""
 
-STEPS = [32, 16, 8, 4, 2]
+STEPS = [78, 30, 12, 4, 2]
 """The steps of its stages."""
 
 
@@ -27,12 +27,13 @@ def small_config(**fields: Any) -> ConfigDict:
   """Five stages on the digits 0-4, of a small network with BatchNorm."""
   small = {
     'classes': (0, 1, 2, 3, 4),
-    'train_examples': 384,
+    'train_examples': 625,
+    'rate': 0.4,
     'stratified': True,
     'model': 'cnn_bn',
     'width': 2,
     'epochs': 2,
-    'batch_size': 24,
+    'batch_size': 16,
     'lr': 0.01,
   }
   config = forgetting.default_config()

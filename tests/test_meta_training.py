@@ -112,6 +112,16 @@ def test_windows_depend_on_seed_and_run_alone():
     assert (alone.weights[kind] != other.weights[kind]).any()
 
 
+def test_windows_do_not_depend_on_the_order_of_leaves():
+  run = synthetic_run(0)
+  run.weights['g/kernel'] = -run.weights['f/kernel']
+  about = {**run.about, 'kinds': {**KINDS_OF, 'g/kernel': 'fc'}}
+  backwards = dict(reversed(run.weights.items()))
+  a = sample_windows([dataclasses.replace(run, about=about)], 50, seed=0)
+  b = sample_windows([dataclasses.replace(run, about=about, weights=backwards)], 50, seed=0)
+  np.testing.assert_array_equal(a.weights['fc'], b.weights['fc'])
+
+
 def test_windows_need_runs_kinds_and_stages():
   with pytest.raises(UserError, match='no finished run'):
     sample_windows([dataclasses.replace(synthetic_run(0), weights=None)], 5, seed=0)

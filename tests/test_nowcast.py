@@ -492,7 +492,26 @@ BLOCKS = {f'fc{n}': {'kernel': (n, 1)} for n in (1, 15, 16, 17, 45)} | {
 
 def test_blocks_give_what_the_plain_module_gives(small_blocks):
   history = make_history(shapes=BLOCKS)
-  assert_close(know_jax.predict(history, 2, theta=THETA), plain_known(history, 2))
+  wanted = plain_known(history, 2)
+  assert_close(know_jax.predict(history, 2, theta=THETA), wanted)
+  assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
+
+
+@hypothesis.given(st.lists(st.integers(0, 120), max_size=12))
+@hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_rows_hold_every_weight_once(small_blocks, sizes):
+  members = list(range(7, 7 + len(sizes)))
+  seen = {i: np.zeros(size, int) for i, size in zip(members, sizes, strict=True)}
+  for width, parts in nowcast._rows(members, sizes):
+    assert width in (16, 40)
+    filled = np.zeros(width, int)
+    for place, i, start, stop in parts:
+      seen[i][start:stop] += 1
+      filled[place : place + stop - start] += 1
+    assert filled.max() == 1
+    # Only the last row of all may have room left.
+    assert filled.all() or all(count.all() for count in seen.values())
+  assert all((count == 1).all() for count in seen.values())
 
 
 SPILLING = {'a': {'kernel': (37, 1)}}

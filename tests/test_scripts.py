@@ -113,11 +113,12 @@ def scripts(tmp_path_factory):
 
 # `runs.small_config`, as flags; saves are so frequent that every run has some to resume from.
 SMALL = (
-  '--config.train_examples=384',
+  '--config.train_examples=625',
+  '--config.rate=0.4',
   '--config.model=cnn_bn',
   '--config.width=2',
   '--config.epochs=2',
-  '--config.batch_size=24',
+  '--config.batch_size=16',
   '--config.lr=0.01',
   '--config.save_every_seconds=0.02',
 )

@@ -1,6 +1,7 @@
 """Training: eight devices do what one does, steps follow their formulas, nothing is lost."""
 
 import functools
+import itertools
 import signal
 
 import jax
@@ -180,7 +181,15 @@ def test_training_sees_augmented_images(variables, data):
   _, augmented = fit(variables, data, **one_step)
   _, otherwise = fit(variables, data, **one_step, seed=2)
   losses = [metrics[1]['loss'] for metrics in (plain, augmented, otherwise)]
-  assert min(abs(a - b) for a in losses for b in losses if a is not b) > 1e-3
+  assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-3
+
+
+def test_every_step_augments_anew(digits, variables):
+  # With equal examples and weights that stay, nothing but the augmentation tells steps apart.
+  alike = training.put_data(np.repeat(digits[0][:1], 96, axis=0), np.zeros(96, np.int32))
+  _, metrics = fit(variables, alike, indices=SOME[:BATCH], epochs=4, lr=0.0)
+  losses = [epoch['loss'] for epoch in metrics.values()]
+  assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
 
 
 # -- schedules and order -------------------------------------------------------------------------

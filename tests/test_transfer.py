@@ -19,10 +19,10 @@ ARMS = [
   ('scratch', 0, 0.0),
   ('persistence', 0, 1.0),
   # At step 1 these two are the same weights.
-  ('magmax', 1, 2.0),
-  ('shrink', 1, 2.0),
-  ('shrink', 2, 4.0),
-  ('task_vector', 1, 2.0),
+  ('magmax', 1, 2.5),
+  ('shrink', 1, 2.5),
+  ('shrink', 2, 6.25),
+  ('task_vector', 1, 2.5),
 ]
 
 
@@ -80,7 +80,7 @@ def untimed(rows):
 
 def test_there_is_a_row_for_each_arm_and_seed(transferred):
   workdir, rows = transferred
-  assert [(r['predictor'], r['steps'], r['multiple'], r['seed']) for r in rows] == [
+  assert [(r['predictor'], r['steps'], round(r['multiple'], 9), r['seed']) for r in rows] == [
     (*arm, seed) for arm in ARMS for seed in (0, 1)
   ]
   assert read_lines(results(workdir)) == rows
@@ -394,7 +394,9 @@ def test_the_table_of_one_seed_has_no_spread():
 def test_the_table_of_a_transfer(transferred):
   _, rows = transferred
   header, body = cells_of(transfer.table(rows))
-  assert header[1:] == [f'{part} x{m}' for part in ('as is', 'transfer') for m in '124']
+  assert header[1:] == [
+    f'{part} x{m}' for part in ('as is', 'transfer') for m in ('1', '2.5', '6.25')
+  ]
   assert list(body) == [
     'scratch (no pre-training)', 'persistence (naive)', 'magmax', 'shrink', 'task_vector',
   ]  # fmt: skip

@@ -282,7 +282,8 @@ def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]
     raise UserError(
       f'{file}: sha256 {found[:12]}...; wanted {about["weights_sha256"][:12]}..., as in {path}.'
     )
-  return safetensors.numpy.load(data)
+  # The library gives them in another order in every process.
+  return dict(sorted(safetensors.numpy.load(data).items()))
 
 
 def forgot(about: Mapping[str, Any]) -> bool:

@@ -313,7 +313,7 @@ def card_text(card: Mapping[str, Any]) -> str:
     '## Error on held-out runs',
     '',
     f'{card["test_error_means"][0].upper()}{card["test_error_means"][1:]}.',
-    f'Runs were split at random: {len(runs["train"])} for training, {len(runs["validation"])} to',
+    f'Runs were split at random: {len(runs["train"])} for training, {len(runs["validation"])} to '
     f'choose parameters, {len(runs["test"])} for this table alone (runs {_listed(runs["test"])}).',
     '',
     '| predictor | ' + ' | '.join(KINDS) + ' |',
@@ -325,7 +325,7 @@ def card_text(card: Mapping[str, Any]) -> str:
     '',
     '## Meta-dataset',
     '',
-    *(f'- {line.strip()}' for line in meta['summary']),
+    *(f'- {" ".join(line.split())}' for line in meta['summary']),
     f'- made by bin/collect.py at commit {meta["environment"]["commit"]}, seed '
     f'{meta["config"]["seed"]}, config:',
     '',

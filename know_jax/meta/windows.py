@@ -76,7 +76,8 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
       continue
     numbers.append(run.number)
     for kind in KINDS:
-      leaves = [leaf for path, leaf in run.weights.items() if run.about['kinds'][path] == kind]
+      paths = sorted(path for path in run.weights if run.about['kinds'][path] == kind)
+      leaves = [run.weights[path] for path in paths]
       if not leaves:
         raise UserError(f'run {run.number} has no leaf of kind {kind!r}; wanted at least one.')
       rng = np.random.default_rng([seed, run.number, KINDS.index(kind)])
