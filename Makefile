@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
-export PYTHONWARNINGS ?= default
 
 .PHONY: help venv demo test lint types clean
 

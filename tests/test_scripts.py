@@ -120,7 +120,7 @@ SMALL = (
   '--config.epochs=2',
   '--config.batch_size=16',
   '--config.lr=0.01',
-  '--config.save_every_seconds=0.02',
+  '--config.save_every_seconds=0.1',
 )
 QUICK = ('--config.seeds=2', '--config.warmup_epochs=1', '--config.epochs=1')
 
@@ -191,10 +191,14 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(scripts, whole):
   metrics = workdir / 'metrics.jsonl'
   rng = random.Random()  # Not seeded: when a signal arrives cannot be repeated anyway.
   command = ('forget.py', f'--workdir={workdir}', *SMALL)
-  for lines in (0, 1, 4):
-    delay = rng.uniform(0.0, 0.3)
-    place = workdir / 'record.json' if lines == 0 else metrics
-    code, _, err = scripts.run(*command, kill=(signal.SIGKILL, place, max(lines, 1), delay))
+  # Before the first epoch is done or in it; and soon after the first and the third.
+  for place, lines, longest in (
+    (workdir / 'record.json', 1, 0.5),
+    (metrics, 1, 0.1),
+    (metrics, 3, 0.1),
+  ):
+    delay = rng.uniform(0.0, longest)
+    code, _, err = scripts.run(*command, kill=(signal.SIGKILL, place, lines, delay))
     assert code == -signal.SIGKILL, err
   code, out, err = scripts.run('nowcast.py', f'--workdir={workdir}', '--predictor=shrink')
   assert (code, out) == (2, '')

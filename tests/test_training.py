@@ -186,7 +186,8 @@ def test_training_sees_augmented_images(variables, data):
 
 def test_every_step_augments_anew(digits, variables):
   # With equal examples and weights that stay, nothing but the augmentation tells steps apart.
-  alike = training.put_data(np.repeat(digits[0][:1], 96, axis=0), np.zeros(96, np.int32))
+  images, labels = np.repeat(digits[0][:1], 96, axis=0), np.zeros(96, np.int32)
+  alike = training.put_data(images, labels, np.zeros((8, 8, 1)))
   _, metrics = fit(variables, alike, indices=SOME[:BATCH], epochs=4, lr=0.0)
   losses = [epoch['loss'] for epoch in metrics.values()]
   assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
