@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   config.classes = (5, 6, 7, 8, 9)
   config.labels_per_class = 10
   config.seeds = 5
-  config.batch_size = 25
+  config.batch_size = 16
   config.warmup_epochs = 10
   config.epochs = 40
   return config

@@ -253,6 +253,8 @@ def finished_record(workdir: str | Path) -> RunRecord:
   Raises:
     UserError: the workdir holds no finished forgetting run.
   """
+  if not (Path(workdir).expanduser() / 'record.json').exists():
+    raise UserError(f'{workdir}: no forgetting run is here; make one with bin/forget.py.')
   record = RunRecord.read(workdir, KIND)
   wanted, found = record['config']['stages'], len(record.get('stages', []))
   if found < wanted:

@@ -5,6 +5,7 @@ checkpoint for every step n = 1..steps, whose metadata say what it is and how it
 """
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def run(
 ) -> list[Prediction]:
   """Predicts, scores and writes; draws `predictions/nowcast.png`.
 
+  Earlier predictions of the same predictors are replaced, those of farther steps removed: what a
+  predictor has in a workdir is of one call.
+
   Args:
     workdir: of a finished forgetting run.
     predictors: names in `PREDICTORS`.
@@ -76,6 +80,8 @@ def run(
     UserError: before anything is written, if a name is unknown, the run is unfinished or damaged,
       or a predictor cannot do the steps with this history.
   """
+  if not predictors:
+    raise UserError(f'no predictor is given; wanted some of {", ".join(METHODS)}.')
   for name in predictors:
     if name not in METHODS:
       raise unknown_name('predictor', name, METHODS)
@@ -120,6 +126,7 @@ def run(
     for name in predictors
   }
   for name, forecast in forecasts.items():
+    _remove_beyond(workdir, name, steps)
     for n, weights in enumerate(forecast, start=1):
       variables = apply_policy(
         batch_norm, task.model, weights, images,
@@ -150,6 +157,12 @@ def run(
 def prediction_path(workdir: str | Path, predictor: str, steps: int) -> Path:
   """The checkpoint of one predicted weight."""
   return Path(workdir) / 'predictions' / predictor / str(steps)
+
+
+def _remove_beyond(workdir: Path, predictor: str, steps: int) -> None:
+  for path in prediction_path(workdir, predictor, 1).parent.glob('[0-9]*'):
+    if path.name.isdigit() and int(path.name) > steps:
+      shutil.rmtree(path)
 
 
 def _save(prediction: Prediction, batch_norm: str, known: str | None) -> None:

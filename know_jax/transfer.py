@@ -6,6 +6,7 @@ labelled examples and the same order, so that arms are compared in pairs.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def default_config() -> ConfigDict:
       'optimizer': 'adam',
       'weight_decay': 0.0,
       'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
-      # Also train from a fresh network, with the whole budget.
+      # Also train a fresh network, by the same schedule, its frozen warm-up included.
       'from_scratch': True,
     }
   )
@@ -92,7 +93,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
 
   Returns:
     One row for each arm and seed: `predictor`, `steps`, `multiple`, `source_accuracy`, `seed`,
-    `accuracy`, `loss`, `seconds`, `weights` (digest).
+    `accuracy`, `loss`, `seconds`, `weights` (digest); NaN for a training that diverged.
 
   Raises:
     UserError: before any training, if a value does not fit, the workdir is unfinished or damaged,
@@ -138,7 +139,12 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
         }
         row = done.get(_row_key(about))
         if row is None:
-          row = about | train_one(model, arm.variables, data, subset, test_data, config, seed)
+          try:
+            found = train_one(model, arm.variables, data, subset, test_data, config, seed)
+          except training.DivergedError:
+            # One arm's failure is a result, and no reason to lose the others'.
+            found = dict.fromkeys(('accuracy', 'loss', 'seconds'), math.nan)
+          row = about | found
           append_line(path, row)
         rows.append(row)
         bar.set_postfix(arm=f'{arm.name} x{arm.multiple:.3g}', accuracy=f'{row["accuracy"]:.3f}')

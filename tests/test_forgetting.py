@@ -393,7 +393,9 @@ def test_an_unfinished_run_is_not_predicted_from(finished, tmp_path):
   ):
     with pytest.raises(UserError, match=r'run: 3 of 5 stages are done; run bin/forget.py'):
       use()
-  with pytest.raises(UserError, match=r'record .*nowhere/record.json is missing'):
+  with pytest.raises(
+    UserError, match=r'nowhere: no forgetting run is here; make one with bin/forget.py'
+  ):
     forgetting.load_trajectory(tmp_path / 'nowhere')
   assert not (workdir / 'predictions').exists()
 

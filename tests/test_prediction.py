@@ -208,6 +208,7 @@ def test_batch_norm_policies(predicted, copy):
       r"predictor 'average' can do at most steps=4 with the 5 stages of .*/run; found steps=5",
     ),
     ({'steps': 0}, 'steps is 0; wanted at least 1'),
+    ({'predictors': []}, 'no predictor is given; wanted some of'),
     ({'known': '/nowhere', 'predictors': ['shrink', 'known']}, '/nowhere: no such file'),
     (
       {'batch_norm': 'recalibrate', 'recalibration_batches': 5},
@@ -229,6 +230,13 @@ def test_a_history_that_one_predictor_finds_too_short_writes_nothing(tmp_path, k
   with pytest.raises(UserError, match=message):
     prediction.run(tmp_path, predictors=['shrink', 'known'], steps=1, known=str(known_file))
   assert snapshot(tmp_path) == before
+
+
+def test_what_a_predictor_has_in_a_workdir_is_of_one_call(copy):
+  prediction.run(copy, predictors=['shrink', 'average'], steps=3)
+  prediction.run(copy, predictors=['shrink'], steps=1)
+  there = sorted(p.parent.name + p.name for p in (copy / 'predictions').glob('*/[0-9]'))
+  assert there == ['average1', 'average2', 'average3', 'shrink1']
 
 
 def test_a_damaged_or_missing_stage_is_named(copy):

@@ -243,22 +243,43 @@ def test_only_what_is_new_is_trained(monkeypatch, transferred, tmp_path):
   shutil.copytree(workdir, tmp_path / 'run')
   workdir = tmp_path / 'run'
   # Other weights under an old name.
-  prediction.run(workdir, predictors=['shrink'], steps=1, batch_norm='reset')
+  prediction.run(workdir, predictors=['shrink'], steps=2, batch_norm='reset')
   # What a kill in the middle of a save leaves.
   shutil.copytree(workdir / 'predictions/shrink/1', workdir / 'predictions/shrink/.1.saving-abcd')
   calls = spy_on_fit(monkeypatch, train=True)
   found = transfer.run(small_transfer(), workdir)
-  assert len(calls) == 2 * 2
+  assert len(calls) == 4 * 2
   for new, old in zip(untimed(found), untimed(rows), strict=True):
-    assert (new == old) == ((old['predictor'], old['steps']) != ('shrink', 1))
+    assert (new == old) == (old['predictor'] != 'shrink')
     assert new['predictor'] == old['predictor']
   # Another config has a file of its own.
   transfer.run(small_transfer(seeds=1, epochs=1), workdir, ['magmax'])
   assert len(list(workdir.glob('transfer/*/results.jsonl'))) == 2
-  assert len(calls) == 2 * 2 + 3 * 2
+  assert len(calls) == 4 * 2 + 3 * 2
 
 
 # -- the labelled examples -----------------------------------------------------------------------
+
+
+def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy):
+  train_one = transfer.train_one
+
+  def diverging(model, variables, *rest):
+    if variables is None:
+      raise training.DivergedError('the loss is nan')
+    return train_one(model, variables, *rest)
+
+  monkeypatch.setattr(transfer, 'train_one', diverging)
+  config = small_transfer(seeds=1)
+  rows = transfer.run(config, copy)
+  scratch, *others = rows
+  assert scratch['predictor'] == 'scratch' and np.isnan(scratch['accuracy'])
+  assert all(np.isfinite(row['accuracy']) for row in others)
+  # It is a result like any other: kept, and not tried again.
+  again = transfer.run(config, copy)
+  assert np.isnan(again[0]['accuracy']) and again[1:] == others
+  _, body = cells_of(transfer.table(rows))
+  assert 'nan' in body['scratch (no pre-training)']
 
 
 def test_labelled_subsets_hold_so_many_of_each_class():
@@ -322,7 +343,7 @@ def test_what_does_not_fit_is_told_before_anything_is_written(copy, fields, mess
 def test_workdirs_and_predictors_that_are_not_there(copy, tmp_path):
   with pytest.raises(UserError, match=r"no predictions of 'known'; found magmax, shrink, task_v"):
     transfer.run(small_transfer(), copy, ['known'])
-  with pytest.raises(UserError, match=r'record .*nowhere/record.json is missing'):
+  with pytest.raises(UserError, match=r'nowhere: no forgetting run is here'):
     transfer.run(small_transfer(), tmp_path / 'nowhere')
   (copy / 'predictions' / 'shrink' / '1' / 'manifest.json').write_text('{}')
   with pytest.raises(UserError, match=r'shrink/1/manifest.json is damaged or foreign'):
