@@ -1,4 +1,4 @@
-"""Transfer to scikit-learn's embedded digits, classes 5-9, with 10 labels a class: the demo.
+"""Transfer to scikit-learn's embedded digits, classes 5-9, with 16 labels a class: the demo.
 
 Command:   python bin/transfer.py --config=configs/transfer_digits.py
 Hardware:  2 CPU cores
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
   config = transfer.default_config()
   config.dataset = 'digits'
   config.classes = (5, 6, 7, 8, 9)
-  config.labels_per_class = 10
+  config.labels_per_class = 16
   config.seeds = 5
   config.batch_size = 16
   config.warmup_epochs = 10
