@@ -3,7 +3,8 @@
 Command:   python bin/forget.py --workdir=W --config=configs/fashion_mnist_cnn.py
 Then:      python bin/nowcast.py --workdir=W --steps 3
            python bin/transfer.py --workdir=W --config=configs/transfer_mnist.py
-Hardware:  2 CPU cores
+Hardware:  2 CPU cores, 7 minutes beside other work
+Result:    test accuracy 89.4 % (all data), 89.8, 89.7, 89.6, 89.4 % (1/16)
 Paper:     section 3 (S = 5 stages, r = 1/2, Adam 1e-3, cosine decay, batch 128)
 """
 

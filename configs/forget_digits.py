@@ -1,7 +1,8 @@
 """Forgetting on scikit-learn's embedded digits, classes 0-4: the demo.
 
 Command:   python bin/forget.py --config=configs/forget_digits.py
-Hardware:  2 CPU cores
+Hardware:  2 CPU cores, 15 seconds
+Result:    test accuracy 99.4 % (all data), 100.0, 99.4, 99.4, 99.4 % (1/16)
 Paper:     section 3 (S = 5 stages, r = 1/2), on a task small enough for any machine
 """
 

@@ -1,7 +1,8 @@
 """Transfer to scikit-learn's embedded digits, classes 5-9, with 16 labels a class: the demo.
 
 Command:   python bin/transfer.py --config=configs/transfer_digits.py
-Hardware:  2 CPU cores
+Hardware:  2 CPU cores, 1 minute for 26 arms x 5 seeds
+Result:    naive 85.9 %, scratch 85.6 %; no predictor beyond the spread of the seeds
 Paper:     section 4.2 (new head, warm-up, fine-tuning), shrunk
 """
 

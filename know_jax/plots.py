@@ -17,17 +17,17 @@ def plot_nowcast(
   path: Path,
   trajectory: Trajectory,
   predictions: Mapping[str, Sequence[Any]],
-  history_accuracy: Sequence[float],
+  history_loss: Sequence[float],
   rate: float,
 ) -> None:
-  """Draws a trajectory with its predictions in a plane, and test accuracy against amount of data.
+  """Draws a trajectory with its predictions in a plane, and test loss against amount of data.
 
   Args:
     path: the PNG file to write.
     trajectory: the history, oldest first.
-    predictions: predictor -> objects with `variables`, `multiple` and `accuracy`, nearest first;
+    predictions: predictor -> objects with `variables`, `multiple` and `loss`, nearest first;
       weights with NaN or infinity have no place in the plane.
-    history_accuracy: test accuracy of the stages, all data first.
+    history_loss: test loss of the stages, all data first.
     rate: r.
   """
   # Figure and Agg canvas without pyplot: no global state, no display.
@@ -48,6 +48,8 @@ def plot_nowcast(
   left.plot(*past.T, '-o', color='black', label='history (stages)')
   for stage, point in enumerate(past):
     age = len(past) - 1 - stage
+    if age not in (0, len(past) - 1):
+      continue  # The stages between lie on the line between.
     left.annotate(f'$\\Theta^{age}$', point, textcoords='offset points', xytext=(6, 6))
   start = len(history)
   for i, (name, group) in enumerate(points.items()):
@@ -60,21 +62,23 @@ def plot_nowcast(
   left.set_title('Predicted leaves of the network, in the plane that shows most of them')
   left.legend(fontsize=8)
 
-  amounts = [rate**i for i in range(len(history_accuracy))]
-  right.plot(amounts, history_accuracy, '-o', color='black', label='history (stages)')
+  amounts = [rate**i for i in range(len(history_loss))]
+  right.plot(amounts, history_loss, '-o', color='black', label='history (stages)')
   for i, (name, ahead_of) in enumerate(predictions.items()):
     right.plot(
       [1.0, *(p.multiple for p in ahead_of)],
-      [history_accuracy[0], *(p.accuracy for p in ahead_of)],
+      [history_loss[0], *(p.loss for p in ahead_of)],
       '--' + _MARKERS[i % len(_MARKERS)],
       color=colors[name],
       linewidth=1,
       label=name,
     )
   right.set_xscale('log', base=2)
+  # Losses grow by orders of magnitude where a prediction fails; accuracies saturate before.
+  right.set_yscale('log')
   right.axvline(1.0, color='grey', linewidth=0.5)
   right.set_xlabel('amount of data, as a multiple of the training set (beyond 1: predicted)')
-  right.set_ylabel('test accuracy of the weights as they are')
+  right.set_ylabel('test loss (mean cross-entropy) of the weights as they are')
   right.set_title('Before any further training')
   right.legend(fontsize=8)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -146,7 +146,7 @@ def run(
       )
       found.append(prediction)
       _save(prediction, batch_norm, known)
-  history = [s['test_accuracy'] for s in record['stages']]
+  history = [s['test_loss'] for s in record['stages']]
   plot_nowcast(
     workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
     config['rate'],

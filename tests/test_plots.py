@@ -73,14 +73,14 @@ def test_the_picture_has_history_and_predictions(tmp_path, wild):
   ]  # fmt: skip
   groups = {
     name: [
-      SimpleNamespace(variables=weights(10 * i + n, scale), multiple=2.0**n, accuracy=0.5 + n / 20)
+      SimpleNamespace(variables=weights(10 * i + n, scale), multiple=2.0**n, loss=0.5 + n / 20)
       for n in (1, 2, 3)
     ]
     for i, (name, scale) in enumerate((('shrink', 1.0), ('known', wild)), 1)
   }
   path = tmp_path / 'new' / 'picture.png'
   trajectory = Trajectory.from_sequence(history)
-  plots.plot_nowcast(path, trajectory, groups, [0.9, 0.8, 0.7, 0.6, 0.5], 0.5)
+  plots.plot_nowcast(path, trajectory, groups, [0.5, 0.6, 0.7, 0.8, 0.9], 0.5)
   with Image.open(path) as picture:
     pixels = np.asarray(picture.convert('RGB')).reshape(-1, 3)
   colors, counts = np.unique(pixels, axis=0, return_counts=True)
@@ -89,5 +89,5 @@ def test_the_picture_has_history_and_predictions(tmp_path, wild):
   # the history in black and both predictors in Matplotlib's C0 and C1.
   assert {(0, 0, 0), (31, 119, 180), (255, 127, 14)} <= found
   before = path.read_bytes()
-  plots.plot_nowcast(path, trajectory, {}, [0.9, 0.8, 0.7, 0.6, 0.5], 0.5)
+  plots.plot_nowcast(path, trajectory, {}, [0.5, 0.6, 0.7, 0.8, 0.9], 0.5)
   assert path.read_bytes() != before
