@@ -35,18 +35,35 @@ KIND = 'forget'
 """What `record.json` of a forgetting run says it is."""
 
 
+def data_fields() -> dict[str, Any]:
+  """The config fields that name a task's data, with their defaults."""
+  return {
+    # A TFDS name or 'digits'; classes: () for all, else those kept, relabelled 0, 1, ...
+    'dataset': 'digits',
+    'data_dir': placeholder(str),
+    'classes': (),
+    'image_size': (),
+    'train_split': 'train',
+    'test_split': 'test',
+  }
+
+
+def recipe_fields() -> dict[str, Any]:
+  """The config fields that say how weights are updated, with their defaults."""
+  return {
+    'schedule': 'cosine',
+    'optimizer': 'adam',
+    'weight_decay': 0.0,
+    'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
+  }
+
+
 def default_config() -> ConfigDict:
   """Every field of a forgetting run, with the defaults that configs start from."""
   return ConfigDict(
     {
       'seed': 0,
-      # Data: a TFDS name or 'digits'; classes: () for all, else those kept, relabelled 0, 1, ...
-      'dataset': 'digits',
-      'data_dir': placeholder(str),
-      'classes': (),
-      'image_size': (),
-      'train_split': 'train',
-      'test_split': 'test',
+      **data_fields(),
       # D^0: this many training examples, drawn by seed and by class; 0: all.
       'train_examples': 0,
       # Network: a name in know_jax.models.MODELS; width: None for the family's own.
@@ -63,10 +80,7 @@ def default_config() -> ConfigDict:
       'batch_size': 32,
       'lr': 1e-3,
       'stage_lr': placeholder(float),
-      'schedule': 'cosine',
-      'optimizer': 'adam',
-      'weight_decay': 0.0,
-      'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
+      **recipe_fields(),
       # A checkpoint to resume from within a stage is written at most this often.
       'save_every_seconds': 60.0,
     }
@@ -95,15 +109,23 @@ class Task:
     return self.train.images.shape[1:]
 
 
-def load_task(config: Mapping[str, Any]) -> Task:
-  """Loads the data and builds the network that the config of a forgetting run names."""
+def load_splits(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
+  """The training and test set that `data_fields` name."""
   options = {
     'data_dir': config['data_dir'],
     'classes': tuple(config['classes']),
     'image_size': tuple(config['image_size']) or None,
   }
-  train = load_dataset(config['dataset'], config['train_split'], **options)
-  test = load_dataset(config['dataset'], config['test_split'], **options)
+  train, test = (
+    load_dataset(config['dataset'], config[split], **options)
+    for split in ('train_split', 'test_split')
+  )
+  return train, test
+
+
+def load_task(config: Mapping[str, Any]) -> Task:
+  """Loads the data and builds the network that the config of a forgetting run names."""
+  train, test = load_splits(config)
   train = _draw(train, config['train_examples'], config['seed'])
   model = build_model(
     config['model'],
@@ -214,7 +236,7 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:
-  """The recipe that the config of a forgetting run describes."""
+  """The recipe that `recipe_fields` describe."""
   return Recipe(
     optimizer=config['optimizer'],
     weight_decay=config['weight_decay'],

@@ -15,11 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax import checkpoints, forgetting, training, trees
-from know_jax.augmentation import Augmentation
-from know_jax.data import Dataset, load_dataset, mean_image
+from know_jax.data import Dataset, mean_image
 from know_jax.errors import UserError
 from know_jax.files import append_line, digest, read_lines
 from know_jax.models import HEAD, build_model
@@ -35,12 +33,7 @@ def default_config() -> ConfigDict:
     {
       # Seeds 0 .. seeds - 1; each decides head, labelled examples, order and augmentation.
       'seeds': 5,
-      'dataset': 'digits',
-      'data_dir': placeholder(str),
-      'classes': (),
-      'image_size': (),
-      'train_split': 'train',
-      'test_split': 'test',
+      **forgetting.data_fields(),
       # Labelled examples of each class; 0: all there are.
       'labels_per_class': 0,
       'batch_size': 32,
@@ -50,10 +43,7 @@ def default_config() -> ConfigDict:
       # ... then everything.
       'epochs': 100,
       'lr': 4e-4,
-      'schedule': 'cosine',
-      'optimizer': 'adam',
-      'weight_decay': 0.0,
-      'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
+      **forgetting.recipe_fields(),
       # Also train a fresh network, by the same schedule, its frozen warm-up included.
       'from_scratch': True,
     }
@@ -102,7 +92,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   config = config_dict(config)
   workdir = Path(workdir).expanduser()
   source = forgetting.finished_record(workdir)['config']
-  train, test = load_data(config)
+  train, test = forgetting.load_splits(config)
   model = build_model(
     source['model'],
     num_classes=train.num_classes,
@@ -155,18 +145,6 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
 def _row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
   # The name too, because predictors can agree: task_vector, magmax and consensus_ta do at step 1.
   return tuple(row[field] for field in ('predictor', 'steps', 'weights', 'seed'))
-
-
-def load_data(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
-  """The training and test set of the task."""
-  options = {
-    'data_dir': config['data_dir'],
-    'classes': tuple(config['classes']),
-    'image_size': tuple(config['image_size']) or None,
-  }
-  train = load_dataset(config['dataset'], config['train_split'], **options)
-  test = load_dataset(config['dataset'], config['test_split'], **options)
-  return train, test
 
 
 def find_arms(workdir: Path, only: Sequence[str] = (), *, scratch: bool = True) -> list[Arm]:
@@ -317,11 +295,7 @@ def _phases(
   config: Mapping[str, Any], variables: Any = None
 ) -> list[tuple[Recipe, int, float, str]]:
   """Recipe, epochs, learning rate and schedule of warm-up and fine-tuning."""
-  whole = Recipe(
-    optimizer=config['optimizer'],
-    weight_decay=config['weight_decay'],
-    augmentation=Augmentation(**config['augmentation']),
-  )
+  whole = forgetting.recipe_of(config)
   frozen = frozenset() if variables is None else backbone(variables['params'])
   warm = dataclasses.replace(whole, frozen=frozen)
   for epochs, lr in (('warmup_epochs', 'warmup_lr'), ('epochs', 'lr')):

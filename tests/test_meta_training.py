@@ -46,7 +46,7 @@ def synthetic_run(number: int, stages: int = 7) -> collect.Run:
 
 
 def write_dataset(folder, numbers):
-  RunRecord.open(folder, {'made': 'by the test'}, kind=collect.KIND)
+  RunRecord.open(folder, {'made': 'by the test', 'seed': 0}, kind=collect.KIND)
   (folder / 'runs').mkdir()
   for number in numbers:
     run = synthetic_run(number)

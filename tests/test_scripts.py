@@ -257,8 +257,11 @@ MISTAKES = [
      '--config.stratified=False', '--config.train_examples=300'),
     'stage 2 (0 is the whole set) has 3 examples but none of class',
   ),
-  (('nowcast.py', '--predictor=shrink'), 'record new/record.json is missing.'),
-  (('transfer.py',), 'record new/record.json is missing.'),
+  (
+    ('nowcast.py', '--predictor=shrink'),
+    'new: no forgetting run is here; make one with bin/forget.py.',
+  ),
+  (('transfer.py',), 'new: no forgetting run is here; make one with bin/forget.py.'),
 ]  # fmt: skip
 
 
