@@ -30,6 +30,8 @@ for line in sys.stdin:
     os.environ.update(task['env'])
     sys.argv = task['argv']
     sys.stdin.close()
+    # Whoever started the tests in the background had them ignore SIGINT, and what they start too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.simplefilter('default')
     code = 99  # cli.run never returns.
     try:
