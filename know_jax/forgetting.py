@@ -123,17 +123,22 @@ def load_splits(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
   return train, test
 
 
-def load_task(config: Mapping[str, Any]) -> Task:
-  """Loads the data and builds the network that the config of a forgetting run names."""
-  train, test = load_splits(config)
-  train = _draw(train, config['train_examples'], config['seed'])
-  model = build_model(
+def model_of(config: Mapping[str, Any], num_classes: int) -> nn.Module:
+  """The network that the config of a forgetting run names, with a head of so many classes."""
+  return build_model(
     config['model'],
-    num_classes=train.num_classes,
+    num_classes=num_classes,
     width=config['width'],
     dtype=config['dtype'],
     axis_name=AXIS,
   )
+
+
+def load_task(config: Mapping[str, Any]) -> Task:
+  """Loads the data and builds the network that the config of a forgetting run names."""
+  train, test = load_splits(config)
+  train = _draw(train, config['train_examples'], config['seed'])
+  model = model_of(config, train.num_classes)
   return Task(train, test, mean_image(train.images), model)
 
 

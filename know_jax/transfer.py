@@ -20,9 +20,9 @@ from know_jax import checkpoints, forgetting, training, trees
 from know_jax.data import Dataset, mean_image
 from know_jax.errors import UserError
 from know_jax.files import append_line, digest, read_lines
-from know_jax.models import HEAD, build_model
+from know_jax.models import HEAD
 from know_jax.run_record import RunRecord, config_dict, progress
-from know_jax.training import AXIS, Checkpoint, Recipe, named_key
+from know_jax.training import Checkpoint, Recipe, named_key
 
 KIND = 'transfer'
 
@@ -93,13 +93,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   workdir = Path(workdir).expanduser()
   source = forgetting.finished_record(workdir)['config']
   train, test = forgetting.load_splits(config)
-  model = build_model(
-    source['model'],
-    num_classes=train.num_classes,
-    width=source['width'],
-    dtype=source['dtype'],
-    axis_name=AXIS,
-  )
+  model = forgetting.model_of(source, train.num_classes)
   arms = find_arms(workdir, only, scratch=config['from_scratch'])
   check_fits(model, arms, train)
   subsets = [
