@@ -1,6 +1,6 @@
 """Collects a meta-dataset of randomised forgetting runs.
 
-    python bin/collect.py --output=D --config=configs/collect_first.py
+    python bin/collect.py --output=D --config=configs/collect.py
 
 The same command, also in several processes or on several hosts that share the folder, runs on
 where runs are missing. --dry_run lists the runs.
@@ -13,7 +13,7 @@ from absl import flags
 from know_jax import cli
 from know_jax.meta import collect
 
-_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'collect_first.py')
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'collect.py')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the meta-dataset.', required=True)
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Only list the runs.')
 

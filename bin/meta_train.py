@@ -1,6 +1,6 @@
 """Trains KNOWN on a meta-dataset.
 
-    python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_first.py
+    python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train.py
 
 Writes W/known.safetensors, which `know_jax.load_known` and bin/nowcast.py --known read. The same
 command runs on after a kill.
@@ -14,7 +14,7 @@ from know_jax import cli
 from know_jax.meta import meta_training
 
 cli.define_workdir()
-_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'meta_train_first.py')
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'meta_train.py')
 _DATA = flags.DEFINE_string('data', None, 'Output folder of bin/collect.py.', required=True)
 
 

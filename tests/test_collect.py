@@ -26,6 +26,7 @@ def tiny_config() -> ConfigDict:
   config.datasets = ('digits',)
   config.widths = {'cnn': (2,)}
   config.train_examples = (1400, 1400)
+  config.pretrain_steps = (40, 40)
   config.epochs = (1, 1)
   config.rate = (0.6, 0.6)
   config.augmented = 0.0
@@ -54,7 +55,8 @@ def test_one_range_does_not_move_the_draws_of_another():
   narrow = {**config, 'lr': [1e-3, 1e-3]}
   for number in range(10):
     a, b = (config_dict(collect.run_config(c, number)) for c in (config, narrow))
-    assert {k: v for k, v in a.items() if k != 'lr'} == {k: v for k, v in b.items() if k != 'lr'}
+    assert a.pop('stage_lr') != b.pop('stage_lr') == 1e-3
+    assert a == b
 
 
 def test_draws_are_in_their_ranges_and_the_grid_is_balanced():
@@ -69,11 +71,13 @@ def test_draws_are_in_their_ranges_and_the_grid_is_balanced():
     run = collect.run_config(config, number)
     pairs.append((run.model, run.dataset))
     assert 0.3 <= run.rate <= 0.9
-    assert 1e-5 <= run.lr <= 4e-3
+    assert 1e-3 <= run.lr <= 3e-3
+    assert 1e-5 <= run.stage_lr <= 4e-3
     assert run.batch_size in (32, 64, 128)
     assert run.train_examples <= 8000 and run.train_examples >= 1400
-    steps = sum(int(run.train_examples * run.rate**i) // run.batch_size for i in range(7))
-    assert run.epochs == 1 or run.epochs * steps <= 6000 + steps
+    first, *others = (int(run.train_examples * run.rate**i) // run.batch_size for i in range(7))
+    assert 1000 - first <= run.epochs * first <= 2000 + first
+    assert run.stage_epochs == 1 or run.stage_epochs * sum(others) <= 3000 + sum(others)
     assert run.augmentation.rotation in (0.0, 10.0)
   assert {pairs.count(pair) for pair in set(pairs)} == {20}
 
@@ -102,7 +106,22 @@ def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
   accuracies = [stage['test_accuracy'] for stage in run.about['stages']]
   assert accuracies == [stage['test_accuracy'] for stage in record['stages']]
   assert run.about['config'] == json.loads(json.dumps(config_dict(settings)))
-  assert run.about['final_train_loss']['end'] > 0
+  metrics = (tmp_path / 'direct' / 'metrics.jsonl').read_text()
+  losses = [json.loads(line) for line in metrics.splitlines()]
+  losses = [line['loss'] for line in losses if line['stage'] == 0]
+  assert run.about['pretrain_loss'] == {
+    'first': losses[0],
+    'before': losses[-2],
+    'end': losses[-1],
+  }
+
+
+@pytest.mark.parametrize(
+  ('losses', 'flat'), [((2.0, 0.6, 0.5), True), ((2.0, 0.7, 0.5), False), ((1.0, 0.4, 0.5), True)]
+)
+def test_a_loss_has_flattened_if_little_of_its_fall_came_at_the_end(losses, flat):
+  about = {'pretrain_loss': dict(zip(('first', 'before', 'end'), losses, strict=True))}
+  assert collect.flattened(about) is flat
 
 
 def test_summary_counts_runs_and_falls(collected):
@@ -164,7 +183,7 @@ def test_a_flipped_bit_is_noticed(collected, tmp_path):
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
   config = tiny_config()
   config.runs = 1
-  config.lr = (1e30, 1e30)
+  config.pretrain_lr = (1e30, 1e30)
   summary = collect.run(config, tmp_path)
   assert '0 runs, 1 diverged' in summary
   run = next(collect.read_runs(tmp_path))

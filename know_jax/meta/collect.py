@@ -1,8 +1,10 @@
 """Collects the meta-dataset: many small forgetting runs with randomised settings.
 
 The paper, section 4.1: each run draws its sampling rate, learning rate and batch size, and keeps
-the weights after each of seven stages. A run is a function of the config and its own number alone,
-so that any run can be made again, and several workers can share one output folder.
+the weights after each of seven stages. The first stage, pre-training, has its own length and
+learning rate, so that its loss has flattened before the rest begins: else the network would go on
+learning where it should forget. A run is a function of the config and its own number alone, so that
+any run can be made again, and several workers can share one output folder.
 
 A finished run is two files in the output folder (format `know_jax.meta/1`):
 
@@ -49,20 +51,26 @@ def default_config() -> ConfigDict:
       'families': ('cnn',),
       'datasets': ('digits', 'mnist', 'fashion_mnist'),
       'data_dir': placeholder(str),
+      # (height, width) to resize images to; (): as they are.
+      'image_size': (),
       # Family -> the widths to draw from; families not named take their own default.
       'widths': {'cnn': (8, 12, 16)},
       'stages': 7,
+      # Log-uniform: learning rate and steps of pre-training, the first stage.
+      'pretrain_lr': (1e-3, 3e-3),
+      'pretrain_steps': (1000, 2000),
       # Uniform, as in the paper; the lower end rises until the smallest subset fills a batch.
       'rate': (0.3, 0.9),
+      # Of the stages after the first; uniform, as in the paper.
       'lr': (1e-5, 4e-3),
       # Uniform up to the smallest subset's size, as in the paper, but at most this and rounded down
       # to a power of two, so that runs share compiled steps.
       'batch_size': (32, 128),
-      # Log-uniform: examples of D^0, drawn from the training set, and epochs of every stage.
+      # Log-uniform: examples of D^0, drawn from the training set, and epochs of the later stages.
       'train_examples': (2000, 8000),
       'epochs': (10, 40),
-      # At most this many steps over all stages; fewer epochs are trained where it would be more.
-      'max_steps': 6000,
+      # At most this many steps over the later stages; fewer epochs where it would be more.
+      'max_steps': 3000,
       # Share of runs with the paper's augmentation (rotation 10, shift 0.15, zoom 0.3).
       'augmented': 0.5,
       'optimizers': ('adam',),
@@ -101,7 +109,9 @@ def check_config(config: Mapping[str, Any]) -> None:
   for name in ('families', 'datasets', 'optimizers', 'schedules'):
     if not config[name]:
       raise UserError(f'{name} is empty; wanted at least one name.')
-  for name in ('rate', 'lr', 'batch_size', 'train_examples', 'epochs'):
+  for name in (
+    'rate', 'lr', 'batch_size', 'train_examples', 'epochs', 'pretrain_lr', 'pretrain_steps'
+  ):  # fmt: skip
     low, high = config[name]
     if not 0 < low <= high:
       raise UserError(f'{name} is {tuple(config[name])}; wanted a range 0 < low <= high.')
@@ -119,7 +129,7 @@ def run_config(config: Mapping[str, Any], number: int) -> ConfigDict:
   dataset = datasets[number // len(families) % len(datasets)]
   # Every number is drawn for every run, so that one field's range does not move the others' draws.
   size, rate_at, lr_at, batch_at, epochs_at, augment_at = rng.random(6)
-  width_at, optimizer_at, schedule_at = rng.random(3)
+  width_at, optimizer_at, schedule_at, pretrain_lr_at, pretrain_steps_at = rng.random(5)
 
   available = _TRAIN_SIZES.get(dataset, config['train_examples'][1])
   examples = min(round(_log_between(config['train_examples'], size)), available)
@@ -132,20 +142,26 @@ def run_config(config: Mapping[str, Any], number: int) -> ConfigDict:
   largest_batch = min(config['batch_size'][1], max(smallest, smallest_batch))
   batch_size = smallest_batch + batch_at * (largest_batch - smallest_batch)
   batch_size = max(smallest_batch, 1 << int(math.log2(batch_size)))
-  steps_an_epoch = sum(int(examples * rate**i) // batch_size for i in range(stages))
+  steps_an_epoch = sum(int(examples * rate**i) // batch_size for i in range(1, stages))
+  pretrain_epochs = _log_between(config['pretrain_steps'], pretrain_steps_at) / (
+    examples // batch_size
+  )
   epochs = min(_log_between(config['epochs'], epochs_at), config['max_steps'] / steps_an_epoch)
   lr_low, lr_high = config['lr']
 
   run = forgetting.default_config()
   run.seed = int(rng.integers(2**31 - 1))
   run.dataset, run.data_dir = dataset, config['data_dir']
+  run.image_size = tuple(config['image_size'])
   run.train_examples = examples
   run.model = family
   widths = config['widths'].get(family, ())
   run.width = int(widths[int(width_at * len(widths))]) if widths else None
   run.stages, run.rate, run.stratified = stages, float(rate), True
-  run.batch_size, run.epochs = batch_size, max(1, round(epochs))
-  run.lr = float(lr_low + lr_at * (lr_high - lr_low))
+  run.batch_size = batch_size
+  run.epochs, run.stage_epochs = max(1, round(pretrain_epochs)), max(1, round(epochs))
+  run.lr = _log_between(config['pretrain_lr'], pretrain_lr_at)
+  run.stage_lr = float(lr_low + lr_at * (lr_high - lr_low))
   run.optimizer = config['optimizers'][int(optimizer_at * len(config['optimizers']))]
   run.schedule = config['schedules'][int(schedule_at * len(config['schedules']))]
   if augment_at < config['augmented']:
@@ -230,7 +246,7 @@ def _pack(path: Path, number: int, settings: ConfigDict, workdir: Path, record: 
       'kinds': trees.leaf_kinds(trajectory.newest),
       'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
       'stages': record['stages'],
-      'final_train_loss': _flatness(workdir),
+      'pretrain_loss': _pretrain_loss(workdir),
       'parameters': record['parameters'],
       'weights_sha256': hashlib.sha256(data).hexdigest(),
     },
@@ -241,11 +257,12 @@ def _about(number: int, settings: ConfigDict) -> dict[str, Any]:
   return {'format': FORMAT, 'number': number, 'config': config_dict(settings)}
 
 
-def _flatness(workdir: Path) -> dict[str, float]:
-  """Stage 0's training loss at its end and a fifth of its epochs before: has it flattened?"""
+def _pretrain_loss(workdir: Path) -> dict[str, float]:
+  """The training loss of the first epoch of pre-training, a fifth before its end, and the last."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   losses = [line['loss'] for line in lines if line['stage'] == 0]
-  return {'end': losses[-1], 'before': losses[max(0, len(losses) - 1 - max(1, len(losses) // 5))]}
+  before = max(0, len(losses) - 1 - max(1, len(losses) // 5))
+  return {'first': losses[0], 'before': losses[before], 'end': losses[-1]}
 
 
 def _about_path(output: Path, number: int) -> Path:
@@ -292,6 +309,12 @@ def forgot(about: Mapping[str, Any]) -> bool:
   return all(after < before for before, after in itertools.pairwise(accuracies))
 
 
+def flattened(about: Mapping[str, Any]) -> bool:
+  """Whether the last fifth of pre-training gave less than a tenth of its fall in training loss."""
+  loss = about['pretrain_loss']
+  return loss['before'] - loss['end'] < 0.1 * (loss['first'] - loss['end'])
+
+
 def summary(output: str | Path) -> str:
   """What a meta-dataset holds: runs by family and data set, and how many of them forgot."""
   abouts = [run.about for run in read_runs(output)]
@@ -312,6 +335,10 @@ def summary(output: str | Path) -> str:
     )
   if good:
     lines.append(
+      f'training loss had flattened by the end of pre-training in '
+      f'{np.mean([flattened(a) for a in good]):.0%} of runs'
+    )
+    lines.append(
       f'test accuracy fell in {np.mean(falls):.0%} of stages, and at every stage in '
       f'{np.mean([forgot(a) for a in good]):.0%} of runs'
     )
@@ -321,7 +348,7 @@ def summary(output: str | Path) -> str:
 def _listing(config: Mapping[str, Any], output: Path) -> str:
   header = (
     f'{"run":>5} {"model":<14} {"width":>5} {"data set":<14} {"examples":>8} {"rate":>5} '
-    f'{"lr":>8} {"batch":>5} {"epochs":>6} {"optimizer":<9} {"schedule":<9} augmented'
+    f'{"batch":>5} {"lr":>15} {"epochs":>7} {"optimizer":<9} {"schedule":<9} augmented'
   )
   lines = [header]
   for number in range(config['runs']):
@@ -329,7 +356,8 @@ def _listing(config: Mapping[str, Any], output: Path) -> str:
     done = ' (done)' if _about_path(output, number).exists() else ''
     lines.append(
       f'{number:>5} {c.model:<14} {c.width or "-":>5} {c.dataset:<14} {c.train_examples:>8} '
-      f'{c.rate:>5.2f} {c.lr:>8.1e} {c.batch_size:>5} {c.epochs:>6} {c.optimizer:<9} '
+      f'{c.rate:>5.2f} {c.batch_size:>5} {c.lr:.1e}/{c.stage_lr:.1e} '
+      f'{c.epochs:>3}/{c.stage_epochs:<3} {c.optimizer:<9} '
       f'{c.schedule:<9} {"yes" if c.augmentation.rotation else "no"}{done}'
     )
   return '\n'.join(lines)
