@@ -15,7 +15,9 @@ from know_jax.meta import meta_training
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'meta_train.py')
-_DATA = flags.DEFINE_string('data', None, 'Output folder of bin/collect.py.', required=True)
+_DATA = flags.DEFINE_string(
+  'data', None, 'Output folder of bin/collect.py, or one of .mat files.', required=True
+)
 
 
 def main() -> None:

@@ -16,14 +16,6 @@ def get_config() -> ConfigDict:
   config.families = ('cnn', 'resnet_small', 'densenet', 'shufflenetv2', 'mobilenetv2', 'vit')
   config.datasets = ('fashion_mnist', 'cifar10', 'mnist')
   config.image_size = (28, 28)
-  config.widths = {
-    'cnn': (8, 12),
-    'resnet_small': (8, 12),
-    'densenet': (8,),
-    'shufflenetv2': (8,),
-    'mobilenetv2': (4,),
-    'vit': (32,),
-  }
   config.train_examples = (2500, 6000)
   config.pretrain_steps = (1200, 2000)
   config.epochs = (4, 20)

@@ -8,10 +8,11 @@ A workdir holds `record.json` (config, versions, subset sizes, accuracies), `met
 `tensorboard/`, and one checkpoint for each stage in `stages/0` (all data) to `stages/<S-1>`.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from know_jax.errors import UserError
 from know_jax.models import build_model
 from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
 from know_jax.subsets import check_subsets, nested_subsets
-from know_jax.training import AXIS, Checkpoint, Recipe, TrainState, named_key
+from know_jax.together import Job, fit_together
+from know_jax.training import AXIS, Checkpoint, DivergedError, Recipe, TrainState, named_key
 from know_jax.trajectory import Trajectory
 
 KIND = 'forget'
@@ -170,8 +172,106 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
 
   Raises:
     UserError: a value does not fit, or the workdir belongs to another config.
+    DivergedError: the loss, or a weight, is no longer finite.
   """
-  config = config_dict(config)
+  (result,) = _run_all([config], [workdir], how='one_by_one', show_progress=show_progress)
+  if isinstance(result, DivergedError):
+    raise result
+  return result
+
+
+def run_together(
+  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path], *, how: str = 'auto'
+) -> list[RunRecord | DivergedError]:
+  """Runs several forgetting runs at once, stage by stage; each as `run` would, within rounding.
+
+  Each has a workdir of its own, with all that `run` leaves there, and is run on from what it finds
+  there: in company, in another one, or alone. The seconds of a stage are then those that passed
+  while it was trained, with the others beside it.
+
+  Args:
+    configs: the fields of `default_config`; the same in all that `compiled_fields` names.
+    workdirs: one for each config.
+    how: see `together.fit_together`.
+
+  Returns:
+    For each the record, complete, or the error if it diverged.
+
+  Raises:
+    UserError: a value does not fit, the configs have no compiled step in common, or a workdir
+      belongs to another config.
+  """
+  return _run_all(configs, workdirs, how=how, show_progress=False)
+
+
+def compiled_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a run's config that its compiled steps depend on, and those of its data."""
+  names = (*data_fields(), 'model', 'width', 'dtype', 'batch_size', *recipe_fields())
+  # The rate of each step is an argument.
+  return {name: config[name] for name in names if name != 'schedule'}
+
+
+@dataclasses.dataclass
+class _Run:
+  """A run under way: what its config settles, and where it stands."""
+
+  config: dict[str, Any]
+  workdir: Path
+  task: Task
+  subsets: list[np.ndarray]
+  plans: list[dict[str, Any]]
+  recipe: Recipe
+  record: RunRecord
+  data: dict[str, training.DeviceData] = dataclasses.field(default_factory=dict)
+
+  @property
+  def stages_done(self) -> int:
+    return len(self.record.get('stages', []))
+
+  @property
+  def unfinished(self) -> bool:
+    return self.stages_done < len(self.subsets)
+
+
+def _run_all(
+  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path], *, how: str, show_progress: bool
+) -> list[RunRecord | DivergedError]:
+  plain = [config_dict(config) for config in configs]
+  first = compiled_fields(plain[0])
+  for config in plain[1:]:
+    for name, value in compiled_fields(config).items():
+      if value != first[name]:
+        raise UserError(
+          f'{name} is {first[name]!r} in one run and {value!r} in another; wanted the same in all '
+          'that train together.'
+        )
+  # All are checked before the first writes.
+  opens = [_prepare(config) for config in plain]
+  runs = [open_(Path(w).expanduser()) for open_, w in zip(opens, workdirs, strict=True)]
+  results: list[RunRecord | DivergedError] = [run.record for run in runs]
+  left = {i: run for i, run in enumerate(runs) if run.unfinished}
+  _put_data(list(left.values()))
+  while left:
+    with contextlib.ExitStack() as stack:
+      jobs = [stack.enter_context(_stage_job(run, show_progress)) for run in left.values()]
+      trained = fit_together(
+        runs[0].task.model,
+        jobs,
+        recipe=runs[0].recipe,
+        batch_size=plain[0]['batch_size'],
+        how=how,
+        save_every_seconds=min(run.config['save_every_seconds'] for run in left.values()),
+      )
+    for i, state in zip(list(left), trained, strict=True):
+      if isinstance(state, DivergedError):
+        results[i] = state
+      if isinstance(state, DivergedError) or not runs[i].unfinished:
+        del left[i]
+  return results
+
+
+def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
+  """Checks a run's config; what it gives opens the run's workdir, the first to be written."""
   task = load_task(config)
   subsets = nested_subsets(
     named_key(config['seed'], 'subsets'),
@@ -191,37 +291,29 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   recipe = recipe_of(config)
   params = _init(task, config)['params']
 
-  workdir = Path(workdir).expanduser()
-  record = RunRecord.open(workdir, config, kind=KIND)
-  record.update(
-    subset_sizes=[len(s) for s in subsets],
-    class_names=list(task.train.class_names),
-    parameters=int(sum(np.size(x) for x in jax.tree.leaves(params))),
-  )
-  stages = list(record.get('stages', []))
-  if len(stages) == len(subsets):
-    return record
-  train = training.put_data(task.train.images, task.train.labels, task.mean)
-  test = training.put_data(task.test.images, task.test.labels, task.mean)
-  for stage in range(len(stages), len(subsets)):
-    variables = restore_stage(workdir, stage - 1) if stage else _init(task, config)
-    state, seconds = _train_stage(
-      workdir, task.model, training.create_state(variables, recipe), train, subsets[stage],
-      recipe=recipe, plan=plans[stage], config=config, stage=stage, show_progress=show_progress,
-      epochs_before=sum(plan['epochs'] for plan in plans[:stage]),
-    )  # fmt: skip
-    metrics = training.evaluate(task.model, state.variables, test)
-    summary = {
-      'stage': stage,
-      'examples': len(subsets[stage]),
-      'test_loss': metrics['loss'],
-      'test_accuracy': metrics['accuracy'],
-    }
-    checkpoints.save(stage_path(workdir, stage), state.variables, metadata=summary, overwrite=True)
-    stages.append({**summary, 'train_seconds': seconds})
-    record.update(stages=stages)
-    shutil.rmtree(_resume_path(workdir), ignore_errors=True)
-  return record
+  def open_run(workdir: Path) -> _Run:
+    record = RunRecord.open(workdir, config, kind=KIND)
+    record.update(
+      subset_sizes=[len(s) for s in subsets],
+      class_names=list(task.train.class_names),
+      parameters=int(sum(np.size(x) for x in jax.tree.leaves(params))),
+    )
+    return _Run(config, workdir, task, subsets, plans, recipe, record)
+
+  return open_run
+
+
+def _put_data(runs: Sequence[_Run]) -> None:
+  """Copies the runs' data to the devices; the test images, the same for all, once."""
+  test: training.DeviceData | None = None
+  for run in runs:
+    task = run.task
+    if test is None:
+      test = training.put_data(task.test.images, task.test.labels, task.mean)
+    else:
+      test = dataclasses.replace(test, mean=training.replicate(task.mean))
+    train = training.put_data(task.train.images, task.train.labels, task.mean)
+    run.data = {'train': train, 'test': test}
 
 
 def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str, Any]:
@@ -300,26 +392,21 @@ def _resume_path(workdir: Path) -> Path:
   return workdir / 'resume'
 
 
-def _train_stage(
-  workdir: Path,
-  model: nn.Module,
-  state: TrainState,
-  train: training.DeviceData,
-  subset: np.ndarray,
-  *,
-  recipe: Recipe,
-  plan: Mapping[str, Any],
-  config: Mapping[str, Any],
-  stage: int,
-  epochs_before: int,
-  show_progress: bool,
-) -> tuple[TrainState, float]:
-  """Trains one stage, from the checkpoint within it if there is one; returns state and seconds."""
-  start, seconds_before = Checkpoint(state), 0.0
+@contextlib.contextmanager
+def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
+  """The next stage of a run, from the checkpoint within it if there is one.
+
+  While the context lasts the stage may be trained; its log and progress bar are open.
+  """
+  stage, config, workdir = run.stages_done, run.config, run.workdir
+  plan, recipe = run.plans[stage], run.recipe
+  epochs_before = sum(plan['epochs'] for plan in run.plans[:stage])
+  variables = restore_stage(workdir, stage - 1) if stage else _init(run.task, config)
+  start, seconds_before = Checkpoint(training.create_state(variables, recipe)), 0.0
   resume = _resume_path(workdir)
   metadata = checkpoints.read_metadata(resume) if checkpoints.exists(resume) else {}
   if metadata.get('stage') == stage:
-    state = _from_tree(state, checkpoints.restore(resume))
+    state = _from_tree(start.state, checkpoints.restore(resume))
     start, seconds_before = Checkpoint(state, tuple(metadata['sums'])), metadata['seconds']
   else:
     # What a kill left of the stage before, maybe half removed, and so nothing that `save` replaces.
@@ -351,22 +438,40 @@ def _train_stage(
         overwrite=True,
       )
 
-    state = training.fit(
-      model,
-      start,
-      train,
-      subset,
-      recipe=recipe,
+    def on_trained(state: TrainState) -> None:
+      train_seconds = seconds()
+      log.sync()
+      _keep_stage(run, state, train_seconds)
+
+    yield Job(
+      start=start,
+      data=run.data['train'],
+      indices=run.subsets[stage],
       epochs=plan['epochs'],
-      batch_size=config['batch_size'],
       lr=plan['lr'],
       schedule=config['schedule'],
       key=named_key(config['seed'], 'train', stage),
       on_epoch=on_epoch,
       save=save,
-      save_every_seconds=config['save_every_seconds'],
+      on_trained=on_trained,
     )
-  return state, seconds()
+
+
+def _keep_stage(run: _Run, state: TrainState, seconds: float) -> None:
+  """Evaluates a trained stage, writes its checkpoint and adds it to the record."""
+  stage = run.stages_done
+  metrics = training.evaluate(run.task.model, state.variables, run.data['test'])
+  summary = {
+    'stage': stage,
+    'examples': len(run.subsets[stage]),
+    'test_loss': metrics['loss'],
+    'test_accuracy': metrics['accuracy'],
+  }
+  path = stage_path(run.workdir, stage)
+  checkpoints.save(path, state.variables, metadata=summary, overwrite=True)
+  stages = [*run.record.get('stages', []), {**summary, 'train_seconds': seconds}]
+  run.record.update(stages=stages)
+  shutil.rmtree(_resume_path(run.workdir), ignore_errors=True)
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from know_jax import known, trees
+from know_jax import conditioned, known, trees
 from know_jax.errors import UserError
 from know_jax.predictors import METHODS, Leaf, Method, check_options
 from know_jax.pretrained import load_known, parameter_shapes
@@ -53,13 +53,14 @@ def predict(
     steps: how far ahead; 0 gives the newest weights, bit for bit.
     predictor: a name in `PREDICTORS`.
     theta: the parameters of KNOWN, as `load_known` gives them; None: those shipped. Only for
-      `known` and `known_history_free`.
-    rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size.
+      `known`, `known_history_free` and `known_paper`.
+    rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size,
+      and for KNOWN conditioned on the leaf.
     kinds: `(path, leaf) -> 'conv' | 'fc' | 'bias' | 'keep' | None` where the default rule of
       `trees.default_kind` (None) does not fit; `path` joins the keys by `/`, `leaf` is a
       `jax.ShapeDtypeStruct` without the time axis.
     **options: the predictor's own options: `regressor` (linear_fit), `lam` and `variant`
-      (task_vector), `c` (shrink).
+      (task_vector), `c` (shrink), `coefficients` (least_squares).
 
   Returns:
     A pytree like one element of the history: same structure, shapes and dtypes. Kept leaves
@@ -301,7 +302,7 @@ def _plan(
   if method.leaf_fn is not None and theta is not None:
     raise UserError(f'theta is for the predictors that run KNOWN; {predictor!r} takes none.')
   if steps and method.leaf_fn is None:
-    theta = load_known() if theta is None else theta
+    theta = load_known(shipped=method.shipped) if theta is None else theta
     _check_theta(theta, {found[i] for i in predicted})
   _check_length(predictor, method, steps, history.length, options, theta)
   _check_finite(history)
@@ -322,8 +323,7 @@ def _check_theta(theta: Any, kinds: set[str]) -> None:
     )
   for kind in sorted(kinds):
     found = {path: tuple(np.shape(leaf)) for path, leaf in trees.named_leaves(theta[kind]).items()}
-    length = (*found.get('weights/embed/kernel', ()), known.HISTORY_LENGTH)[0]
-    for path, shape in parameter_shapes(length).items():
+    for path, shape in parameter_shapes(found).items():
       if found.get(path) != shape:
         raise UserError(
           f'theta[{kind!r}] has {path!r} of shape {found.get(path)}; wanted {shape}, as load_known '
@@ -337,8 +337,8 @@ def _check_length(
   if steps == 0:
     return
   needed = method.needs(steps, options)
-  if predictor == 'known':
-    needed = max((known.history_length(params) for params in theta.values()), default=needed)
+  if method.leaf_fn is None and predictor != 'known_history_free':
+    needed = max((_history_length(params) for params in theta.values()), default=needed)
   if length >= needed:
     return
   reach = max_steps(predictor, length, **options)
@@ -347,6 +347,12 @@ def _check_length(
     f'predictor {predictor!r} needs a history of {needed} stages for steps={steps}; found {length}'
     f'{at_most}.'
   )
+
+
+def _history_length(params: Any) -> int:
+  """S, the number of stages that the parameters of one kind of leaf read."""
+  module = conditioned if conditioned.is_conditioned(params) else known
+  return module.history_length(params)
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:
@@ -442,6 +448,16 @@ def _run_on_host(
     dtype = jnp.promote_types(view[-1].dtype, jnp.float32)
     groups.setdefault((info.kind, dtype), []).append(i)
   for (kind, dtype), members in groups.items():
+    if METHODS[job.predictor].leaf_fn is None and conditioned.is_conditioned(theta[kind]):
+      _conditioned_on_host(
+        theta[kind],
+        [views[i] for i in members],
+        dtype,
+        job,
+        several,
+        [found[i] for i in members],
+      )
+      continue
     row_job = dataclasses.replace(job, leaves=(Leaf('', kind),), shardings=(None,))
     params = {kind: theta[kind]} if METHODS[job.predictor].leaf_fn is None else None
     for width, parts in _rows(members, [found[i][0].size for i in members]):
@@ -454,6 +470,56 @@ def _run_on_host(
         flat = found[i].reshape(len(several), -1)
         flat[:, start:stop] = predicted[:, place : place + stop - start]
   return [jnp.asarray(leaf[0] if isinstance(steps, int) else leaf) for leaf in found]
+
+
+def _conditioned_on_host(
+  params: Any,
+  views: Sequence[Sequence[np.ndarray]],
+  dtype: Any,
+  job: _Job,
+  steps: tuple[int, ...],
+  out: Sequence[np.ndarray],
+) -> None:
+  """KNOWN conditioned on the leaf, written into `out`: NumPy but for the coefficients."""
+  windows = [_window(view, params, job) for view in views]
+  # Compiled for few numbers of leaves.
+  moments = np.zeros((_next_power_of_two(len(windows)), len(windows[0]), len(windows[0])), dtype)
+  for leaf, window in enumerate(windows):
+    moments[leaf] = _moments_on_host(window, dtype)
+  found = np.asarray(_coefficients(params, moments, job.rate, steps))[: len(windows)]
+  for leaf, coefficients in enumerate(found):
+    stages = [stage.reshape(-1) for stage in windows[leaf]]
+    flat = out[leaf].reshape(len(steps), -1)
+    for start in range(0, flat.shape[1], _SMALL):
+      part = slice(start, start + _SMALL)
+      newest = stages[-1][part].astype(dtype)
+      older = np.stack([stage[part].astype(dtype) - newest for stage in stages[:-1]])
+      moved = coefficients[:, :-1] @ older + coefficients[:, -1:] * newest
+      flat[:, part] = (newest + moved).astype(flat.dtype)
+
+
+def _moments_on_host(window: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+  """The second moments of one leaf, divided by its size: `[S, S]`."""
+  stages = [stage.reshape(-1) for stage in window]
+  total = np.zeros((len(stages), len(stages)))
+  for start in range(0, stages[0].size, _SMALL):
+    history = np.stack([stage[start : start + _SMALL].astype(dtype) for stage in stages])
+    v = np.concatenate([np.diff(history, axis=0), history[-1:]])
+    total += v @ v.T
+  return (total / max(stages[0].size, 1)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _coefficients(
+  params: Any, moments: jax.Array, rate: jax.Array | float, steps: tuple[int, ...]
+) -> jax.Array:
+  """The stages' coefficients for many leaves: moments `[L, S, S]` -> `[L, len(steps), S]`."""
+  found = jax.vmap(lambda g: conditioned.rollout(params, g, rate, steps))(moments)
+  return conditioned.stage_coefficients(found)
+
+
+def _next_power_of_two(n: int) -> int:
+  return 1 << max(n - 1, 0).bit_length()
 
 
 def _rows(
@@ -481,21 +547,29 @@ def _rows(
 
 def _run_known(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]) -> list[jax.Array]:
   """KNOWN on every leaf: sharded ones shard by shard, large ones in place, small ones together."""
-  run = functools.partial(_known_leaf, steps=steps)
   windows = [
     _window(leaf, theta[info.kind], job) for leaf, info in zip(leaves, job.leaves, strict=True)
   ]
   found: list[Any] = [None] * len(leaves)
   small: dict[str, list[int]] = {}
+  whole: dict[str, list[int]] = {}
   for i, (window, info, sharding) in enumerate(
     zip(windows, job.leaves, job.shardings, strict=True)
   ):
-    if sharding is not None:
+    run = functools.partial(_known_leaf, steps=steps)
+    if conditioned.is_conditioned(theta[info.kind]):
+      whole.setdefault(info.kind, []).append(i)
+    elif sharding is not None:
       found[i] = _known_sharded(run, theta[info.kind], window, sharding)
     elif math.prod(window[0].shape) < _SMALL:
       small.setdefault(info.kind, []).append(i)
     else:
       found[i] = run(theta[info.kind], window)
+  for kind, indices in whole.items():
+    moments = [_moments(windows[i], job.shardings[i]) for i in indices]
+    coefficients = _coefficients(theta[kind], jnp.stack(moments), job.rate, steps)
+    for i, of_leaf in zip(indices, coefficients, strict=True):
+      found[i] = _combine(of_leaf, windows[i], job.shardings[i])
   for kind, indices in small.items():
     for batch in _batches(indices, [math.prod(windows[i][0].shape) for i in indices]):
       joined = _known_batch(theta[kind], [windows[i] for i in batch], steps)
@@ -506,21 +580,19 @@ def _run_known(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...])
 
 def _window(leaf: Any, params: Any, job: _Job) -> Any:
   """What KNOWN reads of a leaf's history: its newest stages, or copies of the newest one."""
-  length = known.history_length(params)
-  return leaf[-length:] if job.predictor == 'known' else (leaf[-1],) * length
+  length = _history_length(params)
+  return (leaf[-1],) * length if job.predictor == 'known_history_free' else leaf[-length:]
 
 
 def _known_sharded(
   run: Callable[..., jax.Array], params: Any, window: Any, sharding: NamedSharding
 ) -> jax.Array:
   """KNOWN on each shard where it lies: no weight leaves its device."""
-  stage = sharding.spec
-  spec = (stage,) * len(window) if isinstance(window, tuple) else PartitionSpec(None, *stage)
   return jax.shard_map(
     run,
     mesh=sharding.mesh,
-    in_specs=(PartitionSpec(), spec),
-    out_specs=PartitionSpec(None, *stage),
+    in_specs=(PartitionSpec(), _window_spec(window, sharding)),
+    out_specs=PartitionSpec(None, *sharding.spec),
   )(params, window)
 
 
@@ -545,6 +617,94 @@ def _known_batch(params: Any, windows: list[Any], steps: tuple[int, ...]) -> lis
     part.reshape(len(steps), *window[0].shape).astype(window[0].dtype)
     for part, window in zip(jnp.split(joined, splits, axis=1), windows, strict=True)
   ]
+
+
+def _used_axes(sharding: NamedSharding | None) -> tuple[Any, ...]:
+  """The mesh axes over which an array is split."""
+  if sharding is None:
+    return ()
+  axes = [axis for axis in sharding.spec if axis is not None]
+  return tuple(name for axis in axes for name in (axis if isinstance(axis, tuple) else (axis,)))
+
+
+def _moments(window: Any, sharding: NamedSharding | None) -> jax.Array:
+  """The second moments of a leaf, means over its weights: `[S, S]`."""
+  size = max(math.prod(window[0].shape), 1)
+  if sharding is None:
+    return _leaf_moments(window) / size
+  axes = _used_axes(sharding)
+
+  def of_shard(window: Any) -> jax.Array:
+    moments = _leaf_moments(window) / size
+    return jax.lax.psum(moments, axes) if axes else moments
+
+  specs = (_window_spec(window, sharding),)
+  return jax.shard_map(of_shard, mesh=sharding.mesh, in_specs=specs, out_specs=PartitionSpec())(
+    window
+  )
+
+
+def _combine(coefficients: jax.Array, window: Any, sharding: NamedSharding | None) -> jax.Array:
+  """The stages of a leaf combined, `[len(steps), ...]` in its dtype; coefficients as `[steps, S]`.
+
+  The last coefficient is that of the newest stage beside itself, the others are those of the older
+  stages' differences to it, which keeps the digits of a small movement.
+  """
+
+  def combine(coefficients: jax.Array, window: Any) -> jax.Array:
+    *older, newest = _in_float32(window)
+    if newest.size < _SMALL:  # Fewer operations to compile, for a copy of the stages.
+      differences = jnp.stack([stage - newest for stage in older])
+      moved = jnp.tensordot(
+        coefficients[:, :-1], differences, 1, precision=jax.lax.Precision.HIGHEST
+      )
+      towards = coefficients[:, -1].reshape(-1, *[1] * newest.ndim)
+      return (newest + moved + towards * newest).astype(window[0].dtype)
+    predicted = []
+    for row in coefficients:
+      moved = sum(c * (stage - newest) for c, stage in zip(row[:-1], older, strict=True))
+      predicted.append((newest + moved + row[-1] * newest).astype(window[0].dtype))
+    return jnp.stack(predicted)
+
+  if sharding is None:
+    return combine(coefficients, window)
+  return jax.shard_map(
+    combine,
+    mesh=sharding.mesh,
+    in_specs=(PartitionSpec(), _window_spec(window, sharding)),
+    out_specs=PartitionSpec(None, *sharding.spec),
+  )(coefficients, window)
+
+
+def _window_spec(window: Any, sharding: NamedSharding) -> Any:
+  stage = sharding.spec
+  return (stage,) * len(window) if isinstance(window, tuple) else PartitionSpec(None, *stage)
+
+
+def _leaf_moments(window: Any) -> jax.Array:
+  """The second moments of one leaf, summed over its weights, block by block: `[S, S]`."""
+  shape = window[0].shape
+  size = math.prod(shape)
+  stages = jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - len(shape)], size), window)
+  width = jnp.promote_types(window[0].dtype, jnp.float32)
+
+  def sums(block: Any) -> jax.Array:
+    if isinstance(block, tuple):
+      block = jnp.stack(block)
+    return conditioned.second_moments(block.astype(width))
+
+  whole = size - size % _SMALL
+  tail = jax.tree.map(lambda x: x[..., whole:], stages)
+  # Made from the input, the sums have its mapped axes, which a loop in shard_map must carry.
+  total = sums(tail)
+
+  def body(index: jax.Array, total: jax.Array) -> jax.Array:
+    block = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, index * _SMALL, _SMALL, axis=x.ndim - 1), stages
+    )
+    return total + sums(block)
+
+  return jax.lax.fori_loop(0, whole // _SMALL, body, total) if whole else total
 
 
 def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:

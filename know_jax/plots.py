@@ -85,6 +85,32 @@ def plot_nowcast(
   figure.savefig(path, dpi=110)
 
 
+def plot_learning_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+  """Draws the curves of a meta-training: its loss, and the validation error of each kind of leaf.
+
+  Args:
+    path: the PNG file to write.
+    lines: of the metrics log, each with `step`, `loss` and `ratio_conv`, `ratio_fc`, `ratio_bias`.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(10, 4), layout='constrained')
+  FigureCanvasAgg(figure)
+  left, right = figure.subplots(1, 2)
+  steps = [line['step'] for line in lines]
+  left.plot(steps, [line['loss'] for line in lines], color='black')
+  left.set_ylabel('training loss')
+  for kind in trees.KINDS:
+    right.plot(steps, [line[f'ratio_{kind}'] for line in lines], label=kind)
+  right.axhline(1.0, color='grey', linewidth=0.5)
+  right.set_ylabel('validation error / error of copying')
+  right.legend()
+  for axes in (left, right):
+    axes.set_xlabel('step')
+  figure.savefig(path, dpi=110)
+
+
 def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Coordinates in the plane of the two first principal components.
 
@@ -116,3 +142,32 @@ def _flat(variables: Any) -> np.ndarray:
     np.ravel(leaf).astype(np.float32) for path, leaf in leaves.items() if kinds[path] != trees.KEEP
   ]
   return np.concatenate(parts)
+
+
+def plot_gains(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+  """Draws retrodiction error against the gain of a short transfer, one point an arm.
+
+  Args:
+    path: the PNG file to write.
+    found: for each arm `arm`, `error`, `accuracy_gain` in points, and the latter's `_low`, `_high`.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 5.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  for i, line in enumerate(found):
+    gain = line['accuracy_gain']
+    ends = [[gain - line['accuracy_gain_low']], [line['accuracy_gain_high'] - gain]]
+    axes.errorbar(
+      [line['error']], [gain], yerr=ends, fmt=_MARKERS[i % len(_MARKERS)], color=f'C{i % 10}',
+      capsize=2, linewidth=1, label=line['arm'],
+    )  # fmt: skip
+  axes.axhline(0.0, color='grey', linewidth=0.5)
+  axes.axvline(1.0, color='grey', linewidth=0.5)
+  axes.set_xscale('log')
+  axes.set_xlabel('retrodiction error / error of copying (left: closer to the true weights)')
+  axes.set_ylabel('gain in accuracy after a short transfer (points)')
+  axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.0, 0.5))
+  figure.savefig(path, dpi=110)

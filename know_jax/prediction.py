@@ -97,7 +97,7 @@ def run(
         f'predictor {name!r} can do at most steps={reach} with the {len(trajectory)} stages of '
         f'{workdir}; found steps={steps}.'
       )
-  theta = load_known(known) if {'known', 'known_history_free'} & set(predictors) else None
+  theta = None if known is None else load_known(known)
   task = forgetting.load_task(config)
   test = training.put_data(task.test.images, task.test.labels, task.mean)
   kinds = trees.leaf_kinds(trajectory.newest)
@@ -120,7 +120,8 @@ def run(
       trajectory,
       steps,
       predictor=name,
-      theta=theta if METHODS[name].leaf_fn is None else None,
+      # --known replaces the shipped default; 'known_paper' is always the shipped one.
+      theta=theta if METHODS[name].shipped == 'known' else None,
       rate=config['rate'],
     )
     for name in predictors
@@ -176,7 +177,8 @@ def _save(prediction: Prediction, batch_norm: str, known: str | None) -> None:
     'batch_norm': batch_norm,
   }
   if METHODS[prediction.predictor].leaf_fn is None:
-    metadata['known'] = known or SHIPPED.name
+    shipped = SHIPPED[METHODS[prediction.predictor].shipped].name
+    metadata['known'] = known or shipped
   checkpoints.save(prediction.path, prediction.variables, metadata=metadata, overwrite=True)
 
 

@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from know_jax import conditioned
 from know_jax.errors import UserError, unknown_name
+from know_jax.known import HISTORY_LENGTH
+from know_jax.pretrained import least_squares_coefficients
 from know_jax.trees import KINDS
 
 History = Sequence[jax.Array]
@@ -153,6 +156,27 @@ def average(history: History, leaf: Leaf, steps: int, rate: float) -> jax.Array:
   return _combine(history[-steps - 1 :], coefficients)
 
 
+def least_squares(
+  history: History,
+  leaf: Leaf,
+  steps: int,
+  rate: float,
+  *,
+  coefficients: tuple[tuple[str, tuple[float, ...]], ...],
+) -> jax.Array:
+  """Theta^0 + sum_k a_k d_k + b Theta^0, sliding over its own predictions: the best linear KNOWN.
+
+  d_0 .. d_(S-2) are the differences of the S newest stages, oldest first; the coefficients (a, b)
+  of a kind of leaf minimise the squared error on the meta-dataset.
+  """
+  del rate
+  step = jnp.asarray(dict(coefficients)[leaf.kind], history[-1].dtype)
+  (moved,) = conditioned.slide(lambda _: step, jnp.zeros((len(step),) * 2, step.dtype), (steps,))
+  *older, newest = conditioned.stage_coefficients(moved)
+  stages = zip(older, history[-len(step) : -1], strict=True)
+  return history[-1] * (1 + newest) + sum(c * (value - history[-1]) for c, value in stages)
+
+
 def _tau(history: History, i: int) -> jax.Array:
   return history[-1] - history[-1 - i]
 
@@ -178,14 +202,16 @@ class Method:
   """What `know_jax.predict` needs to know of a predictor.
 
   Attributes:
-    leaf_fn: one of the functions above; None for the two that run KNOWN.
+    leaf_fn: one of the functions above; None for those that run KNOWN.
     needs: (steps, options) -> the number of stages that the history must have, for steps >= 1.
     options: the options it takes, with their defaults.
+    shipped: for those that run KNOWN, the name of the shipped parameters.
   """
 
   leaf_fn: Callable[..., jax.Array] | None
   needs: Callable[[int, Mapping[str, Any]], int]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  shipped: str = ''
 
 
 def _two_or_more(steps: int, options: Mapping[str, Any]) -> int:
@@ -195,6 +221,12 @@ def _two_or_more(steps: int, options: Mapping[str, Any]) -> int:
 
 def _one_more_than_steps(steps: int, options: Mapping[str, Any]) -> int:
   return 2 if options.get('variant') == 'two_point' else steps + 1
+
+
+def _all_coefficients(steps: int, options: Mapping[str, Any]) -> int:
+  del steps
+  coefficients = options.get('coefficients')
+  return max(len(c) for _, c in coefficients) if coefficients else HISTORY_LENGTH
 
 
 def _one(steps: int, options: Mapping[str, Any]) -> int:
@@ -213,9 +245,12 @@ METHODS: dict[str, Method] = {
   'tsv': Method(tsv, _one_more_than_steps),
   'shrink': Method(shrink, _one, {'c': (('conv', 0.19), ('fc', 0.06), ('bias', 0.0))}),
   'average': Method(average, _one_more_than_steps),
-  # The history that these two need is in their parameters.
-  'known': Method(None, _one),
-  'known_history_free': Method(None, _one),
+  # None: the coefficients fitted on the meta-dataset.
+  'least_squares': Method(least_squares, _all_coefficients, {'coefficients': None}),
+  # The history that these need is in their parameters.
+  'known': Method(None, _one, shipped='known'),
+  'known_history_free': Method(None, _one, shipped='known'),
+  'known_paper': Method(None, _one, shipped='known_paper'),
 }
 
 _CHOICES = {'regressor': ('size', 'index'), 'variant': ('tau_n', 'two_point')}
@@ -249,7 +284,30 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
   checked = {**known, **options}
   if 'c' in options:
     checked['c'] = _by_kind(dict(known['c']), options['c'])
+  if 'coefficients' in known:
+    checked['coefficients'] = _coefficients(checked['coefficients'])
   return checked
+
+
+def _coefficients(value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:
+  """A mapping kind -> numbers, those of the differences and of the newest weight, made hashable."""
+  value = least_squares_coefficients() if value is None else value
+  try:
+    given = {kind: tuple(float(number) for number in row) for kind, row in dict(value).items()}
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'least_squares option coefficients is {value!r}; wanted a mapping kind -> numbers.'
+    ) from error
+  lengths = {len(row) for row in given.values()}
+  if set(given) != set(KINDS) or len(lengths) != 1 or lengths & {0, 1}:
+    raise UserError(
+      f'least_squares option coefficients has { ({k: len(v) for k, v in given.items()}) } numbers; '
+      f'wanted S of them, the same S of at least 2, for each of {", ".join(KINDS)}.'
+    )
+  for kind, row in given.items():
+    for number in row:
+      _check_number(f'least_squares option coefficients[{kind!r}]', number)
+  return tuple((kind, given[kind]) for kind in KINDS)
 
 
 def _by_kind(defaults: dict[str, float], value: Any) -> tuple[tuple[str, float], ...]:

@@ -1,4 +1,8 @@
-"""The weights of KNOWN: those shipped, a safetensors file, or the authors' Keras files."""
+"""The weights of KNOWN: those shipped, a safetensors file, or the authors' Keras files.
+
+Shipped are `known`, conditioned on the leaf (`conditioned.py`), `known_paper`, the paper's network
+(`known.py`), and the coefficients of `least_squares`, all trained on the same meta-dataset.
+"""
 
 import functools
 import json
@@ -11,13 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 
-from know_jax import trees
-from know_jax.errors import UserError
+from know_jax import conditioned, trees
+from know_jax.errors import UserError, unknown_name
 from know_jax.known import HISTORY_LENGTH
 
 FORMAT = 'know_jax.known/1'
-SHIPPED = Path(__file__).parent / 'weights' / 'known.safetensors'
+_WEIGHTS = Path(__file__).parent / 'weights'
+SHIPPED = {
+  'known': _WEIGHTS / 'known.safetensors',
+  'known_paper': _WEIGHTS / 'known_paper.safetensors',
+}
+"""Name -> file of the parameters in the package."""
+
+LEAST_SQUARES = _WEIGHTS / 'least_squares.json'
 
 # The files of the authors' release and, for each of our layers, the Keras layer that holds it.
 _KERAS_FILES = {'conv': 'KNOWN_Conv.h5', 'fc': 'KNOWN_FC.h5', 'bias': 'KNOWN_Bias.h5'}
@@ -40,21 +52,25 @@ _HIDDEN = {'squeeze': (64, 8), 'offset': (8, 64), 'amplitude': (8, 64), 'gate': 
 _HIDDEN |= {'project': (64, 32)}
 
 
-def load_known(path: str | Path | None = None) -> dict[str, Any]:
+def load_known(path: str | Path | None = None, *, shipped: str = 'known') -> dict[str, Any]:
   """Loads the parameters of KNOWN for the three kinds of leaf.
 
   Args:
-    path: None for the weights shipped with the package; else a safetensors file written by
+    path: None for weights shipped with the package; else a safetensors file written by
       `save_known`, or a folder with the authors' `KNOWN_Conv.h5`, `KNOWN_FC.h5`, `KNOWN_Bias.h5`.
+    shipped: which of the shipped weights where `path` is None: 'known' or 'known_paper'.
 
   Returns:
-    theta: `{'conv': ..., 'fc': ..., 'bias': ...}`, each the Flax parameters of one `KNOWN`.
+    theta: `{'conv': ..., 'fc': ..., 'bias': ...}`, each the Flax parameters of one
+    `ConditionedKNOWN` or one `KNOWN` (the paper's).
 
   Raises:
     UserError: the file is missing, cannot be read, or holds something else; it is named.
   """
   if path is None:
-    return jax.tree.map(lambda leaf: leaf, _shipped())  # the cached dicts stay ours
+    if shipped not in SHIPPED:
+      raise unknown_name('shipped KNOWN', shipped, SHIPPED)
+    return jax.tree.map(lambda leaf: leaf, _shipped(shipped))  # the cached dicts stay ours
   path = Path(path).expanduser()
   if path.is_dir():
     return _load_keras(path)
@@ -62,8 +78,15 @@ def load_known(path: str | Path | None = None) -> dict[str, Any]:
 
 
 @functools.cache
-def _shipped() -> dict[str, Any]:
-  return _load_safetensors(SHIPPED)
+def _shipped(name: str) -> dict[str, Any]:
+  return _load_safetensors(SHIPPED[name])
+
+
+@functools.cache
+def least_squares_coefficients() -> dict[str, tuple[float, ...]]:
+  """The shipped coefficients of `least_squares`: kind -> those of d_0 .. d_3 and of theta^0."""
+  found = json.loads(LEAST_SQUARES.read_text())['coefficients']
+  return {kind: tuple(found[kind]) for kind in trees.KINDS}
 
 
 def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, Any]) -> None:
@@ -71,11 +94,11 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
 
   Args:
     path: the file to write.
-    theta: kind -> Flax parameters of one KNOWN.
+    theta: kind -> Flax parameters of one network; the kinds may be of different sorts.
     card: what the weights are and where they come from; JSON-able, kept in the file's header.
   """
   tensors = {
-    name: np.ascontiguousarray(leaf, np.float32) for name, leaf in trees.named_leaves(theta).items()
+    name: np.array(leaf, np.float32, order='C') for name, leaf in trees.named_leaves(theta).items()
   }
   _check_theta(tensors, str(path))
   metadata = {'format': FORMAT, 'card': json.dumps(card, sort_keys=True)}
@@ -84,7 +107,7 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
 
 def read_card(path: str | Path | None = None) -> dict[str, Any]:
   """The card of a safetensors file of KNOWN; None for the shipped weights."""
-  path = SHIPPED if path is None else Path(path).expanduser()
+  path = SHIPPED['known'] if path is None else Path(path).expanduser()
   return json.loads(_read(path)[1].get('card', '{}'))
 
 
@@ -137,8 +160,19 @@ def _load_keras(folder: Path) -> dict[str, Any]:
   return _nest(tensors)
 
 
-def parameter_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of the parameters of one KNOWN that reads so many stages."""
+def parameter_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of all parameters of a network of KNOWN, from the shapes of some.
+
+  Args:
+    params: path -> shape, as found.
+  """
+  if any(path.startswith('step/') for path in params):
+    return conditioned.parameter_shapes(*params.get('step/bias', (HISTORY_LENGTH,))[:1])
+  return paper_shapes((*params.get('weights/embed/kernel', ()), HISTORY_LENGTH)[0])
+
+
+def paper_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of the parameters of one of the paper's KNOWN that reads so many stages."""
   shapes: dict[str, tuple[int, ...]] = {}
   for stream, size in (('weights', history_length), ('differences', history_length - 1)):
     for layer, shape in {'embed': (size, 64), **_HIDDEN}.items():
@@ -147,9 +181,14 @@ def parameter_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
-  first = tensors.get('conv/weights/embed/kernel')
-  length = first.shape[0] if first is not None and first.ndim == 2 else HISTORY_LENGTH
-  wanted = {f'{k}/{name}': s for k in trees.KINDS for name, s in parameter_shapes(length).items()}
+  wanted: dict[str, tuple[int, ...]] = {}
+  for kind in trees.KINDS:
+    found = {
+      name.removeprefix(f'{kind}/'): leaf.shape
+      for name, leaf in tensors.items()
+      if name.startswith(f'{kind}/')
+    }
+    wanted |= {f'{kind}/{name}': shape for name, shape in parameter_shapes(found).items()}
   for name in [*wanted, *tensors]:
     if name not in tensors:
       raise UserError(f'{where}: lacks tensor {name!r} of KNOWN.')
@@ -166,13 +205,6 @@ def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
 
 
 def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  theta: dict[str, Any] = {}
-  for name, leaf in tensors.items():
-    *parents, last = name.split('/')
-    node = theta
-    for key in parents:
-      node = node.setdefault(key, {})
-    # Real arrays even where the first caller is being traced: the shipped weights are cached.
-    with jax.ensure_compile_time_eval():
-      node[last] = jnp.asarray(leaf)
-  return theta
+  # Real arrays even where the first caller is being traced: the shipped weights are cached.
+  with jax.ensure_compile_time_eval():
+    return unflatten_dict({name: jnp.asarray(leaf) for name, leaf in tensors.items()}, sep='/')

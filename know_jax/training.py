@@ -237,39 +237,26 @@ def fit(
   Raises:
     DivergedError: the loss of an epoch is not finite, or a weight after the last one.
   """
-  check_batch_size(batch_size, len(indices), 'the training subset')
-  devices = jax.local_device_count()
-  steps = len(indices) // batch_size
-  rates = learning_rates(schedule, lr, epochs * steps)
+  course = Course(
+    start, indices, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule, key=key,
+    on_epoch=on_epoch,
+  )  # fmt: skip
   step_fn = train_step(model, recipe)
-  order_key, augment_key = jax.random.split(key)
-  first = int(start.state.step)
-  state, sums, pending = replicate(start.state), start.sums, list[Any]()
+  state = replicate(start.state)
   saved = time.monotonic()
-  batches: Any = None
 
   def checkpoint() -> Checkpoint:
-    return Checkpoint(unreplicate(state), _add(sums, pending))
+    return Checkpoint(unreplicate(state), course.sums())
 
   try:
-    for done in range(first, epochs * steps):
-      epoch, i = divmod(done, steps)
-      if done == first or i == 0:
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), indices))
-        batches = order[: steps * batch_size].reshape(steps, devices, batch_size // devices)
+    while course.done < course.total:
+      batch, rate = course.batch(), course.rate()
       # A signal in here waits until state, sums and what on_epoch wrote agree again.
       with uninterrupted():
-        state, metrics = step_fn(state, data, batches[i], rates[done], augment_key)
-        pending.append(metrics)
-        if i == steps - 1:
-          loss, accuracy = (total / steps for total in _add(sums, pending))
-          sums, pending = (0.0, 0.0), []
-          if not np.isfinite(loss):
-            raise DivergedError(
-              f'the loss is {loss} in epoch {epoch + 1} at learning rate {lr}; wanted a finite one.'
-            )
-          on_epoch(epoch + 1, {'loss': loss, 'accuracy': accuracy})
-        if save and done + 1 < epochs * steps and time.monotonic() - saved > save_every_seconds:
+        state, metrics = step_fn(state, data, batch, rate, course.augment_key)
+        course.count(metrics)
+        unfinished = course.done < course.total
+        if save and unfinished and time.monotonic() - saved > save_every_seconds:
           save(checkpoint())
           saved = time.monotonic()
   except (KeyboardInterrupt, Terminated):
@@ -277,22 +264,102 @@ def fit(
       save(checkpoint())
     raise
   trained = unreplicate(state)
-  # The loss of a step is that before its update: it cannot tell what the last update did.
+  check_finite(trained, lr)
+  return trained
+
+
+class Course:
+  """The way of one run through its training: batch and rate of each step, metrics of each epoch.
+
+  The arguments are those of `fit`.
+
+  Attributes:
+    done: steps done.
+    total: steps of the whole training.
+    augment_key: decides the augmentation.
+  """
+
+  def __init__(
+    self,
+    start: Checkpoint,
+    indices: np.ndarray,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    schedule: str,
+    key: jax.Array,
+    on_epoch: Callable[[int, dict[str, float]], None],
+  ):
+    check_batch_size(batch_size, len(indices), 'the training subset')
+    self._steps = len(indices) // batch_size
+    self.total = epochs * self._steps
+    self.done = int(start.state.step)
+    self._lr, self._rates = lr, learning_rates(schedule, lr, self.total)
+    self._order_key, self.augment_key = jax.random.split(key)
+    self._indices, self._batch_size, self._on_epoch = indices, batch_size, on_epoch
+    self._sums, self._pending = start.sums, list[Any]()
+    self._batches: Any = None
+
+  def batch(self) -> np.ndarray:
+    """The examples of the next step, `[devices, batch_size / devices]`."""
+    epoch, i = divmod(self.done, self._steps)
+    if self._batches is None or i == 0:
+      key = jax.random.fold_in(self._order_key, epoch)
+      order = np.asarray(jax.random.permutation(key, self._indices))
+      order = order[: self._steps * self._batch_size]
+      self._batches = order.reshape(self._steps, jax.local_device_count(), -1)
+    return self._batches[i]
+
+  def rate(self) -> np.float32:
+    """The learning rate of the next step."""
+    return self._rates[self.done]
+
+  def count(self, metrics: Any, place: tuple[int, ...] = (0,)) -> None:
+    """Counts a step, and calls `on_epoch` after the last one of an epoch.
+
+    Args:
+      metrics: what the compiled step gave.
+      place: where in its arrays this run's numbers are.
+
+    Raises:
+      DivergedError: the loss of the epoch is not finite.
+    """
+    self._pending.append((metrics, place))
+    self.done += 1
+    epoch, i = divmod(self.done, self._steps)
+    if i:
+      return
+    loss, accuracy = (total / self._steps for total in self.sums())
+    self._sums, self._pending = (0.0, 0.0), []
+    if not np.isfinite(loss):
+      raise DivergedError(
+        f'the loss is {loss} in epoch {epoch} at learning rate {self._lr}; wanted a finite one.'
+      )
+    self._on_epoch(epoch, {'loss': loss, 'accuracy': accuracy})
+
+  def sums(self) -> tuple[float, float]:
+    """Loss and accuracy summed over the steps of the unfinished epoch."""
+    loss, accuracy = self._sums
+    steps = jax.device_get([metrics for metrics, _ in self._pending])
+    # One after the other, so that a resumed sum has the same bits.
+    for step, (_, place) in zip(steps, self._pending, strict=True):
+      loss, accuracy = loss + float(step[0][place]), accuracy + float(step[1][place])
+    return loss, accuracy
+
+
+def check_finite(trained: TrainState, lr: float) -> None:
+  """Checks the weights after the last step, whose loss is that before its update.
+
+  Raises:
+    DivergedError: a leaf of params or batch_stats holds NaN or infinity.
+  """
   for path, leaf in trees.named_leaves(trained.variables).items():
     if not np.isfinite(leaf).all():
       raise DivergedError(
         f'leaf {path!r} holds NaN or infinity after the last step at learning rate {lr}; wanted '
         'finite weights.'
       )
-  return trained
-
-
-def _add(sums: tuple[float, float], pending: list[Any]) -> tuple[float, float]:
-  """Adds the metrics of steps one after the other, so that a resumed sum has the same bits."""
-  loss, accuracy = sums
-  for step in jax.device_get(pending):
-    loss, accuracy = loss + float(step[0][0]), accuracy + float(step[1][0])
-  return loss, accuracy
 
 
 def evaluate(
@@ -327,6 +394,35 @@ def train_step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
 
   Metrics are the mean loss and accuracy of the global batch, before the update.
   """
+  step = _step(model, recipe)
+  return jax.pmap(step, AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=64)
+def group_step(model: nn.Module, recipe: Recipe, how: str) -> Callable[..., Any]:
+  """The pmapped step of several runs: as `train_step`, with an axis of runs.
+
+  (states, data, indices [devices, runs, b], lrs [runs], keys [runs]) -> states, metrics. Leaves of
+  states, data and metrics are `[devices, runs, ...]`.
+
+  Args:
+    model: as in `fit`.
+    recipe: as in `fit`.
+    how: 'vmap' or 'unroll'.
+  """
+  step = _step(model, recipe)
+
+  def unrolled(*args: Any) -> Any:
+    runs = args[-1].shape[0]
+    found = [step(*jax.tree.map(lambda x, i=i: x[i], args)) for i in range(runs)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+  group = jax.vmap(step) if how == 'vmap' else unrolled
+  return jax.pmap(group, AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=0)
+
+
+def _step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
+  """One step of one run on one device of `AXIS`."""
 
   def step(state: TrainState, data: DeviceData, index: Any, lr: Any, key: Any) -> Any:
     images = to_device_input(data.images[index], data.mean)
@@ -348,7 +444,7 @@ def train_step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
     params = jax.tree.map(lambda p, u: p - lr.astype(p.dtype) * u, state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), (loss, accuracy)
 
-  return jax.pmap(step, AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=0)
+  return step
 
 
 @functools.lru_cache(maxsize=64)

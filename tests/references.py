@@ -178,3 +178,82 @@ def known(history, n, *, params):
 def known_history_free(history, n, *, params):
   length = params['weights']['embed']['kernel'].shape[0]
   return known(np.stack([history[-1]] * length), n, params=params)
+
+
+def random_conditioned_theta(history_length=5, seed=0):
+  """Kind -> parameters of KNOWN conditioned on the leaf, none of them zero."""
+  rng = np.random.default_rng(seed)
+  d = history_length - 1
+  size = d + d * (d - 1) // 2 + d + 2
+
+  def dense(fan_in, features, scale=1.0):
+    return {
+      'kernel': (scale * rng.normal(0, fan_in**-0.5, (fan_in, features))).astype(np.float32),
+      'bias': (scale * rng.normal(0, 0.1, features)).astype(np.float32),
+    }
+
+  return {
+    kind: {
+      'mean': rng.normal(0, 0.5, size).astype(np.float32),
+      'scale': rng.uniform(0.5, 2, size).astype(np.float32),
+      'hidden': dense(size, 32),
+      'hidden_2': dense(32, 32),
+      'step': dense(32, history_length, 0.3),
+      'decay': np.float32(rng.uniform(0.01, 0.1)),
+    }
+    for kind in ('conv', 'fc', 'bias')
+  }
+
+
+def leaf_context(window, rate):
+  """What KNOWN conditioned on the leaf reads of a window `[S, ...]`, by plain loops."""
+  flat = window.reshape(len(window), -1)
+  moves, newest = np.diff(flat, axis=0), flat[-1]
+  squares = (moves**2).mean(axis=1)
+
+  def log_ratio(x, y):
+    return math.log(min(max(x / y, math.exp(-12)), math.exp(12))) if y > 0 else 0.0
+
+  def cosine(a, b):
+    norms = math.sqrt((a @ a) * (b @ b))
+    return a @ b / norms if norms > 0 else 0.0
+
+  found = [log_ratio(square, squares.mean()) for square in squares]
+  for i in range(len(moves)):
+    found += [cosine(moves[i], moves[j]) for j in range(i + 1, len(moves))]
+  found += [cosine(move, newest) for move in moves]
+  return np.array([*found, log_ratio(squares.mean(), (newest**2).mean()), math.log(rate)])
+
+
+def known_conditioned(history, n, *, params, rate):
+  """KNOWN conditioned on the leaf: the window itself is slid, and looked at anew at every step."""
+  length = len(params['step']['bias'])
+  window = history[len(history) - length :]
+  for _ in range(n):
+    h = np.clip((leaf_context(window, rate) - params['mean']) / params['scale'], -3, 3)
+    for layer in ('hidden', 'hidden_2'):
+      h = np.tanh(_dense(params[layer], h))
+    *along, towards = _dense(params['step'], h)
+    moves, newest = np.diff(window, axis=0), window[-1]
+    movement, size = (moves**2).mean(), (newest**2).mean()
+    step = -params['decay'] * newest
+    if movement > 0:
+      step = step + np.tensordot(along, moves, 1)
+      if size > 0:
+        step = step + towards * math.sqrt(movement / size) * newest
+    window = np.concatenate([window[1:], (newest + step)[None]])
+  return window[-1]
+
+
+def known_conditioned_history_free(history, n, *, params, rate):
+  copies = np.stack([history[-1]] * len(params['step']['bias']))
+  return known_conditioned(copies, n, params=params, rate=rate)
+
+
+def least_squares(history, n, *, coefficients):
+  window = history[len(history) - len(coefficients) :]
+  for _ in range(n):
+    *along, towards = coefficients
+    step = np.tensordot(along, np.diff(window, axis=0), 1) + towards * window[-1]
+    window = np.concatenate([window[1:], (window[-1] + step)[None]])
+  return window[-1]

@@ -11,9 +11,10 @@ import pytest
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from know_jax import forgetting, trees
+from know_jax import forgetting, together, trees
 from know_jax.errors import UserError
-from know_jax.meta import collect
+from know_jax.files import locked
+from know_jax.meta import collect, mat
 from know_jax.run_record import config_dict
 from know_jax.subsets import nested_subsets
 
@@ -205,6 +206,7 @@ def test_dry_run_lists_and_writes_nothing(tmp_path):
     ('optimizers', ('adm',), "Did you mean 'adam"),
     ('rate', (0.9, 0.3), 'rate is'),
     ('stages', 1, 'stages 1'),
+    ('together', 0, 'together is 0; wanted at least 1'),
   ],
 )
 def test_bad_settings_are_named_before_anything_is_written(tmp_path, field, value, message):
@@ -213,6 +215,113 @@ def test_bad_settings_are_named_before_anything_is_written(tmp_path, field, valu
   with pytest.raises(UserError, match=message.replace('.', r'\.').replace('(', r'\(')):
     collect.run(config, tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
+
+
+# -- runs that train together ----------------------------------------------------------------------
+
+
+class Crash(BaseException):
+  """Ends a collection where it stands, without any save."""
+
+
+def test_runs_that_train_together_are_those_that_train_alone(collected, tmp_path, monkeypatch):
+  """With a crash in the middle, after which nothing is trained again that was kept."""
+  alone, _ = collected
+  config = tiny_config()
+  config.together = 2
+  monkeypatch.setattr(together, 'step_seconds', lambda *args: {'vmap': 1.0})
+  kept, real = [], forgetting._keep_stage
+
+  def keep_stage(run, state, seconds):
+    if len(kept) == 5:
+      raise Crash
+    kept.append((run.workdir.name, run.stages_done))
+    real(run, state, seconds)
+
+  monkeypatch.setattr(forgetting, '_keep_stage', keep_stage)
+  with pytest.raises(Crash):
+    collect.run(config, tmp_path)
+  assert len(kept) == 5
+  assert not list((tmp_path / 'runs').glob('*.json'))
+  monkeypatch.setattr(
+    forgetting, '_keep_stage', lambda run, *args: (
+      kept.append((run.workdir.name, run.stages_done)), real(run, *args)
+    )
+  )  # fmt: skip
+  assert '2 runs, 0 diverged' in collect.run(config, tmp_path)
+  assert sorted(kept) == [(name, stage) for name in ('00000', '00001') for stage in range(7)]
+  assert sorted(path.name for path in (tmp_path / 'runs').iterdir()) == [
+    f'0000{number}.{suffix}' for number in (0, 1) for suffix in ('json', 'safetensors')
+  ]
+  assert not list((tmp_path / 'running').iterdir())
+  for run, wanted in zip(collect.read_runs(tmp_path), collect.read_runs(alone), strict=True):
+    assert run.about.pop('together') == [0, 1]
+    assert run.about.keys() == wanted.about.keys()
+    assert run.about['config'] == wanted.about['config']
+    assert run.about['kinds'] == wanted.about['kinds']
+    for stage, other in zip(run.about['stages'], wanted.about['stages'], strict=True):
+      assert stage['examples'] == other['examples']
+      assert stage['test_loss'] == pytest.approx(other['test_loss'], rel=1e-3)
+    assert run.weights.keys() == wanted.weights.keys()
+    for path, leaf in wanted.weights.items():
+      # Rounding, grown over the steps of Adam; weights themselves move by a hundred times as much.
+      np.testing.assert_allclose(run.weights[path], leaf, atol=1e-3, err_msg=path)
+  # How many train together is no part of what the folder is.
+  assert '2 runs' in collect.run(tiny_config(), tmp_path)
+
+
+def test_a_group_has_what_shares_a_compiled_step_and_nobody_holds(tmp_path, monkeypatch):
+  config = tiny_config()
+  config.runs, config.together, config.families = 12, 3, ('cnn', 'cnn_bn')
+  made = []
+
+  def make(config, output, numbers):
+    made.append(list(numbers))
+    for number in numbers:
+      collect._about_path(output, number).write_text('')
+
+  monkeypatch.setattr(collect, '_make', make)
+  monkeypatch.setattr(collect, 'summary', lambda output: '')
+  (tmp_path / 'runs').mkdir()
+  plain = config_dict(config)
+  steps = [collect._step_of(collect.run_config(plain, n)) for n in range(12)]
+  alike = [n for n in range(12) if steps[n] == steps[0]]
+  assert 2 < len(alike) <= 6
+  # One is done and another worker is at a second one, which is looked for again in the end.
+  collect._about_path(tmp_path, alike[1]).write_text('')
+  held = tmp_path / 'runs' / f'{alike[2]:05d}.claim'
+  with locked(held):
+    found = collect._collect(plain, tmp_path, alike, 3)
+    assert found == [alike[1], alike[0], *alike[3:5]]
+    assert made == [[alike[0], *alike[3:5]]]
+    assert collect._collect(plain, tmp_path, alike[2:], 3) == []
+  collect.run(config, tmp_path)
+  numbers = [number for group in made for number in group]
+  assert sorted([*numbers, alike[1]]) == list(range(12))
+  for group in made:
+    assert len(group) <= 3
+    assert len({steps[number] for number in group}) == 1
+  assert not list((tmp_path / 'runs').glob('.*'))
+
+
+def test_runs_of_other_steps_are_not_trained_together(tmp_path):
+  settings = [collect.run_config(config_dict(tiny_config()), number) for number in (0, 1)]
+  settings[1].augmentation.rotation = 5.0
+  with pytest.raises(UserError, match=r'augmentation is .* wanted the same in all'):
+    forgetting.run_together(settings, [tmp_path / 'a', tmp_path / 'b'])
+  assert list(tmp_path.iterdir()) == []
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_a_reader_of_either_sort_reads_and_describes_a_collection(collected):
+  output, summary = collected
+  assert [run.number for run in mat.read_any(output)] == [0, 1]
+  found = mat.describe(output)
+  assert found['config'] == {k: v for k, v in config_dict(tiny_config()).items() if k != 'together'}
+  assert found['summary'] == summary.splitlines()
+  assert found['environment']['devices'] == 8
 
 
 def test_no_runs_is_an_error(tmp_path):

@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 import safetensors.numpy
+import test_mat
 from ml_collections import ConfigDict
 
-from know_jax import checkpoints, known
+from know_jax import checkpoints, conditioned, known
 from know_jax.errors import UserError
-from know_jax.files import write_sealed
+from know_jax.files import read_sealed, write_sealed
 from know_jax.meta import collect, meta_training
-from know_jax.meta.windows import SPAN, Windows, sample_windows, split_runs
+from know_jax.meta.windows import SPAN, sample_windows, split_runs
 from know_jax.pretrained import load_known, read_card
-from know_jax.run_record import RunRecord
+from know_jax.run_record import RunRecord, config_dict
 from know_jax.signals import Terminated
 from know_jax.trees import KINDS
 
@@ -38,9 +40,15 @@ def synthetic_run(number: int, stages: int = 7) -> collect.Run:
   about = {
     'format': collect.FORMAT,
     'number': number,
-    'config': {'model': 'cnn', 'dataset': 'synthetic'},
+    'config': {
+      'model': ('cnn', 'vit')[number % 2],
+      'dataset': ('digits', 'mnist')[number // 2 % 2],
+      'rate': 0.5,
+      'stages': stages,
+    },
     'kinds': KINDS_OF,
     'stages': [stage] * stages,
+    'pretrain_loss': {'first': 2.0, 'before': 0.5, 'end': 0.5},
   }
   return collect.Run(number, about, weights)
 
@@ -56,8 +64,9 @@ def write_dataset(folder, numbers):
     write_sealed(path, {**run.about, 'weights_sha256': hashlib.sha256(data).hexdigest()})
 
 
-def tiny_config() -> ConfigDict:
+def tiny_config(architecture: str = 'conditioned') -> ConfigDict:
   config = meta_training.default_config()
+  config.architecture = architecture
   config.weights_per_run = 256
   config.batch_size = 256
   config.steps = 60
@@ -68,14 +77,15 @@ def tiny_config() -> ConfigDict:
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
   folder = tmp_path_factory.mktemp('synthetic')
-  write_dataset(folder, range(6))
+  write_dataset(folder, range(12))
   return folder
 
 
-@pytest.fixture(scope='module')
-def trained(dataset, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('trained')
-  return workdir, meta_training.run(tiny_config(), dataset, workdir)
+@pytest.fixture(scope='module', params=['conditioned', 'paper'])
+def trained(request, dataset, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp(request.param)
+  config = tiny_config(request.param)
+  return workdir, meta_training.run(config, dataset, workdir), config
 
 
 # --- windows --------------------------------------------------------------------------------------
@@ -133,83 +143,188 @@ def test_windows_need_runs_kinds_and_stages():
     sample_windows([lacking], 5, seed=0)
 
 
-def test_split_is_disjoint_complete_and_fixed():
-  parts = split_runs(range(20), 0, (0.2, 0.3))
-  assert [len(part) for part in parts] == [10, 4, 6]
-  assert sorted(itertools.chain(*parts)) == list(range(20))
-  assert parts == split_runs(list(reversed(range(20))), 0, (0.2, 0.3))
-  assert parts != split_runs(range(20), 1, (0.2, 0.3))
+def test_windows_know_the_moments_of_the_leaf_that_they_are_from():
+  run = synthetic_run(0)
+  run.weights['g/kernel'] = -2 * run.weights['f/kernel'][:, :7]
+  about = {**run.about, 'kinds': {**KINDS_OF, 'g/kernel': 'fc'}}
+  other = synthetic_run(5)
+  windows = sample_windows([other, dataclasses.replace(run, about=about)], 200, seed=0)
+  assert windows.moments['fc'].shape == (2 + 4, 5, 5)
+  for i, source in enumerate((other, run)):
+    for row, leaf in zip(windows.weights['fc'][i], windows.leaves['fc'][i], strict=True):
+      # The leaf and start that the moments are of hold this very window.
+      found = [
+        (path, start)
+        for path in ('f/kernel', 'g/kernel')
+        if path in source.weights
+        for start in (0, 1)
+        if (row == source.weights[path].reshape(7, -1)[start : start + SPAN].T).all(1).any()
+      ]
+      ((path, start),) = found
+      history = source.weights[path].reshape(7, -1)[start : start + 5].astype(np.float64)
+      v = np.concatenate([np.diff(history, axis=0), history[-1:]])
+      wanted = v @ v.T / history.shape[1]
+      np.testing.assert_allclose(windows.moments['fc'][leaf], wanted, rtol=1e-5, atol=1e-9)
+  np.testing.assert_array_equal(windows.rates, [0.5, 0.5])
+
+
+def abouts(count):
+  return {n: synthetic_run(n).about for n in range(count)}
+
+
+def test_split_is_disjoint_complete_fixed_and_alike_in_every_group():
+  parts = split_runs(abouts(40), 0, (0.2, 0.3))
+  assert [len(part) for part in parts] == [20, 8, 12]
+  assert sorted(itertools.chain(*parts)) == list(range(40))
+  assert parts == split_runs(dict(reversed(abouts(40).items())), 0, (0.2, 0.3))
+  assert parts != split_runs(abouts(40), 1, (0.2, 0.3))
+  for part, wanted in zip(parts, (5, 2, 3), strict=True):
+    # Four groups of ten: two families on two data sets.
+    assert all(abs(sum(n % 4 == group for n in part) - wanted) <= 1 for group in range(4))
   with pytest.raises(UserError, match='collect more runs'):
-    split_runs(range(2), 0, (0.2, 0.2))
+    split_runs(abouts(2), 0, (0.2, 0.2))
+
+
+GROUPS = [('vit', lambda n: n % 2 == 1), ('mnist', lambda n: n // 2 % 2 == 1)]
+
+
+@pytest.mark.parametrize(('left_out', 'of_group'), GROUPS, ids=['vit', 'mnist'])
+def test_a_left_out_group_is_only_tested_and_on_the_same_runs(left_out, of_group):
+  config = config_dict(meta_training.default_config())
+  whole = meta_training.parts_of(config, abouts(40))
+  parts = meta_training.parts_of({**config, 'leave_out': left_out}, abouts(40))
+  assert parts['test'] == [n for n in whole['test'] if of_group(n)]
+  for name in ('train', 'validation'):
+    assert parts[name] == [n for n in whole[name] if not of_group(n)]
+  with pytest.raises(UserError, match=r"family or data set 'vjt'\. Did you mean 'vit'"):
+    meta_training.parts_of({**config, 'leave_out': 'vjt'}, abouts(40))
 
 
 # --- loss and batches -----------------------------------------------------------------------------
 
 
-def test_window_loss_is_the_mean_absolute_error_of_the_plain_module():
+def batch_of(windows, kind):
+  """All windows of a kind as one batch, not split over devices."""
+  count = windows.weights[kind].shape[1]
+  return {
+    'windows': jnp.asarray(windows.weights[kind].reshape(-1, SPAN)),
+    'moments': jnp.asarray(windows.moments[kind][windows.leaves[kind].ravel()]),
+    'rate': jnp.asarray(np.repeat(windows.rates, count)),
+    'weight': jnp.asarray(np.repeat(1 / windows.copying(kind), count), jnp.float32),
+  }
+
+
+def test_the_paper_loss_is_the_mean_absolute_error_of_the_plain_module_and_its_penalty():
   params = known.init_theta(jax.random.key(0))['conv']
-  windows = np.random.default_rng(0).normal(0, 0.1, (50, SPAN)).astype(np.float32)
-  residual = jax.vmap(lambda w: known.KNOWN().apply({'params': params}, w))(windows[:, :-1])
-  wanted = np.abs(windows[:, -2] + np.asarray(residual, np.float64) - windows[:, -1]).mean()
-  np.testing.assert_allclose(
-    meta_training.window_loss(params, jnp.asarray(windows)), wanted, rtol=1e-5
-  )
+  windows = sample_windows([synthetic_run(0), synthetic_run(1)], 50, seed=0)
+  rows = windows.weights['conv'].reshape(-1, SPAN)
+  residual = jax.vmap(lambda w: known.KNOWN().apply({'params': params}, w))(rows[:, :-1])
+  wanted = np.abs(rows[:, -2] + np.asarray(residual, np.float64) - rows[:, -1]).mean()
+  found = meta_training.batch_loss('paper', params, batch_of(windows, 'conv'))
+  np.testing.assert_allclose(found, wanted + known.penalty(params), rtol=1e-5)
+
+
+def test_the_conditioned_loss_is_the_error_over_that_of_copying_averaged_over_runs():
+  params = references.random_conditioned_theta()['fc']
+  windows = sample_windows([synthetic_run(n) for n in range(3)], 50, seed=0)
+  ratios = []
+  for run in range(3):
+    w = windows.weights['fc'][run].astype(np.float64)
+    g = windows.moments['fc'][windows.leaves['fc'][run]]
+    step = np.stack([conditioned.step_coefficients(params, m, 0.5) for m in g]).astype(np.float64)
+    v = np.concatenate([np.diff(w[:, :-1], axis=1), w[:, -2:-1]], axis=1)
+    error = np.abs(w[:, -2] + (step * v).sum(1) - w[:, -1]).mean()
+    ratios.append(error / np.abs(w[:, -2] - w[:, -1]).mean())
+  found = meta_training.batch_loss('conditioned', params, batch_of(windows, 'fc'))
+  np.testing.assert_allclose(found, np.mean(ratios), rtol=1e-4)
+  theta = dict.fromkeys(KINDS, params)
+  whole = meta_training.ratios_of('conditioned', theta, windows)
+  np.testing.assert_allclose(whole['fc'], np.mean(ratios), rtol=1e-4)
 
 
 def test_batches_are_functions_of_seed_and_step_and_weigh_runs_alike():
-  weights = {kind: np.zeros((4, 10, SPAN), np.float32) for kind in KINDS}
+  windows = sample_windows([synthetic_run(n) for n in range(4)], 10, seed=0)
   for kind in KINDS:
-    weights[kind] += np.arange(4)[:, None, None]
-  windows = Windows((0, 1, 2, 3), weights)
+    windows.weights[kind][..., 0] = np.arange(4)[:, None]
   a, b, c = (meta_training.draw_batch(windows, 4000, 0, step) for step in (5, 5, 6))
   for kind in KINDS:
-    np.testing.assert_array_equal(a[kind], b[kind])
-    assert (a[kind] != c[kind]).any()
-    assert a[kind].shape == (8, 500, SPAN)
-    shares = np.bincount(a[kind][..., 0].astype(int).ravel(), minlength=4) / 4000
-    np.testing.assert_allclose(shares, 0.25, atol=0.03)
+    jax.tree.map(np.testing.assert_array_equal, a[kind], b[kind])
+    assert (a[kind]['windows'] != c[kind]['windows']).any()
+    assert a[kind]['windows'].shape == (8, 500, SPAN)
+    run = a[kind]['windows'][..., 0].astype(int)
+    np.testing.assert_allclose(np.bincount(run.ravel(), minlength=4) / 4000, 0.25, atol=0.03)
+    wanted = 1 / windows.copying(kind)[run]
+    np.testing.assert_allclose(a[kind]['weight'], wanted, rtol=1e-6)
 
 
-def test_retrodiction_errors_against_numpy():
-  windows = sample_windows([synthetic_run(n) for n in range(3)], 64, seed=0)
-  theta = known.init_theta(jax.random.key(1))
-  errors = meta_training.retrodiction_errors(windows, theta)
+def test_least_squares_against_numpy_and_what_it_must_find():
+  windows = sample_windows([synthetic_run(n) for n in range(3)], 200, seed=0)
+  found = meta_training.fit_least_squares(windows)
   for kind in KINDS:
-    w = windows.weights[kind].astype(np.float64)
-    copying = np.abs(w[..., -2] - w[..., -1]).mean(axis=1)
-    vector = np.abs(2 * w[..., -2] - w[..., -3] - w[..., -1]).mean(axis=1) / copying
-    np.testing.assert_allclose(errors[kind]['persistence'], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(errors[kind]['task_vector'], vector, rtol=1e-4)
-    assert set(errors[kind]) == {'known', 'known_history_free', *meta_training.RIVALS}
+    rows, targets = [], []
+    for w in windows.weights[kind].astype(np.float64):
+      move = w[:, -1] - w[:, -2]
+      scale = np.sqrt((move**2).sum())
+      rows.append(np.concatenate([np.diff(w[:, :-1], axis=1), w[:, -2:-1]], axis=1) / scale)
+      targets.append(move / scale)
+    wanted = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=1e-12)[0]
+    design = np.concatenate(rows)
+    np.testing.assert_allclose(design @ found[kind], design @ wanted, rtol=1e-3, atol=1e-6)
+    # Every weight moves by -10 % of itself.
+    w = windows.weights[kind][0].astype(np.float64)
+    v = np.concatenate([np.diff(w[:, :-1], axis=1), w[:, -2:-1]], axis=1)
+    np.testing.assert_allclose(v @ found[kind], -0.1 * w[:, -2], rtol=1e-3, atol=1e-6)
 
 
 # --- the real loop, shrunk ------------------------------------------------------------------------
 
 
-def test_training_learns_what_there_is_to_learn(dataset, tmp_path):
-  config = tiny_config()
-  config.steps, config.validate_every, config.lr = 400, 50, 3e-3
+@pytest.mark.parametrize('architecture', ['conditioned', 'paper'])
+def test_training_learns_what_there_is_to_learn(dataset, tmp_path, architecture):
+  config = tiny_config(architecture)
+  config.steps, config.validate_every, config.lr = 300, 50, 5e-3
   record = meta_training.run(config, dataset, tmp_path)
   for kind in ('conv', 'fc'):
-    assert record['test_error'][kind]['known'] < 0.5, record['test_error']
+    assert record['validation_error'][kind] < 0.5, record['validation_error']
 
 
-def test_the_file_written_loads_and_says_where_it_comes_from(trained):
-  workdir, record = trained
+def test_the_files_written_load_and_say_where_they_come_from(trained, dataset):
+  workdir, record, config = trained
   theta, card = load_known(workdir / 'known.safetensors'), read_card(workdir / 'known.safetensors')
-  assert sum(x.size for x in jax.tree.leaves(theta)) == 3 * 9425
-  assert card['test_error'] == record['test_error']
+  size = 9425 if config.architecture == 'paper' else 1798
+  assert card['parameters'] == dict.fromkeys(KINDS, size)
+  assert sum(x.size for x in jax.tree.leaves(theta)) == 3 * size
   assert card['training']['config']['seed'] == 0
-  assert card['meta_dataset']['runs'] == 6
-  assert sorted(itertools.chain(*card['training']['runs'].values())) == list(range(6))
-  report = meta_training.report(record)
-  assert f'{record["test_error"]["fc"]["known"]:.3f}' in report
+  assert card['meta_dataset']['runs'] == 12
+  assert sorted(itertools.chain(*card['training']['runs'].values())) == list(range(12))
+  assert f'conv {record["validation_error"]["conv"]:.3f}' in meta_training.report(record)
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   assert len(lines) == 3
+  assert (workdir / 'learning_curves.png').read_bytes().startswith(b'\x89PNG')
+  fitted = read_sealed(workdir / 'least_squares.json', 'fit')['coefficients']
+  runs = [run for run in collect.read_runs(dataset) if run.number in record['runs']['train']]
+  wanted = meta_training.fit_least_squares(sample_windows(runs, config.weights_per_run, 0))
+  assert fitted == wanted
+
+
+def test_the_constants_of_the_context_are_those_of_the_training_runs(dataset, trained):
+  workdir, record, config = trained
+  if config.architecture != 'conditioned':
+    pytest.skip('the paper has no such constants')
+  params = load_known(workdir / 'known.safetensors')['fc']
+  found = []
+  for run in collect.read_runs(dataset):
+    if run.number in record['runs']['train']:
+      flat = run.weights['f/kernel'].reshape(7, -1)
+      found += [references.leaf_context(flat[s : s + 5].astype(np.float64), 0.5) for s in (0, 1)]
+  np.testing.assert_allclose(params['mean'], np.mean(found, axis=0), rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(
+    params['scale'], np.maximum(np.std(found, axis=0), 1e-2), rtol=1e-2, atol=1e-3
+  )
 
 
 def test_the_best_parameters_are_kept_not_the_last(trained):
-  workdir, _ = trained
+  workdir, _, _ = trained
   card = read_card(workdir / 'known.safetensors')
 
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -220,17 +335,18 @@ def test_the_best_parameters_are_kept_not_the_last(trained):
 
 
 def test_a_finished_training_is_not_trained_again(trained, dataset):
-  workdir, record = trained
+  workdir, record, config = trained
   before = (workdir / 'known.safetensors').stat().st_mtime_ns
-  assert meta_training.run(tiny_config(), dataset, workdir)['test_error'] == record['test_error']
+  again = meta_training.run(config, dataset, workdir)
+  assert again['validation_error'] == record['validation_error']
   assert (workdir / 'known.safetensors').stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize('stop_after', [7, 20, 33])
+@pytest.mark.parametrize('stop_after', [7, 20])
 def test_an_interrupted_training_ends_with_the_same_bits(
   trained, dataset, tmp_path, monkeypatch, stop_after
 ):
-  workdir, _ = trained
+  workdir, _, config = trained
   draw, calls = meta_training.draw_batch, []
 
   def draw_then_stop(*args):
@@ -241,10 +357,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
   monkeypatch.setattr(meta_training, 'draw_batch', draw_then_stop)
   with pytest.raises(Terminated):
-    meta_training.run(tiny_config(), dataset, tmp_path)
+    meta_training.run(config, dataset, tmp_path)
   assert checkpoints.exists(tmp_path / 'resume')
   monkeypatch.setattr(meta_training, 'draw_batch', draw)
-  meta_training.run(tiny_config(), dataset, tmp_path)
+  meta_training.run(config, dataset, tmp_path)
   for name in ('known.safetensors', 'metrics.jsonl'):
     wanted, found = (workdir / name).read_bytes(), (tmp_path / name).read_bytes()
     if name.endswith('jsonl'):
@@ -268,12 +384,31 @@ def test_bad_settings_are_named(dataset, tmp_path):
   config.weights_per_run = 0
   with pytest.raises(UserError, match='weights_per_run is 0'):
     meta_training.run(config, dataset, tmp_path / 'c')
+  config = tiny_config('papier')
+  with pytest.raises(UserError, match=r"architecture 'papier'\. Did you mean 'paper'"):
+    meta_training.run(config, dataset, tmp_path / 'd')
+  config = tiny_config()
+  config.weight_decay = -1.0
+  with pytest.raises(UserError, match=r'weight_decay is -1\.0'):
+    meta_training.run(config, dataset, tmp_path / 'e')
   assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_of_another_config_is_refused(trained, dataset):
-  workdir, _ = trained
-  config = tiny_config()
+  workdir, _, config = trained
+  config = ConfigDict(config)
   config.lr = 0.5
   with pytest.raises(UserError, match='lr'):
     meta_training.run(config, dataset, workdir)
+
+
+def test_a_folder_of_mat_files_can_be_trained_on(tmp_path):
+  folder = tmp_path / 'mats'
+  folder.mkdir()
+  for i, name in enumerate(('cnn_mnist', 'resnet18_cifar10') * 3):
+    test_mat.write(folder / f'{name}_r0.{i + 3}.mat', test_mat.arrays(seed=i))
+  record = meta_training.run(tiny_config(), folder, tmp_path / 'w')
+  assert all(np.isfinite(error) for error in record['validation_error'].values())
+  card = read_card(tmp_path / 'w' / 'known.safetensors')
+  assert card['meta_dataset']['runs'] == 6
+  assert '6 runs, from .mat files' in card['meta_dataset']['summary'][0]

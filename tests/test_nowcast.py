@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import operator
+import re
 
 import chex
 import flax.core
@@ -23,8 +24,10 @@ from know_jax import PREDICTORS, Trajectory, UserError, known, nowcast, trees
 from know_jax.known import KNOWN
 
 EVERY = pytest.mark.parametrize('name', PREDICTORS)
-COORDINATE_WISE = [name for name in PREDICTORS if name != 'tsv']
 THETA = references.random_theta()
+CONDITIONED = references.random_conditioned_theta()
+OF_THE_WHOLE_LEAF = ('tsv', 'known')
+COORDINATE_WISE = [name for name in PREDICTORS if name not in OF_THE_WHOLE_LEAF]
 
 # One leaf of each sort; the sizes can be shared out to 8 devices.
 SHAPES = {
@@ -68,7 +71,9 @@ def with_kept(history):
 
 
 def options_of(name):
-  return {'theta': THETA} if name.startswith('known') else {}
+  if not name.startswith('known'):
+    return {}
+  return {'theta': THETA if name == 'known_paper' else CONDITIONED}
 
 
 def predict(history, steps, name, **options):
@@ -145,7 +150,7 @@ def test_under_jit(name):
   assert_close(found, predict(history, 2, name), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', ['linear_fit', 'known'])
+@pytest.mark.parametrize('name', ['linear_fit', 'known', 'known_paper'])
 def test_under_jit_with_the_history_a_constant(name):
   history = make_history(shapes=TINY)
   found = jax.jit(lambda: predict(history, 2, name))()
@@ -221,10 +226,10 @@ def test_the_gradient_for_the_history(name):
     assert abs(wanted) > 1e-4
 
 
-@pytest.mark.parametrize('name', ['known', 'known_history_free'])
+@pytest.mark.parametrize('name', ['known', 'known_paper'])
 def test_the_gradient_for_theta(name):
   history = make_history(dtype=np.float64, shapes=TINY)
-  theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), THETA)
+  theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), options_of(name)['theta'])
   direction = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size)).reshape(leaf.shape), theta)
 
   @jax.jit
@@ -304,7 +309,7 @@ def test_on_sharded_arrays(name, form):
     assert_sharded(found, shardings)
 
 
-@pytest.mark.parametrize('name', ['known', 'tsv'])
+@pytest.mark.parametrize('name', ['known', 'known_paper', 'tsv'])
 def test_on_sharded_arrays_under_jit(name):
   wanted = predict(make_history(), 1, name)
   for form in FORMS.values():
@@ -328,15 +333,19 @@ def test_forecasts_and_trajectories_keep_the_sharding():
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('name', ['known', 'known_history_free', 'linear_fit'])
+@pytest.mark.parametrize('name', ['known', 'known_paper', 'known_history_free', 'linear_fit'])
 def test_no_weight_leaves_its_device(name, form):
   history, _ = sharded_history(*FORMS[form])
   plan = nowcast._plan(history, 1, name, options_of(name).get('theta'), 0.5, None, {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
   hlo = nowcast._run.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=8' in hlo
-  for collective in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute'):
+  for collective in ('all-gather', 'all-to-all', 'collective-permute'):
     assert collective not in hlo
+  # KNOWN conditioned on the leaf sums 5 x 5 moments over the devices, and nothing else.
+  summed = re.findall(r'= (.*?) all-reduce\(', hlo)
+  sizes = {shape for found in summed for shape in re.findall(r'\[([\d,]*)\]', found)}
+  assert sizes == ({'5,5'} if name in ('known', 'known_history_free') else set()), summed
 
 
 def test_a_sharded_time_axis_gives_the_same_numbers():
@@ -571,7 +580,7 @@ def test_a_leaf_larger_than_the_real_block():
 # --- what a coordinate-wise predictor may not see -------------------------------------------------
 
 
-@pytest.mark.parametrize('name', COORDINATE_WISE)
+@pytest.mark.parametrize('name', [*COORDINATE_WISE, 'known'])
 @hypothesis.given(seed=st.integers(0, 10**6))
 @hypothesis.settings(max_examples=8, deadline=None)
 def test_permuting_weights_permutes_predictions(name, seed):
@@ -622,7 +631,14 @@ def fails(message, history, steps=1, **options):
 
 @EVERY
 def test_a_short_history_is_an_error_that_says_what_is_needed(name, nothing_runs):
-  needed = {'known': 5, 'linear_fit': 2, 'log_fit': 2, 'exp_fit': 2}.get(name, 1)
+  needed = {
+    'known': 5,
+    'known_paper': 5,
+    'least_squares': 5,
+    'linear_fit': 2,
+    'log_fit': 2,
+    'exp_fit': 2,
+  }.get(name, 1)
   needed = 2 if name in references.MAX_STEPS else needed
   if needed > 1:
     fails(

@@ -40,6 +40,12 @@ LARGE = {
   'head/bias': ((31,), 'bias', None),
 }
 THETA = references.random_theta()
+CONDITIONED = references.random_conditioned_theta()
+COEFFICIENTS = {
+  'conv': (0.1, -0.2, 0.3, 0.4, -0.05),
+  'fc': (0.0, 0.1, 0.2, 0.5, 0.02),
+  'bias': (0.3, 0.0, -0.1, 0.2, 0.0),
+}
 
 
 def make_history(leaves, length, seed=0):
@@ -60,9 +66,15 @@ def reference(name, path, leaves, options):
   if name == 'shrink':
     c = options.pop('c', {})
     options['c'] = (references.SHRINK | c)[kind] if isinstance(c, dict) else c
+  if name == 'least_squares':
+    options['coefficients'] = options['coefficients'][kind]
   if name.startswith('known'):
     params = options.pop('theta')[kind]
     options['params'] = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    name = name.replace('_paper', '')
+    if 'step' in params:
+      name = name.replace('known', 'known_conditioned')
+      options = {'rate': 0.5} | options
   return functools.partial(getattr(references, name), **options)
 
 
@@ -109,15 +121,25 @@ CASES += [
   ('shrink', {'c': 0.2}, 2),
   ('shrink', {'c': {'fc': 0.5}}, 2),
   ('shrink', {'c': {'bias': -0.1, 'conv': 1.5, 'fc': 0}}, 2),
-  ('known', KNOWN_OPTIONS, 7),
+  ('least_squares', {'coefficients': COEFFICIENTS}, 6),
+  ('least_squares', {'coefficients': {k: c[2:] for k, c in COEFFICIENTS.items()}}, 3),
+  ('known_paper', KNOWN_OPTIONS, 7),
   ('known', {'theta': references.random_theta(3)}, 4),
+  ('known', {'theta': CONDITIONED}, 7),
+  ('known', {'theta': CONDITIONED, 'rate': 0.8}, 5),
+  ('known', {'theta': references.random_conditioned_theta(3)}, 4),
+  ('known', {'theta': CONDITIONED | {'fc': THETA['fc']}}, 5),
   ('known_history_free', KNOWN_OPTIONS, 1),
+  ('known_history_free', {'theta': CONDITIONED}, 1),
 ]
 
 
 def case_name(value):
   if isinstance(value, dict):
-    return ','.join(k if k == 'theta' else f'{k}={v}' for k, v in value.items()) or 'default'
+    return (
+      ','.join(k if k in ('theta', 'coefficients') else f'{k}={v}' for k, v in value.items())
+      or 'default'
+    )
   return str(value)
 
 
@@ -127,7 +149,7 @@ def test_numbers_in_float64(name, options, length):
     if 'theta' in options:
       theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), options['theta'])
       options = options | {'theta': theta}
-    by_kind = name == 'shrink' or name.startswith('known')
+    by_kind = name in ('shrink', 'least_squares') or name.startswith('known')
     leaves = KINDS if by_kind else ONE
     check(name, options, leaves, length, rtol=1e-9, atol=1e-12, dtype=np.float64)
 
@@ -140,7 +162,9 @@ def test_numbers_of_tsv_in_float64():
 # exp_fit's error is that of the logarithms times the steepness of the exponential.
 @pytest.mark.parametrize('name', know_jax.PREDICTORS)
 def test_numbers_in_float32(name):
-  options = KNOWN_OPTIONS if name.startswith('known') else {}
+  options = {'theta': THETA if name == 'known_paper' else CONDITIONED}
+  if not name.startswith('known'):
+    options = {'coefficients': COEFFICIENTS} if name == 'least_squares' else {}
   rtol = 1e-4 if name == 'exp_fit' else 1e-5
   check(name, options, SMALL, 5, rtol=rtol, atol=2e-6, dtype=np.float32)
 

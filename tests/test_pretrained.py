@@ -7,7 +7,7 @@ import pytest
 import references
 import safetensors.numpy
 
-from know_jax import known, load_known, pretrained, trees
+from know_jax import PREDICTORS, conditioned, known, load_known, pretrained, trees
 from know_jax.errors import UserError
 
 CARD = {'data': 'none', 'seeds': [1, 2]}
@@ -67,7 +67,7 @@ def test_a_path_may_start_at_home(theta, tmp_path, monkeypatch):
 def as_shipped(theta, tmp_path, monkeypatch):
   path = tmp_path / 'shipped.safetensors'
   pretrained.save_known(path, theta, CARD)
-  monkeypatch.setattr(pretrained, 'SHIPPED', path)
+  monkeypatch.setitem(pretrained.SHIPPED, 'known', path)
   pretrained._shipped.cache_clear()
   yield path
   pretrained._shipped.cache_clear()
@@ -87,17 +87,48 @@ def test_the_shipped_weights_may_be_loaded_first_by_a_traced_function(as_shipped
   assert_same(load_known(), theta)
 
 
-def test_the_package_ships_weights_with_a_card():
-  theta = load_known()
-  wanted = jax.eval_shape(known.init_theta, jax.random.key(0))
+@pytest.mark.parametrize('history_length', [5, 3])
+def test_theta_conditioned_on_the_leaf_comes_back_too(history_length, tmp_path):
+  theta = references.random_conditioned_theta(history_length)
+  mixed = theta | {'fc': references.random_theta()['fc']}
+  for saved in (theta, mixed):
+    pretrained.save_known(tmp_path / 'a.safetensors', saved, CARD)
+    assert_same(load_known(tmp_path / 'a.safetensors'), saved)
+
+
+@pytest.mark.parametrize(
+  ('name', 'init'), [('known', conditioned.init_theta), ('known_paper', known.init_theta)]
+)
+def test_the_package_ships_weights_with_a_card(name, init):
+  theta = load_known(shipped=name)
+  wanted = jax.eval_shape(init, jax.random.key(0))
   trees.check_same(wanted, theta, names=('KNOWN', 'the shipped weights'))
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
-  card = pretrained.read_card()
+  card = pretrained.read_card(pretrained.SHIPPED[name])
   for part in ('meta_dataset', 'training'):
     assert isinstance(card[part]['config']['seed'], int)
     assert len(card[part]['environment']['commit']) >= 40
   for kind in trees.KINDS:
-    assert 0 < card['test_error'][kind]['known'] < np.inf
+    assert 0 < card['validation_error'][kind] < np.inf
+
+
+def test_what_is_shipped_is_small_and_has_names():
+  files = [*pretrained.SHIPPED.values(), pretrained.LEAST_SQUARES]
+  assert sum(path.stat().st_size for path in files) < 2**20
+  with pytest.raises(UserError, match=r"shipped KNOWN 'known_papers'\. Did you mean 'known_paper'"):
+    load_known(shipped='known_papers')
+
+
+def test_the_shipped_coefficients_of_least_squares_are_those_of_the_default():
+  found = pretrained.least_squares_coefficients()
+  assert set(found) == set(trees.KINDS)
+  assert all(len(row) == 5 and np.isfinite(row).all() for row in found.values())
+  rng = np.random.default_rng(0)
+  stages = rng.normal(size=(5, 4, 3)).cumsum(axis=0).astype(np.float32)
+  history = [{'a': {'kernel': stage}} for stage in stages]
+  default = PREDICTORS['least_squares'](history)['a']['kernel']
+  wanted = references.least_squares(stages.astype(np.float64), 1, coefficients=found['fc'])
+  np.testing.assert_allclose(default, wanted, rtol=1e-5, atol=1e-6)
 
 
 def fails(path, message):
@@ -141,7 +172,7 @@ def test_a_file_of_another_sort_is_an_error(saved):
     ),
     (
       {'fc/weights/embed/kernel': np.zeros((4, 64), np.float32)},
-      r"tensor 'fc/weights/embed/kernel' is float32\[4, 64\]; wanted float32\[5, 64\]",
+      r"tensor 'fc/differences/embed/kernel' is float32\[4, 64\]; wanted float32\[3, 64\]",
     ),
     (
       {'conv/weights/embed/kernel': np.zeros((), np.float32)},

@@ -13,15 +13,20 @@ A finished run is two files in the output folder (format `know_jax.meta/1`):
                            of the safetensors file
 
 A run that diverged leaves the JSON file alone, with the reason.
+
+On an accelerator, several runs of one architecture train together (`together` in the config). A
+run is then the same as one that trained alone but for rounding, and its JSON file names under
+`together` the runs that it began its last training with.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ from ml_collections.config_dict import placeholder
 
 from know_jax import forgetting, trees
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import locked, read_sealed, write_atomic, write_sealed
+from know_jax.files import digest, locked, read_sealed, write_atomic, write_sealed
 from know_jax.models import MODELS
 from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.training import OPTIMIZERS, DivergedError
@@ -54,7 +59,14 @@ def default_config() -> ConfigDict:
       # (height, width) to resize images to; (): as they are.
       'image_size': (),
       # Family -> the widths to draw from; families not named take their own default.
-      'widths': {'cnn': (8, 12, 16)},
+      'widths': {
+        'cnn': (8, 12),
+        'resnet_small': (8, 12),
+        'densenet': (8,),
+        'shufflenetv2': (8,),
+        'mobilenetv2': (4,),
+        'vit': (32,),
+      },
       'stages': 7,
       # Log-uniform: learning rate and steps of pre-training, the first stage.
       'pretrain_lr': (1e-3, 3e-3),
@@ -75,6 +87,9 @@ def default_config() -> ConfigDict:
       'augmented': 0.5,
       'optimizers': ('adam',),
       'schedules': ('cosine', 'constant'),
+      # At most so many runs of one compiled step train at once, in the way that is fastest on the
+      # device. Not part of what the folder is: workers may differ in it.
+      'together': 1,
     }
   )
 
@@ -115,6 +130,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     low, high = config[name]
     if not 0 < low <= high:
       raise UserError(f'{name} is {tuple(config[name])}; wanted a range 0 < low <= high.')
+  if config['together'] < 1:
+    raise UserError(f'together is {config["together"]}; wanted at least 1.')
   if config['runs'] < 1 or config['stages'] < 2:
     raise UserError(
       f'runs is {config["runs"]} and stages {config["stages"]}; wanted at least 1 and 2.'
@@ -197,43 +214,81 @@ def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str
   output = Path(output).expanduser()
   if dry_run:
     return _listing(config, output)
+  together = config.pop('together')
   RunRecord.open(output, config, kind=KIND)
   (output / 'runs').mkdir(exist_ok=True)
   numbers = range(config['runs'])
+  steps = {n: _step_of(run_config(config, n)) if together > 1 else '' for n in numbers}
   with progress(len(numbers), 'collect', 'run') as bar:
     waiting = list(numbers)
     while waiting:
       # Runs that another worker holds come round again, in case it dies.
       number = waiting.pop(0)
-      if not _about_path(output, number).exists() and not _collect(config, output, number):
-        waiting.append(number)
-        continue
-      bar.update(1)
+      done = [number]
+      if not _about_path(output, number).exists():
+        alike = [other for other in waiting if together > 1 and steps[other] == steps[number]]
+        done = _collect(config, output, [number, *alike], together)
+        if not done:
+          waiting.append(number)
+      waiting = [other for other in waiting if other not in done]
+      bar.update(len(done))
   return summary(output)
 
 
-def _collect(config: Mapping[str, Any], output: Path, number: int) -> bool:
-  """Makes one run; False if another worker is at it."""
-  path = _about_path(output, number)
-  try:
-    with locked(path.with_suffix('.claim'), wait_seconds=1.0):
-      if path.exists():
-        return True
-      workdir = output / 'running' / path.stem
-      settings = run_config(config, number)
+def _step_of(settings: ConfigDict) -> str:
+  """Equal for runs that share a compiled step."""
+  return digest(forgetting.compiled_fields(config_dict(settings)))
+
+
+def _collect(
+  config: Mapping[str, Any], output: Path, numbers: Sequence[int], together: int
+) -> list[int]:
+  """Makes the first run and as many of the others as may train together with it.
+
+  Returns:
+    The runs that are done now, by this worker or another; none if another is at the first one.
+  """
+  done, held = list[int](), list[int]()
+  with contextlib.ExitStack() as claims:
+    for number in numbers:
+      path = _about_path(output, number)
       try:
-        record = forgetting.run(settings, workdir, show_progress=False)
-      except DivergedError as error:
-        write_sealed(path, {**_about(number, settings), 'diverged': str(error)})
-      else:
-        _pack(path, number, settings, workdir, record)
-      shutil.rmtree(workdir)
-      return True
-  except TimeoutError:
-    return False
+        if not path.exists():
+          # Only the first is worth waiting for.
+          wait_seconds = 0.0 if number != numbers[0] else 1.0
+          claims.enter_context(locked(path.with_suffix('.claim'), wait_seconds=wait_seconds))
+      except TimeoutError:
+        if number == numbers[0]:
+          return []
+        continue
+      # Another worker may have held the claim, and ended, since it was looked for.
+      (done if path.exists() else held).append(number)
+      if len(held) == together:
+        break
+    if held:
+      _make(config, output, held)
+  return done + held
 
 
-def _pack(path: Path, number: int, settings: ConfigDict, workdir: Path, record: RunRecord) -> None:
+def _make(config: Mapping[str, Any], output: Path, numbers: Sequence[int]) -> None:
+  """Makes runs that this worker has claimed."""
+  paths = [_about_path(output, number) for number in numbers]
+  workdirs = [output / 'running' / path.stem for path in paths]
+  settings = [run_config(config, number) for number in numbers]
+  results = forgetting.run_together(settings, workdirs)
+  company = {'together': list(numbers)} if len(numbers) > 1 else {}
+  for number, path, workdir, own, result in zip(
+    numbers, paths, workdirs, settings, results, strict=True
+  ):
+    about = {'format': FORMAT, 'number': number, 'config': config_dict(own), **company}
+    if isinstance(result, DivergedError):
+      write_sealed(path, {**about, 'diverged': str(result)})
+    else:
+      _pack(path, about, workdir, result)
+    shutil.rmtree(workdir)
+
+
+def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord) -> None:
   """Writes a finished run's two files; the JSON file, last, makes it count."""
   trajectory, _ = forgetting.load_trajectory(workdir)
   weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
@@ -242,7 +297,7 @@ def _pack(path: Path, number: int, settings: ConfigDict, workdir: Path, record: 
   write_sealed(
     path,
     {
-      **_about(number, settings),
+      **about,
       'kinds': trees.leaf_kinds(trajectory.newest),
       'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
       'stages': record['stages'],
@@ -251,10 +306,6 @@ def _pack(path: Path, number: int, settings: ConfigDict, workdir: Path, record: 
       'weights_sha256': hashlib.sha256(data).hexdigest(),
     },
   )
-
-
-def _about(number: int, settings: ConfigDict) -> dict[str, Any]:
-  return {'format': FORMAT, 'number': number, 'config': config_dict(settings)}
 
 
 def _pretrain_loss(workdir: Path) -> dict[str, float]:

@@ -1,14 +1,20 @@
 """Meta-training: KNOWN learns from the meta-dataset to predict the next weight.
 
-The paper, section 4.1: windows of five stages and the sixth, mean absolute error of the residual,
-Adam at 1e-3, an L1 penalty on some layers. Three networks, one for each kind of leaf, are trained
-side by side and do not touch; of each, the parameters with the lowest error on validation runs are
-kept.
+Two recipes, by the config's `architecture`:
+
+- `paper`: the paper's network (`known.py`) and recipe, section 4.1: windows of five stages and the
+  sixth, mean absolute error of the raw residual, Adam at 1e-3, an L1 penalty on some layers.
+- `conditioned`: the network that sees the leaf's trajectory (`conditioned.py`); every run's error
+  is divided by that of copying, so that runs with large movements do not drown the others.
+
+In both, three networks, one for each kind of leaf, are trained side by side and do not touch; of
+each, the parameters with the lowest error on validation runs are kept. Beside them the best linear
+predictor, `least_squares`, is fitted on the same windows.
 """
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +24,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from know_jax import checkpoints, known, training
-from know_jax.errors import UserError
-from know_jax.files import write_atomic
-from know_jax.meta import collect
+from know_jax import checkpoints, conditioned, known, training
+from know_jax.errors import UserError, unknown_name
+from know_jax.files import read_lines, write_sealed
+from know_jax.meta import mat
 from know_jax.meta.windows import Windows, sample_windows, split_runs
-from know_jax.nowcast import predict
+from know_jax.plots import plot_learning_curves
 from know_jax.pretrained import save_known
 from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
 from know_jax.signals import Terminated, uninterrupted
@@ -31,8 +37,8 @@ from know_jax.training import AXIS, named_key
 from know_jax.trees import KINDS
 
 KIND = 'meta_train'
-RIVALS = ('persistence', 'task_vector', 'linear_fit', 'log_fit', 'average', 'shrink')
-"""Predictors that the card compares KNOWN with on the test runs."""
+VALIDATION_BLOCK = 8192
+"""Windows that are predicted at a time in validation."""
 
 
 def default_config() -> ConfigDict:
@@ -41,13 +47,20 @@ def default_config() -> ConfigDict:
     {
       # Decides the split, the weights drawn, the first parameters and the batches.
       'seed': 0,
+      # 'conditioned' or 'paper'.
+      'architecture': 'conditioned',
       # Shares of the runs held out, for choosing parameters and for the report.
       'validation_share': 0.2,
       'test_share': 0.2,
+      # A family or data set whose runs are neither trained nor validated on; '': none.
+      'leave_out': '',
       # Weights drawn from every run, for each kind.
       'weights_per_run': 16384,
       'batch_size': 4096,
       'lr': 1e-3,
+      'schedule': 'constant',
+      # Decoupled weight decay on kernels; the paper has none.
+      'weight_decay': 0.0,
       'steps': 20000,
       'validate_every': 250,
       # Stops when no kind has improved for so many validations.
@@ -57,76 +70,155 @@ def default_config() -> ConfigDict:
   )
 
 
+class Architecture(NamedTuple):
+  """What meta-training needs to know of a network.
+
+  Attributes:
+    init: key -> theta.
+    predict: (params of one kind, batch) -> the predicted weights `[N]`; a batch has `windows`
+      `[N, SPAN]`, `moments` `[N, S, S]` and `rate` `[N]`.
+    relative: whether errors are divided by the run's error of copying.
+    penalty: params of one kind -> what is added to the loss.
+  """
+
+  init: Callable[[jax.Array], Any]
+  predict: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
+  relative: bool
+  penalty: Callable[[Any], jax.Array | float]
+
+
+def _predict_paper(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  history = batch['windows'][:, :-1].T
+  return history[-1] + known.residuals(params, history)
+
+
+def _predict_conditioned(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  constants = {name: jax.lax.stop_gradient(params[name]) for name in ('mean', 'scale')}
+  step = functools.partial(conditioned.step_coefficients, {**params, **constants})
+  coefficients = jax.vmap(step)(batch['moments'], batch['rate'])
+  history = batch['windows'][:, :-1].T
+  return history[-1] + (coefficients.T * conditioned.basis(history)).sum(axis=0)
+
+
+ARCHITECTURES = {
+  'conditioned': Architecture(
+    conditioned.init_theta, _predict_conditioned, True, lambda params: 0.0
+  ),
+  'paper': Architecture(known.init_theta, _predict_paper, False, known.penalty),
+}
+"""Name -> what `config.architecture` selects."""
+
+
 class MetaState(NamedTuple):
   """What meta-training changes; all but `step` are kind -> parameters or numbers."""
 
   step: Any
   theta: Any
   opt_state: Any
+  ratio: Any
   best_theta: Any
   best_ratio: Any
   best_step: Any
 
 
 def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
-  """Trains the three networks and writes `known.safetensors` in the workdir.
+  """Trains the three networks and writes `known.safetensors` and `least_squares.json`.
 
   Args:
     config: the fields of `default_config`.
-    data: the output folder of bin/collect.py.
+    data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
     workdir: where everything is written; a workdir of the same config is run on.
 
   Returns:
-    The record, with the error against copying on the test runs.
+    The record, with the runs of each part and the error against copying on the validation runs.
 
   Raises:
     UserError: a value does not fit, the meta-dataset is damaged or too small, or the workdir
       belongs to another config.
   """
   config = config_dict(config)
-  _check_config(config)
+  check_config(config)
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
-  runs = {run.number: run for run in collect.read_runs(data) if run.weights is not None}
-  shares = (config['validation_share'], config['test_share'])
-  parts = split_runs(list(runs), config['seed'], shares)
-  train, validation, test = (
-    sample_windows([runs[n] for n in part], config['weights_per_run'], config['seed'])
-    for part in parts
+  runs = {run.number: run for run in mat.read_any(data) if run.weights is not None}
+  source = mat.describe(data)
+  parts = parts_of(config, {number: run.about for number, run in runs.items()})
+  train, validation = (
+    sample_windows([runs[n] for n in parts[name]], config['weights_per_run'], config['seed'])
+    for name in ('train', 'validation')
   )
-  source = RunRecord.read(data, collect.KIND)
   record = RunRecord.open(workdir, {**config, 'data': source['config']}, kind=KIND)
-  record.update(runs={'train': parts[0], 'validation': parts[1], 'test': parts[2]})
-  if 'test_error' in record:
+  record.update(runs=parts)
+  if 'validation_error' in record:
     return record
 
   state = _train(config, workdir, train, validation)
-  theta = state.best_theta
-  errors = retrodiction_errors(test, theta)
-  summary = {
-    kind: {name: float(np.mean(e)) for name, e in by.items()} for kind, by in errors.items()
-  }
+  coefficients = fit_least_squares(train)
   card = {
-    'what': 'KNOWN, 9,425 parameters for each kind of leaf, trained by bin/meta_train.py',
+    'what': f'KNOWN ({config["architecture"]}), trained by bin/meta_train.py',
+    'parameters': {
+      kind: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(state.best_theta[kind]))
+      for kind in KINDS
+    },
     'meta_dataset': {
       'config': source['config'],
       'runs': len(runs),
-      'summary': collect.summary(data).splitlines()[1:],
+      'summary': source['summary'],
       'environment': source['environment'],
     },
-    'training': {'config': config, 'runs': record['runs'], 'environment': record['environment']},
+    'training': {'config': config, 'runs': parts, 'environment': record['environment']},
     'validation_error': {k: float(v) for k, v in state.best_ratio.items()},
     'step': {k: int(v) for k, v in state.best_step.items()},
-    'test_error': summary,
-    'test_error_means': 'mean absolute error of the hidden weight divided by that of copying the '
-    'newest weight, averaged over the test runs; below 1 is better than copying',
   }
-  save_known(workdir / 'known.safetensors', theta, card)
-  write_atomic(workdir / 'known.md', card_text(card).encode())
-  record.update(test_error=summary, steps=int(state.step))
+  save_known(workdir / 'known.safetensors', state.best_theta, card)
+  write_sealed(workdir / 'least_squares.json', {'coefficients': coefficients})
+  plot_learning_curves(workdir / 'learning_curves.png', read_lines(workdir / 'metrics.jsonl'))
+  record.update(validation_error=card['validation_error'], steps=int(state.step))
   return record
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def parts_of(
+  config: Mapping[str, Any], abouts: Mapping[int, Mapping[str, Any]]
+) -> dict[str, list[int]]:
+  """The runs to train on, to choose parameters by, and to report.
+
+  With `leave_out`, those of the family or data set are taken out of the first two parts, and the
+  third is only they: what is reported of a left-out group was never trained on, or chosen by.
+
+  Raises:
+    UserError: a part is empty, or there is no such family or data set.
+  """
+  shares = (config['validation_share'], config['test_share'])
+  split = split_runs(abouts, config['seed'], shares)
+  parts = dict(zip(('train', 'validation', 'test'), split, strict=True))
+  left_out = config['leave_out']
+  if not left_out:
+    return parts
+  names = {number: group_names(about) for number, about in abouts.items()}
+  if not any(left_out in found for found in names.values()):
+    raise unknown_name('family or data set', left_out, sorted(set().union(*names.values())))
+  for part, numbers in parts.items():
+    parts[part] = [n for n in numbers if (left_out in names[n]) == (part == 'test')]
+    if not parts[part]:
+      raise UserError(
+        f'no run is left for {part} with leave_out={left_out!r}; wanted at least one: collect more '
+        'runs.'
+      )
+  return parts
+
+
+def group_names(about: Mapping[str, Any]) -> tuple[str, str]:
+  """The family and data set of a run, from its JSON file."""
+  return about['config']['model'], about['config']['dataset']
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+  """Checks the values of a meta-training.
+
+  Raises:
+    UserError: one does not fit.
+  """
+  if config['architecture'] not in ARCHITECTURES:
+    raise unknown_name('architecture', config['architecture'], ARCHITECTURES)
   for name in ('weights_per_run', 'batch_size', 'steps', 'validate_every', 'patience'):
     if config[name] < 1:
       raise UserError(f'{name} is {config[name]}; wanted at least 1.')
@@ -135,19 +227,27 @@ def _check_config(config: Mapping[str, Any]) -> None:
       f'steps is {config["steps"]}; wanted at least validate_every = {config["validate_every"]}, '
       'as parameters are chosen by validation.'
     )
+  if config['weight_decay'] < 0:
+    raise UserError(f'weight_decay is {config["weight_decay"]}; wanted at least 0.')
+  training.learning_rates(config['schedule'], config['lr'], 1)
   training.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
 
 
 def _train(
   config: Mapping[str, Any], workdir: Path, train: Windows, validation: Windows
 ) -> MetaState:
-  optimizer = optax.adam(config['lr'])
-  theta = jax.device_get(known.init_theta(named_key(config['seed'], 'theta')))
+  architecture = ARCHITECTURES[config['architecture']]
+  optimizer = _optimizer(config['weight_decay'])
+  theta = jax.device_get(architecture.init(named_key(config['seed'], 'theta')))
+  if architecture.relative:
+    theta = {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
+  rates = training.learning_rates(config['schedule'], config['lr'], config['steps'])
   blank = {kind: np.float64(np.inf) for kind in KINDS}
   state = MetaState(
     step=np.int64(0),
     theta=theta,
     opt_state=optimizer.init(theta),
+    ratio=blank,
     best_theta=theta,
     best_ratio=blank,
     best_step={kind: np.int64(0) for kind in KINDS},
@@ -166,7 +266,7 @@ def _train(
     tree = {'leaves': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}}
     checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
 
-  step_fn = train_step(optimizer)
+  step_fn = train_step(config['architecture'], config['weight_decay'])
   replicated = training.replicate((state.theta, state.opt_state))
   saved, done = time.monotonic(), int(state.step)
   with (
@@ -178,16 +278,18 @@ def _train(
         # A signal in here waits until state, losses and the log agree again.
         with uninterrupted():
           batch = draw_batch(train, config['batch_size'], config['seed'], step)
-          replicated, loss = step_fn(replicated, batch)
+          replicated, loss = step_fn(replicated, batch, rates[step])
           losses.append(float(loss[0]))
           done = step + 1
           stop = False
           if (step + 1) % config['validate_every'] == 0:
             theta, opt_state = training.unreplicate(replicated)
             state = _validate(
-              state._replace(theta=theta, opt_state=opt_state), validation, step + 1
+              state._replace(theta=theta, opt_state=opt_state),
+              ratios_of(config['architecture'], theta, validation),
+              step + 1,
             )
-            ratios = {f'ratio_{kind}': float(v) for kind, v in _ratios(theta, validation).items()}
+            ratios = {f'ratio_{kind}': float(v) for kind, v in state.ratio.items()}
             log.write(step + 1, loss=float(np.mean(losses)), **ratios)
             bar.set_postfix({k.removeprefix('ratio_'): f'{v:.3f}' for k, v in ratios.items()})
             losses = []
@@ -212,153 +314,155 @@ def _current(state: MetaState, replicated: Any, step: int) -> MetaState:
   return state._replace(step=np.int64(step), theta=theta, opt_state=opt_state)
 
 
-def _validate(state: MetaState, validation: Windows, step: int) -> MetaState:
+def _validate(state: MetaState, ratios: Mapping[str, float], step: int) -> MetaState:
   """Keeps the parameters of each kind if their error on the validation runs is the lowest yet."""
   best_theta, best_ratio = dict(state.best_theta), dict(state.best_ratio)
   best_step = dict(state.best_step)
-  for kind, ratio in _ratios(state.theta, validation).items():
+  for kind, ratio in ratios.items():
     if ratio < best_ratio[kind]:
       best_theta[kind], best_ratio[kind] = state.theta[kind], np.float64(ratio)
       best_step[kind] = np.int64(step)
   return state._replace(
-    step=np.int64(step), best_theta=best_theta, best_ratio=best_ratio, best_step=best_step
+    step=np.int64(step),
+    ratio={kind: np.float64(ratio) for kind, ratio in ratios.items()},
+    best_theta=best_theta,
+    best_ratio=best_ratio,
+    best_step=best_step,
   )
 
 
-def draw_batch(windows: Windows, batch_size: int, seed: int, step: int) -> dict[str, np.ndarray]:
-  """One batch for each kind, `[devices, batch_size / devices, SPAN]`; all runs weigh the same."""
+def _with_context_scale(params: Any, windows: Windows, kind: str) -> Any:
+  """Parameters with the mean and standard deviation of the contexts of all leaves and windows."""
+  # A leaf's rate is its run's: that of the first weight drawn from the leaf.
+  rate = np.ones(len(windows.moments[kind]), np.float32)
+  for run, rows in enumerate(windows.leaves[kind]):
+    rate[rows] = windows.rates[run]
+  drawn = np.unique(windows.leaves[kind])
+  found = np.asarray(
+    jax.vmap(conditioned.context)(windows.moments[kind][drawn], rate[drawn]), np.float64
+  )
+  scale = np.maximum(found.std(axis=0), 1e-2)
+  return {
+    **params,
+    'mean': found.mean(axis=0).astype(np.float32),
+    'scale': scale.astype(np.float32),
+  }
+
+
+def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
+  """The linear step with the least squared error, relative to copying, the mean over runs.
+
+  Args:
+    windows: of the runs to fit on.
+
+  Returns:
+    kind -> the coefficients of the differences, oldest first, and of the newest weight, for
+    `least_squares`.
+  """
+  found = {}
+  for kind in KINDS:
+    normal, right = 0.0, 0.0
+    for weights in windows.weights[kind].astype(np.float64):
+      history, hidden = weights[:, :-1].T, weights[:, -1]
+      v = np.concatenate([np.diff(history, axis=0), history[-1:]])
+      move = hidden - history[-1]
+      scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
+      normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)
+    found[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
+  return found
+
+
+def draw_batch(windows: Windows, batch_size: int, seed: int, step: int) -> dict[str, Any]:
+  """One batch for each kind, leaves `[devices, batch_size / devices, ...]`; runs weigh the same.
+
+  A batch has `windows`, `moments`, `rate`, and `weight`, one over the run's error of copying.
+  """
   rng = np.random.default_rng([seed, step])
   devices = jax.local_device_count()
   batch = {}
   for kind, weights in windows.weights.items():
     run = rng.integers(weights.shape[0], size=batch_size)
     row = rng.integers(weights.shape[1], size=batch_size)
-    batch[kind] = weights[run, row].reshape(devices, batch_size // devices, -1)
+    found = {
+      'windows': weights[run, row],
+      'moments': windows.moments[kind][windows.leaves[kind][run, row]],
+      'rate': windows.rates[run],
+      'weight': (1.0 / windows.copying(kind))[run].astype(np.float32),
+    }
+    batch[kind] = jax.tree.map(
+      lambda x: x.reshape(devices, batch_size // devices, *x.shape[1:]), found
+    )
   return batch
 
 
-def window_loss(params: Any, windows: jax.Array) -> jax.Array:
-  """Mean absolute error of the residual, windows `[N, SPAN]`, hidden weight last."""
-  history, hidden = windows[:, :-1].T, windows[:, -1]
-  return jnp.abs(history[-1] + known.residuals(params, history) - hidden).mean()
+def batch_loss(architecture: str, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  """The loss of one kind of leaf: mean absolute error of the prediction, and the penalty."""
+  about = ARCHITECTURES[architecture]
+  error = jnp.abs(about.predict(params, batch) - batch['windows'][:, -1])
+  return (error * batch['weight'] if about.relative else error).mean() + about.penalty(params)
 
 
-@functools.lru_cache(maxsize=4)
-def train_step(optimizer: optax.GradientTransformation) -> Any:
-  """The pmapped train step: ((theta, opt_state), batch) -> the same, loss before the update."""
+def _optimizer(weight_decay: float) -> optax.GradientTransformation:
+  """Adam without the learning rate, which the step multiplies in."""
+  mask = functools.partial(jax.tree.map, lambda leaf: np.ndim(leaf) > 1)
+  return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay, mask=mask))
 
-  def step(state: Any, batch: Mapping[str, jax.Array]) -> Any:
+
+@functools.lru_cache(maxsize=8)
+def train_step(architecture: str, weight_decay: float) -> Any:
+  """The pmapped step: ((theta, opt_state), batch, lr) -> the same, loss before the update."""
+  optimizer = _optimizer(weight_decay)
+
+  def step(state: Any, batch: Mapping[str, Any], lr: jax.Array) -> Any:
     theta, opt_state = state
 
     def loss_fn(theta: Any) -> jax.Array:
       return sum(
-        (window_loss(theta[kind], batch[kind]) + known.penalty(theta[kind]) for kind in KINDS),
+        (batch_loss(architecture, theta[kind], batch[kind]) for kind in KINDS),
         start=jnp.zeros(()),
       )
 
     loss, grads = jax.value_and_grad(loss_fn)(theta)
     loss, grads = jax.lax.pmean((loss, grads), AXIS)
     updates, opt_state = optimizer.update(grads, opt_state, theta)
+    updates = jax.tree.map(lambda update: -lr * update, updates)
     return (optax.apply_updates(theta, updates), opt_state), loss
 
-  return jax.pmap(step, AXIS, donate_argnums=0)
+  return jax.pmap(step, AXIS, in_axes=(0, 0, None), donate_argnums=0)
 
 
-def _ratios(theta: Any, windows: Windows) -> dict[str, float]:
-  errors = retrodiction_errors(windows, theta, rivals=())
-  return {kind: float(np.mean(by['known'])) for kind, by in errors.items()}
-
-
-def retrodiction_errors(
-  windows: Windows, theta: Any, rivals: tuple[str, ...] = RIVALS
-) -> dict[str, dict[str, np.ndarray]]:
-  """Error in predicting the hidden weight, divided by that of copying the newest weight.
-
-  Args:
-    windows: of the runs to test on.
-    theta: the parameters of KNOWN.
-    rivals: other predictors to test. Fits against size use r = 1/2, as a window does not know its
-      run's rate.
-
-  Returns:
-    kind -> predictor ('known', 'known_history_free' where there are rivals, and the rivals) ->
-    mean absolute error over that of copying, float64 `[runs]`.
-  """
-  names = ('known', 'known_history_free', *rivals) if rivals else ('known',)
-  found: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
-  stages = [
-    {kind: w[..., i] for kind, w in windows.weights.items()} for i in range(known.HISTORY_LENGTH)
-  ]
-  hidden = {kind: w[..., -1].astype(np.float64) for kind, w in windows.weights.items()}
-  copying = {kind: np.abs(stages[-1][kind] - hidden[kind]).mean(axis=1) for kind in KINDS}
-  for name in names:
-    options = {'theta': theta} if name.startswith('known') else {}
-    predicted = predict(stages, predictor=name, kinds=lambda path, leaf: path, **options)
-    for kind in KINDS:
-      error = np.abs(np.asarray(predicted[kind], np.float64) - hidden[kind]).mean(axis=1)
-      found[kind][name] = error / np.maximum(copying[kind], np.finfo(np.float32).tiny)
+def ratios_of(architecture: str, theta: Any, windows: Windows) -> dict[str, float]:
+  """Kind -> error of the hidden weight over that of copying, the mean over runs."""
+  found = {}
+  predict = _window_predictor(architecture)
+  for kind in KINDS:
+    weights, copying = windows.weights[kind], windows.copying(kind)
+    ratios = []
+    for run in range(len(weights)):
+      errors = []
+      for start in range(0, weights.shape[1], VALIDATION_BLOCK):
+        part = slice(start, start + VALIDATION_BLOCK)
+        batch = {
+          'windows': weights[run, part],
+          'moments': windows.moments[kind][windows.leaves[kind][run, part]],
+          'rate': np.full(len(weights[run, part]), windows.rates[run]),
+        }
+        predicted = np.asarray(predict(theta[kind], batch), np.float64)
+        errors.append(np.abs(predicted - batch['windows'][:, -1]))
+      ratios.append(np.concatenate(errors).mean() / copying[run])
+    found[kind] = float(np.mean(ratios))
   return found
 
 
-def card_text(card: Mapping[str, Any]) -> str:
-  """The card of trained weights as Markdown, to lie beside them."""
-  meta, made = card['meta_dataset'], card['training']
-  runs = made['runs']
-  errors = card['test_error']
-  lines = [
-    '# Weights of KNOWN',
-    '',
-    f'{card["what"][0].upper()}{card["what"][1:]}.',
-    '',
-    '## Error on held-out runs',
-    '',
-    f'{card["test_error_means"][0].upper()}{card["test_error_means"][1:]}.',
-    f'Runs were split at random: {len(runs["train"])} for training, {len(runs["validation"])} to '
-    f'choose parameters, {len(runs["test"])} for this table alone (runs {_listed(runs["test"])}).',
-    '',
-    '| predictor | ' + ' | '.join(KINDS) + ' |',
-    '|---|' + '---:|' * len(KINDS),
-    *(
-      f'| {name} | ' + ' | '.join(f'{errors[kind][name]:.3f}' for kind in KINDS) + ' |'
-      for name in errors[KINDS[0]]
-    ),
-    '',
-    '## Meta-dataset',
-    '',
-    *(f'- {" ".join(line.split())}' for line in meta['summary']),
-    f'- made by bin/collect.py at commit {meta["environment"]["commit"]}, seed '
-    f'{meta["config"]["seed"]}, config:',
-    '',
-    *_block(meta['config']),
-    '',
-    '## Training',
-    '',
-    f'Made by bin/meta_train.py at commit {made["environment"]["commit"]}, seed '
-    f'{made["config"]["seed"]}; parameters kept from step '
-    + ', '.join(f'{card["step"][kind]} ({kind})' for kind in KINDS)
-    + '. Config:',
-    '',
-    *_block(made['config']),
-    '',
-  ]
-  return '\n'.join(lines)
-
-
-def _listed(numbers: list[int]) -> str:
-  return ', '.join(str(number) for number in numbers)
-
-
-def _block(config: Mapping[str, Any]) -> list[str]:
-  return ['```', *(f'{key} = {value!r}' for key, value in config.items()), '```']
+@functools.lru_cache(maxsize=8)
+def _window_predictor(architecture: str) -> Any:
+  return jax.jit(ARCHITECTURES[architecture].predict)
 
 
 def report(record: RunRecord) -> str:
-  """The test table: predictors by kind, error divided by that of copying."""
-  errors = record['test_error']
-  names = list(errors[KINDS[0]])
-  lines = [
-    'error / error of copying, mean over test runs',
-    f'{"predictor":<20}' + ''.join(f'{k:>8}' for k in KINDS),
-  ]
-  lines += [f'{name:<20}' + ''.join(f'{errors[k][name]:>8.3f}' for k in KINDS) for name in names]
-  return '\n'.join(lines)
+  """The error on the validation runs, by kind, and how many runs were in each part."""
+  errors = record['validation_error']
+  parts = ', '.join(f'{len(numbers)} {name}' for name, numbers in record['runs'].items())
+  return f'runs: {parts}\nerror / error of copying on the validation runs: ' + ', '.join(
+    f'{kind} {errors[kind]:.3f}' for kind in KINDS
+  )

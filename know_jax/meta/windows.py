@@ -1,7 +1,8 @@
 """Windows of weights for meta-training: histories of single weights with the weight to predict."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +22,31 @@ class Windows:
   Attributes:
     numbers: the runs' numbers.
     weights: kind -> float32 `[runs, M, SPAN]`, oldest first, the hidden weight last.
+    leaves: kind -> int32 `[runs, M]`, the row of `moments` of the leaf and window drawn from.
+    moments: kind -> float32 `[leaves and windows, S, S]`, as `conditioned.second_moments`, means.
+    rates: float32 `[runs]`, r of each run.
   """
 
   numbers: tuple[int, ...]
   weights: dict[str, np.ndarray]
+  leaves: dict[str, np.ndarray]
+  moments: dict[str, np.ndarray]
+  rates: np.ndarray
+
+  def copying(self, kind: str) -> np.ndarray:
+    """The mean absolute error of copying the newest weight, float64 `[runs]`."""
+    w = self.weights[kind]
+    error = np.abs(w[..., -2].astype(np.float64) - w[..., -1]).mean(axis=1)
+    return np.maximum(error, np.finfo(np.float32).tiny)
 
 
 def split_runs(
-  numbers: Sequence[int], seed: int, shares: tuple[float, float]
+  abouts: Mapping[int, Mapping[str, Any]], seed: int, shares: tuple[float, float]
 ) -> tuple[list[int], list[int], list[int]]:
-  """Splits runs into training, validation and test, by run, at random.
+  """Splits runs into training, validation and test, with like shares of every family and data set.
 
   Args:
-    numbers: the runs' numbers.
+    abouts: number -> what a run's JSON file says of it.
     seed: decides the split.
     shares: of validation and test.
 
@@ -43,16 +56,27 @@ def split_runs(
   Raises:
     UserError: a part would be empty.
   """
-  order = np.random.default_rng(seed).permutation(sorted(numbers))
+  rng = np.random.default_rng(seed)
+  groups: dict[tuple[str, str], list[int]] = {}
+  for number in sorted(abouts):
+    config = abouts[number]['config']
+    groups.setdefault((config['model'], config['dataset']), []).append(number)
+  # Every group is spread evenly over [0, 1), from a random start; parts are stretches of it.
+  place: dict[int, float] = {}
+  for _, members in sorted(groups.items()):
+    start = rng.random()
+    for i, number in enumerate(rng.permutation(members)):
+      place[int(number)] = (start + i / len(members)) % 1.0
+  order = sorted(place, key=lambda number: place[number])
   validation, test = (round(share * len(order)) for share in shares)
-  parts = np.split(order, [validation, validation + test])
-  if not all(len(part) for part in parts):
+  parts = [order[:validation], order[validation : validation + test], order[validation + test :]]
+  if not all(parts):
     raise UserError(
       f'{len(order)} runs split into {len(parts[2])} for training, {validation} for validation and '
       f'{test} for test; wanted at least one in each: collect more runs.'
     )
   chosen, held_out, tested = parts[2], parts[0], parts[1]
-  return sorted(chosen.tolist()), sorted(held_out.tolist()), sorted(tested.tolist())
+  return sorted(chosen), sorted(held_out), sorted(tested)
 
 
 def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
@@ -70,35 +94,65 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
     UserError: no run is left, or one lacks a kind of leaf or has too few stages.
   """
   numbers: list[int] = []
-  columns: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+  rates: list[float] = []
+  weights: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+  rows: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+  moments: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
   for run in runs:
     if run.weights is None:
       continue
     numbers.append(run.number)
+    rates.append(run.about['config']['rate'])
     for kind in KINDS:
       paths = sorted(path for path in run.weights if run.about['kinds'][path] == kind)
       leaves = [run.weights[path] for path in paths]
       if not leaves:
         raise UserError(f'run {run.number} has no leaf of kind {kind!r}; wanted at least one.')
       rng = np.random.default_rng([seed, run.number, KINDS.index(kind)])
-      columns[kind].append(_draw(leaves, per_run, rng))
+      found, row = _draw(leaves, per_run, rng)
+      weights[kind].append(found)
+      rows[kind].append(row + len(moments[kind]))
+      moments[kind] += [
+        leaf_moments(leaf[start : start + HISTORY_LENGTH])
+        for leaf in leaves
+        for start in range(len(leaf) - SPAN + 1)
+      ]
   if not numbers:
     raise UserError('no finished run is left to draw weights from; wanted at least one.')
-  return Windows(tuple(numbers), {kind: np.stack(c) for kind, c in columns.items()})
+  return Windows(
+    tuple(numbers),
+    {kind: np.stack(found) for kind, found in weights.items()},
+    {kind: np.stack(found) for kind, found in rows.items()},
+    {kind: np.stack(found) for kind, found in moments.items()},
+    np.asarray(rates, np.float32),
+  )
 
 
-def _draw(leaves: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
-  """`[count, SPAN]`: leaf, place and window drawn uniformly, with replacement."""
+def leaf_moments(history: np.ndarray) -> np.ndarray:
+  """The mean second moments of a leaf's differences and newest weights: `[S, ...]` -> `[S, S]`."""
+  flat = history.reshape(len(history), -1).astype(np.float64)
+  v = np.concatenate([np.diff(flat, axis=0), flat[-1:]])
+  return (v @ v.T / max(flat.shape[1], 1)).astype(np.float32)
+
+
+def _draw(
+  leaves: Sequence[np.ndarray], count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """`[count, SPAN]` and `[count]`: leaf, place and window drawn uniformly, with replacement.
+
+  The second is the number of leaf and window: windows of the first leaf, of the second, ...
+  """
   stages = leaves[0].shape[0]
   if stages < SPAN:
     raise UserError(f'a run has {stages} stages; wanted at least {SPAN}.')
+  windows = stages - SPAN + 1
   flat = [leaf.reshape(stages, -1) for leaf in leaves]
   chosen = rng.integers(len(flat), size=count)
-  start = rng.integers(stages - SPAN + 1, size=count)
+  start = rng.integers(windows, size=count)
   place = rng.random(count)
   found = np.empty((count, SPAN), np.float32)
   for i, leaf in enumerate(flat):
     rows = np.flatnonzero(chosen == i)
     columns = (place[rows] * leaf.shape[1]).astype(np.int64)
     found[rows] = leaf[start[rows, None] + np.arange(SPAN), columns[:, None]]
-  return found
+  return found, (chosen * windows + start).astype(np.int32)

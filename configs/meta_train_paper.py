@@ -1,0 +1,21 @@
+"""The shipped `known_paper`: the paper's network and recipe.
+
+Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_paper.py
+Hardware:  2 CPU cores
+Paper:     section 4.1
+"""
+
+from ml_collections import ConfigDict
+
+from know_jax.meta import meta_training
+
+
+def get_config() -> ConfigDict:
+  config = meta_training.default_config()
+  config.architecture = 'paper'
+  config.weights_per_run = 8192
+  config.batch_size = 2048
+  config.steps = 3000
+  config.validate_every = 100
+  config.patience = 10
+  return config

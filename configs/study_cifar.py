@@ -1,0 +1,39 @@
+"""Does predicting help? CIFAR-100 to CIFAR-10 with 20 labels a class, a small ResNet.
+
+Command:   python bin/study.py --workdir=W --config=configs/study_cifar.py
+Also:      --config=configs/study_cifar.py:cnn, with a workdir of its own
+Then:      python bin/study.py --workdir=W --report=docs/results/transfer_cifar.md
+Hardware:  2 CPU cores; start the command twice with the same workdir to use both
+Paper:     section 4.2, tables 1, 6 and 7, on a smaller network and less data: 20 of the 100
+           classes, 6,400 training examples, 25 epochs, fine-tuning for 60 epochs; r = 1/2, S = 5
+"""
+
+from ml_collections import ConfigDict
+
+from know_jax.study import design
+from know_jax.study.arms import standard_ablations
+
+
+def get_config(model: str = 'resnet_small') -> ConfigDict:
+  config = design.default_config()
+  config.source.dataset = 'cifar100'
+  # With all 100 the smallest subset would have two examples of each.
+  config.source.classes = tuple(range(0, 100, 5))
+  config.source.train_examples = 6400
+  config.source.stratified = True
+  config.source.model = model
+  config.source.width = 8
+  config.source.batch_size = 64
+  config.source.epochs = 25
+  config.source.lr = 2e-3
+  config.transfer.dataset = 'cifar10'
+  config.transfer.labels_per_class = 20
+  config.transfer.batch_size = 50
+  config.transfer.warmup_epochs = 10
+  config.transfer.epochs = 60
+  config.transfer.lr = 1e-3
+  config.source_seeds = 5
+  config.transfer_seeds = 3
+  config.curve_epochs = (0, 20, 60)
+  config.ablations = standard_ablations(batch_norm=model != 'cnn')
+  return config

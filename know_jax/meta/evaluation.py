@@ -1,0 +1,482 @@
+"""The retrodiction benchmark: hide the newest weight of a run, predict it from the five before.
+
+Three splits, of rising strictness. `run`: the predictors were fitted on other runs of the same
+families and data sets. `family`, `dataset`: no run of the test run's family, or data set, was ever
+trained on or chosen by. All three report the same test runs, which nothing else looks at.
+
+Errors are those of all weights of a kind of leaf in a run, over both windows of its seven stages,
+divided by the error of copying the newest weight: 1 is no better than doing nothing. Means and
+bootstrap intervals are over runs.
+"""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+
+from know_jax import forgetting, training, trees
+from know_jax.errors import UserError, unknown_name
+from know_jax.files import append_line, read_lines, read_sealed, write_atomic
+from know_jax.known import HISTORY_LENGTH
+from know_jax.meta import collect, mat, meta_training
+from know_jax.meta.windows import SPAN
+from know_jax.nowcast import predict
+from know_jax.predictors import METHODS
+from know_jax.pretrained import load_known
+from know_jax.run_record import RunRecord, config_dict, progress
+from know_jax.statistics import bootstrap_interval
+from know_jax.trees import KINDS
+
+KIND = 'evaluate_known'
+SPLITS = ('run', 'family', 'dataset')
+OVERALL = 'overall'
+COLUMNS = (*KINDS, OVERALL)
+FIELDS = ('split', 'left_out', 'run', 'family', 'dataset', 'arm', *COLUMNS)
+NETWORK_FIELDS = (
+  'split', 'run', 'family', 'dataset', 'arm', 'what', 'loss', 'accuracy', 'loss_change',
+  'accuracy_change',
+)  # fmt: skip
+
+
+def default_config() -> ConfigDict:
+  """Every field of the benchmark."""
+  known, paper = meta_training.default_config(), meta_training.default_config()
+  paper.architecture = 'paper'
+  return ConfigDict(
+    {
+      # The two recipes; their seed and shares must agree, as they decide the test runs.
+      'known': known,
+      'known_paper': paper,
+      # Beside the trained ones; each with its default options.
+      'predictors': ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink'),
+      'splits': SPLITS,
+      # Also the loss and accuracy of predicted networks on their test sets, in the split `run`.
+      'networks': True,
+      'resamples': 10000,
+    }
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """A predictor with its options.
+
+  Attributes:
+    name: what the table calls it.
+    predictor: a name in `PREDICTORS`.
+    options: arguments of `predict`.
+  """
+
+  name: str
+  predictor: str
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+  """Checks the values of a benchmark.
+
+  Raises:
+    UserError: one does not fit.
+  """
+  for recipe, architecture in (('known', None), ('known_paper', 'paper')):
+    meta_training.check_config(config[recipe])
+    if config[recipe]['leave_out']:
+      raise UserError(
+        f"{recipe}.leave_out is {config[recipe]['leave_out']!r}; wanted '': the splits say what is "
+        'left out.'
+      )
+    if architecture and config[recipe]['architecture'] != architecture:
+      raise UserError(
+        f'{recipe}.architecture is {config[recipe]["architecture"]!r}; wanted {architecture!r}.'
+      )
+  for name in ('seed', 'validation_share', 'test_share'):
+    if config['known'][name] != config['known_paper'][name]:
+      raise UserError(
+        f'known.{name} is {config["known"][name]} and known_paper.{name} '
+        f'{config["known_paper"][name]}; wanted the same, as it decides the test runs.'
+      )
+  for name in config['predictors']:
+    if name not in METHODS:
+      raise unknown_name('predictor', name, METHODS)
+  for name in config['splits']:
+    if name not in SPLITS:
+      raise unknown_name('split', name, SPLITS)
+  if config['resamples'] < 1:
+    raise UserError(f'resamples is {config["resamples"]}; wanted at least 1.')
+
+
+def run(
+  config: ConfigDict, data: str | Path, workdir: str | Path, official: str | None = None
+) -> str:
+  """Trains what each split needs, evaluates it on the test runs, and writes the report.
+
+  Writes `training/<recipe>/<what is left out, or all>/` as bin/meta_train.py does,
+  `retrodiction.csv`, `networks.csv`, `report.md`. The same command runs on after a kill.
+
+  Args:
+    config: the fields of `default_config`.
+    data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
+    workdir: where everything is written.
+    official: a folder with the authors' three `.h5` files, to be evaluated too.
+
+  Returns:
+    The report, Markdown.
+
+  Raises:
+    UserError: before anything is trained, if a value does not fit, the meta-dataset is damaged or
+      too small, or the workdir belongs to another config.
+  """
+  config = config_dict(config)
+  check_config(config)
+  data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
+  official_theta = None if official is None else load_known(official)
+  runs = {r.number: r for r in mat.read_any(data) if r.weights is not None}
+  if config['networks'] and mat.is_mat_folder(data):
+    raise UserError(f'{data}: .mat files hold no networks to test; wanted networks=False.')
+  abouts = {number: run.about for number, run in runs.items()}
+  groups = split_groups(config, abouts)
+  record = RunRecord.open(workdir, {**config, 'official': official is not None}, kind=KIND)
+
+  journal = workdir / 'retrodiction.jsonl'
+  done = {(row['split'], row['left_out'], row['run']): row for row in read_lines(journal)}
+  rows: list[dict[str, Any]] = []
+  networks: list[dict[str, Any]] = []
+  for split, left_out in groups:
+    arms = trained_arms(config, data, workdir / 'training', left_out)
+    arms += [Arm(name, name) for name in config['predictors']]
+    if official_theta is not None:
+      arms.append(Arm('known_official', 'known', {'theta': official_theta}))
+    parts = meta_training.parts_of({**config['known'], 'leave_out': left_out}, abouts)
+    with progress(len(parts['test']), f'test on {left_out or "all"}', 'run') as bar:
+      for number in parts['test']:
+        about = _about(split, left_out, abouts[number])
+        row = done.get((split, left_out, number))
+        if row is None:
+          row = {**about, 'errors': retrodict(runs[number], arms)}
+          append_line(journal, row)
+        rows += [{**about, 'arm': arm, **errors} for arm, errors in row['errors'].items()]
+        bar.update(1)
+    if split == 'run' and config['networks']:
+      networks = _networks(workdir, [runs[n] for n in parts['test']], arms)
+  write_atomic(workdir / 'retrodiction.csv', _csv(FIELDS, rows))
+  write_atomic(workdir / 'networks.csv', _csv(NETWORK_FIELDS, networks))
+  text = report(rows, networks, config['resamples'])
+  write_atomic(workdir / 'report.md', text.encode())
+  record.update(test_runs=len({row['run'] for row in rows}))
+  return text
+
+
+def split_groups(
+  config: Mapping[str, Any], abouts: Mapping[int, Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+  """(split, what is left out) of every training that the splits need; '' leaves out nothing."""
+  families, datasets = (
+    sorted({meta_training.group_names(about)[i] for about in abouts.values()}) for i in (0, 1)
+  )
+  found = {
+    'run': [('run', '')],
+    'family': [('family', name) for name in families],
+    'dataset': [('dataset', name) for name in datasets],
+  }
+  groups = [group for split in SPLITS if split in config['splits'] for group in found[split]]
+  for _, left_out in groups:
+    meta_training.parts_of({**config['known'], 'leave_out': left_out}, abouts)
+  return groups
+
+
+def trained_arms(config: Mapping[str, Any], data: Path, folder: Path, left_out: str) -> list[Arm]:
+  """The arms fitted without a family or data set; trains what is not trained yet."""
+  thetas = {}
+  for recipe in ('known', 'known_paper'):
+    path = folder / recipe / (left_out or 'all')
+    meta_training.run(ConfigDict({**config[recipe], 'leave_out': left_out}), data, path)
+    thetas[recipe] = load_known(path / 'known.safetensors')
+  fitted = read_sealed(folder / 'known' / (left_out or 'all') / 'least_squares.json', 'fit')
+  return [
+    Arm('known', 'known', {'theta': thetas['known']}),
+    Arm('known_history_free', 'known_history_free', {'theta': thetas['known']}),
+    Arm('known_paper', 'known', {'theta': thetas['known_paper']}),
+    Arm('known_paper_history_free', 'known_history_free', {'theta': thetas['known_paper']}),
+    Arm('least_squares', 'least_squares', {'coefficients': fitted['coefficients']}),
+  ]
+
+
+def _about(split: str, left_out: str, about: Mapping[str, Any]) -> dict[str, Any]:
+  family, dataset = meta_training.group_names(about)
+  return {
+    'split': split,
+    'left_out': left_out,
+    'run': about['number'],
+    'family': family,
+    'dataset': dataset,
+  }
+
+
+def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dict[str, np.ndarray]:
+  """The weights that an arm predicts from five stages of a run, of which `start` is the oldest.
+
+  Returns:
+    path -> leaf; leaves that are kept are those of the newest of the five.
+  """
+  assert run.weights is not None
+  stages = [
+    {path: leaf[start + i] for path, leaf in run.weights.items()} for i in range(HISTORY_LENGTH)
+  ]
+  kinds = run.about['kinds']
+  found = predict(
+    stages,
+    steps,
+    predictor=arm.predictor,
+    rate=run.about['config']['rate'],
+    kinds=lambda path, leaf: kinds[path],
+    **arm.options,
+  )
+  return {path: np.asarray(leaf) for path, leaf in found.items()}
+
+
+def retrodict(run: collect.Run, arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
+  """The error of each arm in predicting a run's hidden weights, divided by that of copying.
+
+  Args:
+    run: a finished run with at least six stages.
+    arms: the predictors.
+
+  Returns:
+    arm -> kind of leaf, and 'overall' -> sum of absolute errors over that of copying.
+  """
+  assert run.weights is not None
+  kinds = run.about['kinds']
+  copying = dict.fromkeys(KINDS, 0.0)
+  errors = {arm.name: dict.fromkeys(KINDS, 0.0) for arm in arms}
+  for start in range(stages_of(run) - SPAN + 1):
+    hidden = {path: leaf[start + HISTORY_LENGTH] for path, leaf in run.weights.items()}
+    newest = {path: leaf[start + HISTORY_LENGTH - 1] for path, leaf in run.weights.items()}
+    _add_errors(copying, newest, hidden, kinds)
+    for arm in arms:
+      _add_errors(errors[arm.name], predict_stage(run, arm, start), hidden, kinds)
+  tiny = float(np.finfo(np.float32).tiny)
+  return {
+    name: {
+      **{kind: found[kind] / max(copying[kind], tiny) for kind in KINDS},
+      OVERALL: sum(found.values()) / max(sum(copying.values()), tiny),
+    }
+    for name, found in errors.items()
+  }
+
+
+def stages_of(run: collect.Run) -> int:
+  """T, the number of stages of a run."""
+  return run.about['config']['stages']
+
+
+def _add_errors(
+  sums: dict[str, float],
+  predicted: Mapping[str, np.ndarray],
+  hidden: Mapping[str, np.ndarray],
+  kinds: Mapping[str, str],
+) -> None:
+  for path, kind in kinds.items():
+    if kind != trees.KEEP:
+      sums[kind] += float(np.abs(predicted[path].astype(np.float64) - hidden[path]).sum())
+
+
+# --- predicted networks on their test sets --------------------------------------------------------
+
+
+def _networks(
+  workdir: Path, runs: Sequence[collect.Run], arms: Sequence[Arm]
+) -> list[dict[str, Any]]:
+  journal = workdir / 'networks.jsonl'
+  done = {row['run']: row['rows'] for row in read_lines(journal)}
+  found: list[dict[str, Any]] = []
+  with progress(len(runs), 'test predicted networks', 'run') as bar:
+    for run in runs:
+      if run.number not in done:
+        done[run.number] = score_networks(run, arms)
+        append_line(journal, {'run': run.number, 'rows': done[run.number]})
+      found += done[run.number]
+      bar.update(1)
+  return found
+
+
+def score_networks(run: collect.Run, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+  """Loss and accuracy of predicted networks on the run's own test set.
+
+  Two questions: how close does a predicted newest stage come to the true one (`what` is
+  'retrodicted', the change is against copying the stage before), and what does predicting beyond
+  all data cost before any fine-tuning ('x2' with r = 1/2; the change is against the newest stage).
+  BatchNorm statistics are those of the newest stage of the history.
+
+  Args:
+    run: a finished run.
+    arms: the predictors.
+
+  Returns:
+    A row for each arm and question, and the true and copied networks' own: `NETWORK_FIELDS`.
+  """
+  task = forgetting.load_task(run.about['config'])
+  test = training.put_data(task.test.images, task.test.labels, task.mean)
+  assert run.weights is not None
+  last = stages_of(run) - 1
+  about = _about('run', '', run.about)
+  del about['left_out']
+
+  def score(weights: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return training.evaluate(task.model, unflatten_dict(dict(weights), sep='/'), test)
+
+  stages = {
+    i: score({path: leaf[i] for path, leaf in run.weights.items()}) for i in (last - 1, last)
+  }
+  rows = []
+  for what, newest, start in (
+    ('retrodicted', last - 1, last - HISTORY_LENGTH),
+    ('beyond', last, last - HISTORY_LENGTH + 1),
+  ):
+    before = stages[newest]
+    found = {'copying': before}
+    if what == 'retrodicted':
+      found['truth'] = stages[last]
+    found |= {arm.name: score(predict_stage(run, arm, start)) for arm in arms}
+    for name, metrics in found.items():
+      changes = {f'{key}_change': metrics[key] - before[key] for key in ('loss', 'accuracy')}
+      rows.append({**about, 'arm': name, 'what': what, **metrics, **changes})
+  return rows
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def _csv(fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
+  text = io.StringIO()
+  writer = csv.DictWriter(text, fields, lineterminator='\n', extrasaction='ignore')
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue().encode()
+
+
+def report(
+  rows: Sequence[Mapping[str, Any]], networks: Sequence[Mapping[str, Any]], resamples: int
+) -> str:
+  """The benchmark's tables in Markdown.
+
+  Args:
+    rows: of `retrodiction.csv`, with `FIELDS`.
+    networks: of `networks.csv`, with `NETWORK_FIELDS`; may be empty.
+    resamples: of the bootstrap.
+  """
+  lines = [
+    'Error in predicting the hidden weights divided by that of copying the newest weights: mean '
+    'over test runs [95 % bootstrap interval over runs]; below 1 is better than doing nothing.',
+  ]
+  for split in SPLITS:
+    chosen = [row for row in rows if row['split'] == split]
+    if chosen:
+      lines += ['', f'### {_SPLIT_TITLES[split]}', '', *_error_table(chosen, resamples)]
+      lines += ['', *_difference_table(chosen, resamples)]
+  for field in ('family', 'dataset'):
+    chosen = [row for row in rows if row['split'] == field]
+    if chosen:
+      lines += ['', f'### `known` on each {field} it was not trained on', '']
+      lines += _group_table(chosen, field)
+  if networks:
+    lines += ['', '### Predicted networks on their test sets', '']
+    lines += _network_table(networks, resamples)
+  return '\n'.join(lines) + '\n'
+
+
+_SPLIT_TITLES = {
+  'run': 'Split by run: other runs of the same families and data sets were trained on',
+  'family': 'Split by family: no run of the family was trained on',
+  'dataset': 'Split by data set: no run on the data set was trained on',
+}
+
+
+def _values(rows: Sequence[Mapping[str, Any]], arm: str, column: str) -> np.ndarray:
+  """Of every test run, in order of its number."""
+  chosen = sorted((row for row in rows if row['arm'] == arm), key=lambda row: row['run'])
+  return np.array([row[column] for row in chosen])
+
+
+def _cell(values: np.ndarray, resamples: int, digits: int = 3) -> str:
+  if not np.isfinite(values).all():
+    return f'not finite in {int((~np.isfinite(values)).sum())} of {len(values)} runs'
+  low, high = bootstrap_interval([[value] for value in values], resamples=resamples)
+  return f'{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
+
+
+def _arms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  return list(dict.fromkeys(row['arm'] for row in rows))
+
+
+def _error_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
+  runs = len({row['run'] for row in rows})
+  lines = [
+    f'| predictor ({runs} test runs) | ' + ' | '.join(COLUMNS) + ' |',
+    '|---|' + '---:|' * len(COLUMNS),
+  ]
+  for arm in _arms(rows):
+    cells = [_cell(_values(rows, arm, column), resamples) for column in COLUMNS]
+    lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def _difference_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
+  """`known` minus each of its rivals, run by run."""
+  lines = [
+    '| `known` minus ... (negative: `known` is better) | ' + ' | '.join(COLUMNS) + ' |',
+    '|---|' + '---:|' * len(COLUMNS),
+  ]
+  for arm in _arms(rows):
+    if arm == 'known':
+      continue
+    cells = [
+      _cell(_values(rows, 'known', column) - _values(rows, arm, column), resamples)
+      for column in COLUMNS
+    ]
+    lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def _group_table(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
+  lines = [
+    f'| {field} | runs | ' + ' | '.join(COLUMNS) + ' |',
+    '|---|---:|' + '---:|' * len(COLUMNS),
+  ]
+  for name in sorted({row[field] for row in rows}):
+    chosen = [row for row in rows if row[field] == name]
+    cells = [f'{_values(chosen, "known", column).mean():.3f}' for column in COLUMNS]
+    runs = len({row['run'] for row in chosen})
+    lines.append(f'| {name} | {runs} | ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def _network_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
+  lines = [
+    'Retrodicted: the newest stage predicted from the five before, against copying the stage '
+    'before it. Beyond: one step beyond all data, against the newest weights, before any '
+    'fine-tuning. Changes in test accuracy (points) and in test loss, mean over test runs '
+    '[95 % interval].',
+    '',
+    '| predictor | retrodicted: accuracy | retrodicted: loss | beyond: accuracy | beyond: loss |',
+    '|---|---:|---:|---:|---:|',
+  ]
+  for arm in _arms(rows):
+    if arm == 'copying':
+      continue
+    cells = []
+    for what in ('retrodicted', 'beyond'):
+      chosen = [row for row in rows if row['what'] == what]
+      accuracy = 100 * _values(chosen, arm, 'accuracy_change')
+      loss = _values(chosen, arm, 'loss_change')
+      cells += [
+        _cell(accuracy, resamples, 2) if len(accuracy) else '',
+        _cell(loss, resamples) if len(loss) else '',
+      ]
+    lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
+  return lines

@@ -1,0 +1,174 @@
+"""The retrodiction benchmark: errors against NumPy on real, tiny runs; splits; the whole, shrunk."""
+
+import csv
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+from test_meta_training import synthetic_run, write_dataset
+
+from know_jax import forgetting
+from know_jax.errors import UserError
+from know_jax.meta import collect, evaluation, meta_training
+from know_jax.meta.evaluation import Arm
+from know_jax.run_record import config_dict
+
+ARMS = [
+  Arm('persistence', 'persistence'),
+  Arm('task_vector', 'task_vector'),
+  Arm('shrink', 'shrink', {'c': 0.1}),
+]
+
+
+def tiny_config() -> ConfigDict:
+  config = evaluation.default_config()
+  for name in ('known', 'known_paper'):
+    config[name].weights_per_run = 64
+    config[name].batch_size = 64
+    config[name].steps = 4
+    config[name].validate_every = 2
+    config[name].validation_share = config[name].test_share = 0.34
+  config.predictors = ('task_vector', 'shrink')
+  config.networks = False
+  config.resamples = 200
+  return config
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('synthetic')
+  write_dataset(folder, range(12))
+  return folder
+
+
+def test_errors_against_numpy():
+  run = synthetic_run(3)
+  found = evaluation.retrodict(run, ARMS)
+  paths = {'conv': ['c/kernel'], 'fc': ['f/kernel'], 'bias': ['f/bias']}
+  paths['overall'] = ['c/kernel', 'f/kernel', 'f/bias']
+  predicted = {
+    'persistence': lambda w, t: w[t + 4],
+    'task_vector': lambda w, t: 2 * w[t + 4] - w[t + 3],
+    'shrink': lambda w, t: 0.9 * w[t + 4],
+  }
+  for column, members in paths.items():
+    for arm, function in predicted.items():
+      error = copying = 0.0
+      for path, t in itertools.product(members, (0, 1)):
+        w = run.weights[path].astype(np.float64)
+        error += np.abs(function(w, t) - w[t + 5]).sum()
+        copying += np.abs(w[t + 4] - w[t + 5]).sum()
+      np.testing.assert_allclose(found[arm][column], error / copying, rtol=1e-4, atol=1e-6)
+  # All weights of these runs shrink by a tenth a stage.
+  assert found['shrink']['overall'] < 1e-5 < found['task_vector']['overall'] < 1
+
+
+def test_what_is_not_predicted_is_that_of_the_newest_stage():
+  run = synthetic_run(0)
+  run.weights['n/scale'][:] = np.arange(7, dtype=np.float32)[:, None]
+  found = evaluation.predict_stage(run, ARMS[1], start=1)
+  np.testing.assert_array_equal(found['n/scale'], run.weights['n/scale'][5])
+
+
+def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tmp_path):
+  text = evaluation.run(tiny_config(), dataset, tmp_path)
+  rows = list(csv.DictReader((tmp_path / 'retrodiction.csv').read_text().splitlines()))
+  assert list(rows[0]) == list(evaluation.FIELDS)
+  tested = {
+    split: sorted({int(row['run']) for row in rows if row['split'] == split})
+    for split in evaluation.SPLITS
+  }
+  assert tested['run'] == tested['family'] == tested['dataset'] and len(tested['run']) == 4
+  for left_out in ('', 'cnn', 'vit', 'digits', 'mnist'):
+    record = meta_training.RunRecord.read(
+      tmp_path / 'training' / 'known' / (left_out or 'all'), meta_training.KIND
+    )
+    seen = {n for part in ('train', 'validation') for n in record['runs'][part]}
+    assert not seen & set(tested['run'])
+    for run in collect.read_runs(dataset):
+      assert not (run.number in seen and left_out in meta_training.group_names(run.about))
+  arms = {row['arm'] for row in rows}
+  assert arms == {
+    'known', 'known_history_free', 'known_paper', 'known_paper_history_free', 'least_squares',
+    'task_vector', 'shrink',
+  }  # fmt: skip
+  # The table is of the rows.
+  values = [
+    float(row['fc']) for row in rows if row['split'] == 'family' and row['arm'] == 'task_vector'
+  ]
+  assert '| `task_vector` | ' in text and f'{np.mean(values):.3f} [' in text
+  assert 'not trained on' in text
+  # Run on, nothing is trained or tested again, and the files are the same.
+  before = {
+    path: (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in [*tmp_path.glob('*.jsonl'), *tmp_path.rglob('known.safetensors')]
+  }
+  report = (tmp_path / 'retrodiction.csv').read_bytes()
+  assert evaluation.run(tiny_config(), dataset, tmp_path) == text
+  assert (tmp_path / 'retrodiction.csv').read_bytes() == report
+  assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+
+
+def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
+  config = collect.default_config()
+  config.runs, config.families, config.datasets = 1, ('cnn',), ('digits',)
+  config.widths = {'cnn': (2,)}
+  config.train_examples, config.pretrain_steps = (1400, 1400), (43, 43)
+  config.epochs, config.rate, config.augmented = (1, 1), (0.6, 0.6), 0.0
+  collect.run(config, tmp_path)
+  (run,) = collect.read_runs(tmp_path)
+  rows = {(r['what'], r['arm']): r for r in evaluation.score_networks(run, ARMS)}
+  stages = run.about['stages']
+  # What the run itself measured of its stages: stage 0 is the newest.
+  for (what, arm), stage in {
+    ('retrodicted', 'copying'): 1,
+    ('retrodicted', 'truth'): 0,
+    ('beyond', 'copying'): 0,
+    ('beyond', 'persistence'): 0,
+  }.items():
+    np.testing.assert_allclose(rows[what, arm]['accuracy'], stages[stage]['test_accuracy'])
+    np.testing.assert_allclose(rows[what, arm]['loss'], stages[stage]['test_loss'], rtol=1e-5)
+  assert rows['beyond', 'persistence']['accuracy_change'] == 0
+  # An independent way: the model itself on weights made by hand.
+  task = forgetting.load_task(run.about['config'])
+  weights = {path: 2 * leaf[6] - leaf[5] for path, leaf in run.weights.items()}
+  kept = {p: run.weights[p][6] for p, kind in run.about['kinds'].items() if kind == 'keep'}
+  variables = unflatten_dict({**weights, **kept}, sep='/')
+  images = task.test.images / np.float32(255) - task.mean
+  logits = jax.jit(lambda x: task.model.clone(axis_name=None).apply(variables, x, train=False))(
+    images
+  )
+  accuracy = (np.asarray(logits).argmax(-1) == task.test.labels).mean()
+  np.testing.assert_allclose(rows['beyond', 'task_vector']['accuracy'], accuracy, atol=0.003)
+  change = rows['beyond', 'task_vector']['accuracy_change']
+  np.testing.assert_allclose(change, accuracy - stages[0]['test_accuracy'], atol=0.003)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'predictors': ('task_vektor',)}, "Did you mean 'task_vector'"),
+    ({'splits': ('families',)}, "Did you mean 'family'"),
+    ({'known.leave_out': 'cnn'}, 'known.leave_out'),
+    ({'known_paper.architecture': 'conditioned'}, 'known_paper.architecture'),
+    ({'known_paper.seed': 3}, 'known.seed is 0 and known_paper.seed 3'),
+    ({'resamples': 0}, 'resamples is 0'),
+  ],
+)
+def test_bad_settings_are_named_before_anything_is_written(dataset, tmp_path, change, message):
+  config = tiny_config()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=message):
+    evaluation.run(config, dataset, tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_group_without_test_runs_is_named():
+  abouts = {n: synthetic_run(n).about for n in range(12)}
+  for n, about in abouts.items():
+    about['config'] = {**about['config'], 'model': f'family {n}'}
+  with pytest.raises(UserError, match="no run is left for test with leave_out='family"):
+    evaluation.split_groups(config_dict(tiny_config()), abouts)
