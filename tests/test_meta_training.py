@@ -185,6 +185,11 @@ def test_split_is_disjoint_complete_fixed_and_alike_in_every_group():
     split_runs(abouts(2), 0, (0.2, 0.2))
 
 
+def test_the_runs_collected_last_are_tested_whatever_the_seed():
+  for seed in range(3):
+    assert split_runs(abouts(40), seed, (0.2, 0.3))[2] == list(range(28, 40))
+
+
 GROUPS = [('vit', lambda n: n % 2 == 1), ('mnist', lambda n: n // 2 % 2 == 1)]
 
 

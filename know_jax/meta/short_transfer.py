@@ -73,8 +73,8 @@ def default_config() -> ConfigDict:
       'search_lr': 0.3,
       # Which runs are for what; as in the meta-training of the KNOWN that is tuned.
       'split_seed': 0,
-      'validation_share': 0.2,
-      'test_share': 0.2,
+      'validation_share': 1 / 7,
+      'test_share': 2 / 7,
       'resamples': 10000,
     }
   )

@@ -43,12 +43,16 @@ class Windows:
 def split_runs(
   abouts: Mapping[int, Mapping[str, Any]], seed: int, shares: tuple[float, float]
 ) -> tuple[list[int], list[int], list[int]]:
-  """Splits runs into training, validation and test, with like shares of every family and data set.
+  """Splits runs into training, validation and test.
+
+  Tested are the runs with the highest numbers: they were collected last, so that nothing decided
+  while a collection was under way can have seen them. Of the others, validation and training get
+  like shares of every family and data set, at random.
 
   Args:
     abouts: number -> what a run's JSON file says of it.
     seed: decides the split.
-    shares: of validation and test.
+    shares: of validation and test, in all runs.
 
   Returns:
     Three lists of numbers, ascending.
@@ -56,27 +60,28 @@ def split_runs(
   Raises:
     UserError: a part would be empty.
   """
+  numbers = sorted(abouts)
+  validation, test = (round(share * len(numbers)) for share in shares)
+  rest, tested = numbers[: len(numbers) - test], numbers[len(numbers) - test :]
   rng = np.random.default_rng(seed)
   groups: dict[tuple[str, str], list[int]] = {}
-  for number in sorted(abouts):
+  for number in rest:
     config = abouts[number]['config']
     groups.setdefault((config['model'], config['dataset']), []).append(number)
-  # Every group is spread evenly over [0, 1), from a random start; parts are stretches of it.
+  # Every group is spread evenly over [0, 1), from a random start; the first stretch is validation.
   place: dict[int, float] = {}
   for _, members in sorted(groups.items()):
     start = rng.random()
     for i, number in enumerate(rng.permutation(members)):
       place[int(number)] = (start + i / len(members)) % 1.0
   order = sorted(place, key=lambda number: place[number])
-  validation, test = (round(share * len(order)) for share in shares)
-  parts = [order[:validation], order[validation : validation + test], order[validation + test :]]
+  parts = sorted(order[validation:]), sorted(order[:validation]), tested
   if not all(parts):
     raise UserError(
-      f'{len(order)} runs split into {len(parts[2])} for training, {validation} for validation and '
-      f'{test} for test; wanted at least one in each: collect more runs.'
+      f'{len(numbers)} runs split into {len(parts[0])} for training, {len(parts[1])} for '
+      f'validation and {len(parts[2])} for test; wanted at least one in each: collect more runs.'
     )
-  chosen, held_out, tested = parts[2], parts[0], parts[1]
-  return sorted(chosen), sorted(held_out), sorted(tested)
+  return parts
 
 
 def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
