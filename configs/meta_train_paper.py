@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   config.validation_share, config.test_share = 1 / 7, 2 / 7
   config.weights_per_run = 8192
   config.batch_size = 2048
-  config.steps = 3000
+  config.steps = 1500
   config.validate_every = 100
   config.patience = 10
   return config

@@ -5,7 +5,7 @@ Also:      --config=configs/study_cifar.py:cnn, with a workdir of its own
 Then:      python bin/study.py --workdir=W --report=docs/results/transfer_cifar.md
 Hardware:  2 CPU cores; start the command twice with the same workdir to use both
 Paper:     section 4.2, tables 1, 6 and 7, on a smaller network and less data: 20 of the 100
-           classes, 6,400 training examples, 25 epochs, fine-tuning for 60 epochs; r = 1/2, S = 5
+           classes, 6,400 training examples, 20 epochs, fine-tuning for 40 epochs; r = 1/2, S = 5
 """
 
 from ml_collections import ConfigDict
@@ -24,16 +24,18 @@ def get_config(model: str = 'resnet_small') -> ConfigDict:
   config.source.model = model
   config.source.width = 8
   config.source.batch_size = 64
-  config.source.epochs = 25
+  config.source.epochs = 20
   config.source.lr = 2e-3
+  config.source.augmentation = {'rotation': 10.0, 'shift': 0.15, 'zoom': 0.3, 'flip': False}
   config.transfer.dataset = 'cifar10'
   config.transfer.labels_per_class = 20
-  config.transfer.batch_size = 50
+  config.transfer.batch_size = 40
   config.transfer.warmup_epochs = 10
-  config.transfer.epochs = 60
-  config.transfer.lr = 1e-3
+  config.transfer.warmup_lr = 3e-3
+  config.transfer.epochs = 40
+  config.transfer.lr = 2e-3
   config.source_seeds = 5
   config.transfer_seeds = 3
-  config.curve_epochs = (0, 20, 60)
+  config.curve_epochs = (0, 10, 40)
   config.ablations = standard_ablations(batch_norm=model != 'cnn')
   return config

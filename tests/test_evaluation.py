@@ -1,4 +1,4 @@
-"""The retrodiction benchmark: errors against NumPy on real, tiny runs; splits; the whole, shrunk."""
+"""The retrodiction benchmark: errors against NumPy on tiny runs; splits; the whole, shrunk."""
 
 import csv
 import itertools
@@ -101,6 +101,8 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tm
   ]
   assert '| `task_vector` | ' in text and f'{np.mean(values):.3f} [' in text
   assert 'not trained on' in text
+  card = (tmp_path / 'known.md').read_text()
+  assert text.strip() in card and '1,798 parameters (conv)' in card and '(8 to 11)' in card
   # Run on, nothing is trained or tested again, and the files are the same.
   before = {
     path: (path.read_bytes(), path.stat().st_mtime_ns)

@@ -28,7 +28,7 @@ from know_jax.meta import collect, mat, meta_training
 from know_jax.meta.windows import SPAN
 from know_jax.nowcast import predict
 from know_jax.predictors import METHODS
-from know_jax.pretrained import load_known
+from know_jax.pretrained import load_known, read_card
 from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.statistics import bootstrap_interval
 from know_jax.trees import KINDS
@@ -117,7 +117,8 @@ def run(
   """Trains what each split needs, evaluates it on the test runs, and writes the report.
 
   Writes `training/<recipe>/<what is left out, or all>/` as bin/meta_train.py does,
-  `retrodiction.csv`, `networks.csv`, `report.md`. The same command runs on after a kill.
+  `retrodiction.csv`, `networks.csv`, `report.md`, and `known.md`, the card of the weights in
+  `training/<recipe>/all`. The same command runs on after a kill.
 
   Args:
     config: the fields of `default_config`.
@@ -168,6 +169,13 @@ def run(
   write_atomic(workdir / 'networks.csv', _csv(NETWORK_FIELDS, networks))
   text = report(rows, networks, config['resamples'])
   write_atomic(workdir / 'report.md', text.encode())
+  cards = {
+    recipe: read_card(workdir / 'training' / recipe / 'all' / 'known.safetensors')
+    for recipe in ('known', 'known_paper')
+    if 'run' in config['splits']
+  }
+  if cards:
+    write_atomic(workdir / 'known.md', card_text(cards, text).encode())
   record.update(test_runs=len({row['run'] for row in rows}))
   return text
 
@@ -480,3 +488,49 @@ def _network_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[st
       ]
     lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
   return lines
+
+
+def card_text(cards: Mapping[str, Mapping[str, Any]], benchmark: str) -> str:
+  """The card of trained weights as Markdown, to lie beside them.
+
+  Args:
+    cards: recipe -> what its safetensors file says of itself.
+    benchmark: the report.
+  """
+  meta = next(iter(cards.values()))['meta_dataset']
+  lines = ['# Weights of KNOWN', '']
+  for recipe, card in cards.items():
+    runs = card['training']['runs']
+    lines.append(
+      f'- `{recipe}`: {card["what"]}; '
+      + ', '.join(f'{n:,} parameters ({kind})' for kind, n in card['parameters'].items())
+      + f'; {len(runs["train"])} runs to train on, {len(runs["validation"])} to choose parameters '
+      f'by, {len(runs["test"])} for the benchmark alone ({_stretch(runs["test"])}).'
+    )
+  lines += ['', '## Benchmark', '', benchmark.strip(), '', '## Meta-dataset', '']
+  lines += [f'- {" ".join(line.split())}' for line in meta['summary']]
+  commit = meta['environment'].get('commit', 'unknown')
+  lines += ['', f'Made by bin/collect.py at commit {commit}; config:', '', *_block(meta['config'])]
+  for recipe, card in cards.items():
+    made = card['training']
+    steps = ', '.join(f'{card["step"][kind]} ({kind})' for kind in KINDS)
+    lines += ['', f'## Training of `{recipe}`', '']
+    lines.append(
+      f'Made by bin/meta_train.py at commit {made["environment"].get("commit", "unknown")}; '
+      f'parameters kept from step {steps}; error on the validation runs: '
+      + ', '.join(f'{card["validation_error"][kind]:.3f} ({kind})' for kind in KINDS)
+      + '. Config:'
+    )
+    lines += ['', *_block(made['config'])]
+  return '\n'.join(lines) + '\n'
+
+
+def _stretch(numbers: Sequence[int]) -> str:
+  """Numbers without gaps as `3 to 7`, others as a list."""
+  if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+    return f'{numbers[0]} to {numbers[-1]}'
+  return ', '.join(str(number) for number in numbers)
+
+
+def _block(config: Mapping[str, Any]) -> list[str]:
+  return ['```', *(f'{key} = {value!r}' for key, value in config.items()), '```']
