@@ -517,4 +517,7 @@ def _identity() -> Callable[..., Any]:
 
 def unreplicate(tree: Any) -> Any:
   """The copy of the first device, as NumPy arrays."""
-  return jax.device_get(jax.tree.map(lambda x: x[0], tree))
+  # The shard that lies there: indexing the whole would compile and run for every shape.
+  first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+  # Copied, as the next step may be given its memory.
+  return jax.tree.map(lambda x: np.array(x[0]), jax.device_get(first))

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from know_jax import forgetting, training, transfer
+from know_jax import forgetting, landscape, training, transfer
 from know_jax.augmentation import Augmentation
-from know_jax.meta import collect, meta_training
+from know_jax.meta import collect, evaluation, meta_training, short_transfer
 from know_jax.models import build_model
+from know_jax.nowcast import PREDICTORS
 from know_jax.run_record import config_dict
+from know_jax.study import arms, design
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = {
@@ -19,6 +21,10 @@ PIPELINES = {
   'bin/transfer.py': transfer,
   'bin/collect.py': collect,
   'bin/meta_train.py': meta_training,
+  'bin/evaluate_known.py': evaluation,
+  'bin/short_transfer.py': short_transfer,
+  'bin/study.py': design,
+  'bin/landscape.py': landscape,
 }
 # The embedded digits, and names of TFDS (its list takes seconds to import).
 DATASETS = {'digits', 'mnist', 'fashion_mnist', 'cifar10', 'cifar100'}
@@ -75,6 +81,16 @@ def test_the_fields_are_those_of_the_pipeline(path):
   config_dict(load(path))  # It can be kept in a record.
 
 
+def check_transfer(config):
+  assert config['dataset'] in DATASETS
+  training.Recipe(config['optimizer'], augmentation=Augmentation(**config['augmentation']))
+  assert len(training.learning_rates(config['schedule'], config['lr'], 10)) == 10
+  classes = len(config['classes']) or 10
+  if config['labels_per_class']:
+    # Every labelled example is seen in every epoch.
+    assert config['labels_per_class'] * classes % config['batch_size'] == 0
+
+
 @every_file
 def test_names_and_values_are_known(path):
   pipeline = PIPELINES[header(path)[1]]
@@ -82,6 +98,8 @@ def test_names_and_values_are_known(path):
   if pipeline is collect:
     collect.check_config(config)
     assert set(config['datasets']) <= DATASETS
+  elif pipeline in (evaluation, meta_training, short_transfer):
+    pipeline.check_config(config)
   elif pipeline is forgetting:
     assert config['dataset'] in DATASETS
     build_model(config['model'], num_classes=2, width=config['width'], dtype=config['dtype'])
@@ -89,13 +107,14 @@ def test_names_and_values_are_known(path):
     for stage in range(config['stages']):
       assert forgetting.stage_plan(config, stage, 10 * config['batch_size'])['steps'] > 0
   elif pipeline is transfer:
-    assert config['dataset'] in DATASETS
-    training.Recipe(config['optimizer'], augmentation=Augmentation(**config['augmentation']))
-    assert len(training.learning_rates(config['schedule'], config['lr'], 10)) == 10
-    classes = len(config['classes']) or 10
-    if config['labels_per_class']:
-      # Every labelled example is seen in every epoch.
-      assert config['labels_per_class'] * classes % config['batch_size'] == 0
+    check_transfer(config)
+  elif pipeline is design:
+    assert config['source']['dataset'] in DATASETS
+    check_transfer(config['transfer'])
+    # Every predictor can do its steps with the history, and every arm has a name of its own.
+    assert len(arms.arms_of(config, batch_norm=True)) > 40
+  elif pipeline is landscape:
+    assert set(config['predictors']) <= set(PREDICTORS)
 
 
 def test_the_demo_forgets_and_transfers_between_different_classes():

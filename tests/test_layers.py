@@ -12,17 +12,17 @@ PACKAGE = Path(__file__).parents[1] / 'know_jax'
 # stands for a folder, whose modules may import one another.
 ROWS = (
   ('errors', 'version'),
-  ('trees',),
-  ('trajectory', 'known', 'augmentation', 'subsets'),
+  ('trees', 'statistics'),
+  ('trajectory', 'known', 'conditioned', 'augmentation', 'subsets'),
   ('pretrained', 'predictors'),
   ('nowcast',),
   ('models/*',),
   ('signals', 'files', 'cli'),
   ('data', 'batch_norm'),
-  ('training',),
+  ('training', 'together'),
   ('checkpoints', 'run_record'),
   ('plots',),
-  ('forgetting', 'prediction', 'transfer', 'landscape', 'study', 'meta/*'),
+  ('forgetting', 'prediction', 'transfer', 'landscape', 'study/*', 'meta/*'),
 )
 ORDER = {name: place for place, name in enumerate(itertools.chain.from_iterable(ROWS))}
 # The package itself gathers the public names: it may import everything, nothing may import it.

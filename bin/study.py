@@ -1,0 +1,36 @@
+"""Runs a transfer study: arms x amounts of data x source seeds x transfer seeds -> results.csv.
+
+    python bin/study.py --workdir=W --config=configs/study_fashion_mnist.py
+    python bin/study.py --workdir=W --config=configs/study_fashion_mnist.py --dry_run
+    python bin/study.py --workdir=W --report=docs/results/transfer.md
+
+The same command runs on after a kill; several processes may share a workdir. --dry_run only says
+how much there is to do, and how long it takes at the rate measured so far. --report writes tables
+and plots from results.csv and timings.csv alone. Without --config, configs/study_smoke.py.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from know_jax import cli
+from know_jax.study import report, runner
+
+cli.define_workdir()
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'study_smoke.py')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Only say how much there is to do.')
+_REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown file, with plots.')
+
+
+def main() -> None:
+  workdir = cli.workdir()
+  if _REPORT.value:
+    print(report.write(workdir, _REPORT.value))
+  elif _DRY_RUN.value:
+    print(runner.plan(_CONFIG.value, workdir))
+  else:
+    print(runner.run(_CONFIG.value, workdir))
+
+
+if __name__ == '__main__':
+  cli.run(main)

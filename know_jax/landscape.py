@@ -1,0 +1,382 @@
+"""The landscape around a trajectory: test accuracy over the plane that shows most of its movement.
+
+The paper, figure 3: principal components of the stages' weights and of many noisy neighbours of
+them, test accuracy as a surface over the first two components, the path of the stages and the
+predictions on it. Neighbours are there so that the components are not those of five points alone.
+
+Only the leaves that predictors move are in the plane; normalisation layers and their statistics are
+those of the newest weights everywhere on the surface.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from know_jax import forgetting, nowcast, training, trees
+from know_jax.data import to_device_input
+from know_jax.errors import UserError, unknown_name
+from know_jax.files import reason, write_sealed
+from know_jax.plots import principal_plane
+from know_jax.predictors import METHODS
+from know_jax.pretrained import load_known
+from know_jax.run_record import config_dict, progress
+from know_jax.training import named_key
+
+_BATCH = 500
+"""Test examples that are evaluated at a time."""
+
+
+def default_config() -> ConfigDict:
+  """Every field of a landscape, with the defaults that configs start from."""
+  return ConfigDict(
+    {
+      'seed': 0,
+      # Drawn on the surface, `steps` of each.
+      'predictors': ('known', 'task_vector', 'log_fit', 'shrink'),
+      'steps': 3,
+      # Parameters of KNOWN: a file or folder, as `load_known` takes; None: those shipped.
+      'known': placeholder(str),
+      # Neighbours of each stage, and their noise: the standard deviation over the root mean square
+      # of the leaf.
+      'neighbours': 20,
+      'noise': 0.05,
+      # Points of the surface across and up, and how far it goes beyond what lies on it.
+      'grid': (25, 25),
+      'margin': 0.2,
+      # Test examples; 0: all.
+      'examples': 0,
+      # Points that are evaluated in one call; 0: 1 on CPUs, 16 elsewhere.
+      'points_per_call': 0,
+    }
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+  """A plane in the space of the weights that predictors move.
+
+  Attributes:
+    mean: the point at (0, 0), float64 `[d]`.
+    axes: two orthonormal directions, float64 `[2, d]`.
+    shares: of the variance of the points that it was fitted to, `[2]`.
+  """
+
+  mean: np.ndarray
+  axes: np.ndarray
+  shares: np.ndarray
+
+  def coordinates(self, points: np.ndarray) -> np.ndarray:
+    """Where points `[n, d]` fall on the plane, `[n, 2]`."""
+    return (points - self.mean) @ self.axes.T
+
+  def distances(self, points: np.ndarray) -> np.ndarray:
+    """How far points `[n, d]` lie from the plane, `[n]`."""
+    inside = self.mean + self.coordinates(points) @ self.axes
+    return np.linalg.norm(points - inside, axis=1)
+
+
+def fit_plane(points: np.ndarray) -> Plane:
+  """The plane of the two first principal components.
+
+  Args:
+    points: `[n, d]`, n at least 3; d may be in the millions.
+
+  Raises:
+    UserError: the points lie on a line.
+  """
+  coordinates, shares = principal_plane(points)
+  squares = (coordinates**2).sum(axis=0)
+  if len(points) < 3 or not squares[1] > 1e-12 * squares[0]:
+    raise UserError('the weights lie on a line; a plane needs more stages, or neighbours.')
+  mean = points.mean(axis=0, dtype=np.float64)
+  # X = U S V' and coordinates = U S, so that V' = (U S)' X / S^2.
+  axes = coordinates.T @ (points - mean) / squares[:, None]
+  return Plane(mean, axes, shares)
+
+
+def flatten(variables: Any) -> np.ndarray:
+  """The leaves that predictors move, as one float64 vector `[d]`."""
+  kinds, named = trees.leaf_kinds(variables), trees.named_leaves(jax.device_get(variables))
+  parts = [np.ravel(x).astype(np.float64) for path, x in named.items() if kinds[path] != trees.KEEP]
+  return np.concatenate(parts)
+
+
+def unflatten(vector: Any, like: Any) -> Any:
+  """The inverse of `flatten`: the leaves that predictors do not move are those of `like`."""
+  kinds, start, leaves = trees.leaf_kinds(like), 0, []
+  for path, leaf in trees.named_leaves(like).items():
+    if kinds[path] != trees.KEEP:
+      stop = start + int(np.prod(np.shape(leaf)))
+      leaf = vector[start:stop].reshape(np.shape(leaf)).astype(leaf.dtype)
+      start = stop
+    leaves.append(leaf)
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def neighbours(variables: Any, key: jax.Array, count: int, noise: float) -> np.ndarray:
+  """Noisy neighbours of a stage.
+
+  Args:
+    variables: the stage.
+    key: decides the noise.
+    count: how many.
+    noise: its standard deviation over the root mean square of the leaf.
+
+  Returns:
+    Vectors as `flatten` gives them, `[count, d]`.
+  """
+  kinds, scales = trees.leaf_kinds(variables), []
+  for path, leaf in trees.named_leaves(jax.device_get(variables)).items():
+    if kinds[path] != trees.KEEP:
+      size = np.sqrt(np.mean(np.square(leaf, dtype=np.float64))) if np.size(leaf) else 0.0
+      scales.append(np.full(np.size(leaf), noise * size))
+  scale = np.concatenate(scales)
+  drawn = np.asarray(jax.random.normal(key, (count, scale.size)), np.float64)
+  return flatten(variables) + scale * drawn
+
+
+def evaluate_points(
+  model: nn.Module,
+  plane: Plane,
+  like: Any,
+  coordinates: np.ndarray,
+  images: np.ndarray,
+  labels: np.ndarray,
+  mean_image: np.ndarray,
+  *,
+  points_per_call: int,
+  show_progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Loss and accuracy of many weights in a plane; the weights are only ever made on the device.
+
+  Args:
+    model: a Flax module.
+    plane: the plane.
+    like: variables with the leaves that are the same everywhere.
+    coordinates: of the points, `[n, 2]`.
+    images: uint8 `[N, H, W, C]`.
+    labels: int32 `[N]`.
+    mean_image: what is subtracted from images / 255, float32 `[H, W, C]`.
+    points_per_call: how many points a compiled call takes, vectorised.
+    show_progress: whether a bar is shown.
+
+  Returns:
+    Mean cross-entropy and accuracy, float64 `[n]` each.
+  """
+  if getattr(model, 'axis_name', None) is not None:
+    model = model.clone(axis_name=None)
+  arrays = jax.device_put((plane.mean.astype(np.float32), plane.axes.astype(np.float32)))
+  like, mean_image = jax.device_put((like, mean_image))
+  batches = [
+    jax.device_put((images[i : i + _BATCH], labels[i : i + _BATCH]))
+    for i in range(0, len(labels), _BATCH)
+  ]
+  padded = -(-len(coordinates) // points_per_call) * points_per_call
+  places = np.resize(coordinates, (padded, 2)).astype(np.float32)
+  totals = np.zeros((2, padded))
+  with progress(padded, 'surface', 'point', show=show_progress) as bar:
+    for start in range(0, padded, points_per_call):
+      chunk = slice(start, start + points_per_call)
+      sums = [
+        _sums(model, arrays, like, places[chunk], batch_images, batch_labels, mean_image)
+        for batch_images, batch_labels in batches
+      ]
+      totals[:, chunk] = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+      bar.update(points_per_call)
+  loss, correct = totals[:, : len(coordinates)] / len(labels)
+  return loss, correct
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(
+  model: nn.Module,
+  arrays: Any,
+  like: Any,
+  coordinates: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  mean_image: jax.Array,
+) -> jax.Array:
+  """Sums of loss and of correct answers over a batch, `[2, points]`."""
+  inputs = to_device_input(images, mean_image)
+
+  def at(place: jax.Array) -> jax.Array:
+    origin, axes = arrays
+    # Products in full precision: on accelerators the default would move every point.
+    moved = jnp.matmul(place, axes, precision=jax.lax.Precision.HIGHEST)
+    logits: Any = model.apply(unflatten(origin + moved, like), inputs, train=False)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.stack([loss.sum(), (logits.argmax(-1) == labels).sum()])
+
+  # One point needs no vectorised convolutions, which are slow on CPUs.
+  if coordinates.shape[0] == 1:
+    return at(coordinates[0])[:, None]
+  return jax.vmap(at, out_axes=1)(coordinates)
+
+
+def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> dict[str, Any]:
+  """Draws the landscape of a finished forgetting run.
+
+  Writes `landscape/landscape.json` (sealed: see `files.write_sealed`) and
+  `landscape/landscape.png` in the workdir.
+
+  Args:
+    config: the fields of `default_config`.
+    workdir: of a finished forgetting run.
+    show_progress: whether a bar is shown.
+
+  Returns:
+    What the JSON file holds: `config`, `shares` (of the variance, of the two components), `x` and
+    `y` (coordinates of the grid's columns and rows), `accuracy` and `loss` (a list a row), and
+    `points`: for every stage and prediction its `name`, `steps` (0 for Theta^0, negative for older
+    stages), `x`, `y`, `distance` from the plane, and `accuracy` and `loss` as it is.
+
+  Raises:
+    UserError: before anything is evaluated, if a value does not fit or the workdir holds no
+      finished run.
+  """
+  config = config_dict(config)
+  _check(config)
+  workdir = Path(workdir).expanduser()
+  trajectory, record = forgetting.load_trajectory(workdir)
+  theta = None if config['known'] is None else load_known(config['known'])
+  forecasts = {
+    name: nowcast.forecast(
+      trajectory,
+      config['steps'],
+      predictor=name,
+      theta=theta if METHODS[name].leaf_fn is None else None,
+      rate=record['config']['rate'],
+    )
+    for name in config['predictors']
+  }
+  task = forgetting.load_task(record['config'])
+  examples = config['examples'] or len(task.test.labels)
+  if not 1 <= examples <= len(task.test.labels):
+    raise UserError(f'examples is {examples}; wanted 0 (all) to {len(task.test.labels)}.')
+  stages = [jax.device_get(stage) for stage in trajectory]
+  plane = fit_plane(np.concatenate([_cloud(stage, i, config) for i, stage in enumerate(stages)]))
+  newest, images, labels = stages[-1], task.test.images[:examples], task.test.labels[:examples]
+
+  weights = [('stage', i - len(stages) + 1, stage) for i, stage in enumerate(stages)]
+  for name, forecast in forecasts.items():
+    weights += [(name, n, jax.device_get(w)) for n, w in enumerate(forecast, start=1)]
+  test = training.put_data(images, labels, task.mean)
+  vectors = np.stack([flatten(variables) for _, _, variables in weights])
+  places, distances = plane.coordinates(vectors), plane.distances(vectors)
+  points = [
+    {
+      'name': name, 'steps': steps, 'x': float(place[0]), 'y': float(place[1]),
+      'distance': float(distance), **training.evaluate(task.model, variables, test),
+    }
+    for (name, steps, variables), place, distance in zip(weights, places, distances, strict=True)
+  ]  # fmt: skip
+  x, y = _grid_lines(places, config)
+  grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+  per_call = config['points_per_call'] or (1 if jax.default_backend() == 'cpu' else 16)
+  loss, accuracy = evaluate_points(
+    task.model, plane, newest, grid, images, labels, task.mean, points_per_call=per_call,
+    show_progress=show_progress,
+  )  # fmt: skip
+  found = {
+    'config': config,
+    'shares': plane.shares.tolist(),
+    'x': x.tolist(),
+    'y': y.tolist(),
+    'accuracy': accuracy.reshape(len(y), len(x)).tolist(),
+    'loss': loss.reshape(len(y), len(x)).tolist(),
+    'points': points,
+  }
+  folder = workdir / 'landscape'
+  try:
+    folder.mkdir(exist_ok=True)
+    write_sealed(folder / 'landscape.json', found)
+    _draw(folder / 'landscape.png', found)
+  except OSError as error:
+    raise UserError(f'cannot write in {folder}: {reason(error)}.') from error
+  return found
+
+
+def _check(config: Mapping[str, Any]) -> None:
+  for name in config['predictors']:
+    if name not in METHODS:
+      raise unknown_name('predictor', name, METHODS)
+  for field, least in (('neighbours', 0), ('noise', 0), ('margin', 0), ('points_per_call', 0)):
+    if config[field] < least:
+      raise UserError(f'{field} is {config[field]}; wanted at least {least}.')
+  if len(config['grid']) != 2 or min(config['grid']) < 2:
+    raise UserError(f'grid is {tuple(config["grid"])}; wanted two numbers of at least 2.')
+
+
+def _cloud(stage: Any, index: int, config: Mapping[str, Any]) -> np.ndarray:
+  """A stage and its neighbours."""
+  key = named_key(config['seed'], 'neighbours', index)
+  around = neighbours(stage, key, config['neighbours'], config['noise'])
+  return np.concatenate([flatten(stage)[None], around])
+
+
+def _grid_lines(places: np.ndarray, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Coordinates of the grid's columns and rows, around all finite places."""
+  places = places[np.isfinite(places).all(axis=1)]
+  low, high = places.min(axis=0), places.max(axis=0)
+  # The same length up and across, so that the surface shows true angles.
+  middle, half = (low + high) / 2, (0.5 + config['margin']) * (high - low).max()
+  x, y = (np.linspace(middle[i] - half, middle[i] + half, config['grid'][i]) for i in range(2))
+  return x, y
+
+
+def report(found: Mapping[str, Any]) -> str:
+  """A line for every stage and prediction, and the explained variance."""
+  lines = [f'{"weights":<20} {"step":>4} {"x":>9} {"y":>9} {"off plane":>9} {"accuracy":>9}']
+  for point in found['points']:
+    lines.append(
+      f'{point["name"]:<20} {point["steps"]:>4} {point["x"]:>9.3f} {point["y"]:>9.3f} '
+      f'{point["distance"]:>9.3f} {point["accuracy"]:>9.2%}'
+    )
+  first, second = found['shares']
+  lines.append(
+    f'explained variance: {first:.1%} and {second:.1%} of stages and neighbours; accuracy on the '
+    f'surface: {np.min(found["accuracy"]):.1%} to {np.max(found["accuracy"]):.1%}'
+  )
+  return '\n'.join(lines)
+
+
+def _draw(path: Path, found: Mapping[str, Any]) -> None:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 7), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  accuracy = 100 * np.array(found['accuracy'])
+  surface = axes.contourf(found['x'], found['y'], accuracy, levels=20, cmap='viridis')
+  figure.colorbar(surface, ax=axes, label='test accuracy on the plane, %')
+  groups: dict[str, list[tuple[float, float]]] = {}
+  for point in found['points']:
+    groups.setdefault(point['name'], []).append((point['x'], point['y']))
+  newest = groups['stage'][-1]
+  axes.plot(*zip(*groups.pop('stage'), strict=True), '-o', color='black', label='stages')
+  for i, (name, places) in enumerate(groups.items()):
+    marker = 'sD^vP*X<>hp'[i % 11]
+    axes.plot(
+      *zip(newest, *places, strict=True), '--', marker=marker, color=f'C{i % 10}', label=name,
+      markeredgecolor='black', markevery=range(1, len(places) + 1),
+    )  # fmt: skip
+  axes.annotate('$\\Theta^0$', newest, color='black', textcoords='offset points', xytext=(6, 6))
+  first, second = found['shares']
+  axes.set_xlabel(f'first principal component ({first:.1%} of variance)')
+  axes.set_ylabel(f'second principal component ({second:.1%})')
+  axes.set_xlim(found['x'][0], found['x'][-1])
+  axes.set_ylim(found['y'][0], found['y'][-1])
+  figure.legend(loc='outside right upper', fontsize=8)
+  figure.savefig(path, dpi=110, metadata={'Software': None})

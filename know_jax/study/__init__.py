@@ -1,0 +1,1 @@
+"""The transfer study: does predicted knowledge help downstream?"""

@@ -1,0 +1,221 @@
+"""The design of a study: its config, checked, and all that follows from it before a run."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from know_jax import batch_norm, forgetting, pretrained, training, transfer
+from know_jax.errors import UserError
+from know_jax.files import digest
+from know_jax.run_record import config_dict
+from know_jax.study.arms import MAIN, Arm, arms_of, default_arms, theta_of
+from know_jax.study.sources import Source, check_source, source_config, weights_digest
+from know_jax.version import __version__
+
+_MOST_TRANSFER_SEEDS = 1000
+_LASTING = ('source', 'transfer', 'curve_epochs')
+
+
+class Cell(NamedTuple):
+  """What one row of results.csv is of."""
+
+  arm: Arm
+  source: Source
+  transfer_seed: int
+
+
+def default_config() -> ConfigDict:
+  """Every field of a study, with the defaults that configs start from."""
+  source, target = forgetting.default_config(), transfer.default_config()
+  # The study gives seeds, and says itself whether there is an arm from scratch.
+  del source.seed, target.seeds, target.from_scratch
+  # One stage more than the history: the oldest is read only to measure retrodiction.
+  source.stages = 6
+  return ConfigDict(
+    {
+      'source': source,
+      'transfer': target,
+      # Shares of the source's training examples, each drawn from the larger by the source's seed.
+      'amounts': (1.0,),
+      'source_seeds': 5,
+      'transfer_seeds': 3,
+      # S, and the farthest step that is predicted.
+      'history': 5,
+      'steps': 3,
+      # Names of predictors, 'scratch', 'incremental', 'extra', or dicts: see `arms.Arm`.
+      'arms': default_arms(),
+      # Dicts with a group each; at the first amount only.
+      'ablations': (),
+      # A folder with the authors' .h5 files, for the arm 'known_official'.
+      'official': placeholder(str),
+      # Fine-tuning epochs after which test accuracy is noted; 0 is after the warm-up.
+      'curve_epochs': (),
+    }
+  )
+
+
+class Study:
+  """A checked config and what follows from it; nothing is trained or written.
+
+  Attributes:
+    config: as plain data.
+    arms: in the order of the config.
+    model: the network with the target's head.
+    train: the target's training set.
+    test: the target's test set.
+    subsets: combined seed -> the labelled examples.
+
+  Raises:
+    UserError: a value does not fit; it is named.
+  """
+
+  def __init__(self, config: ConfigDict):
+    self.config: dict[str, Any] = config_dict(config)
+    self._check_counts()
+    config = self.config
+    self.train, self.test = forgetting.load_splits(config['transfer'])
+    self._source_train, _ = forgetting.load_splits(config['source'])
+    source_model = forgetting.model_of(config['source'], self._source_train.num_classes)
+    self.model = forgetting.model_of(config['source'], self.train.num_classes)
+    abstract = jax.eval_shape(
+      lambda: training.init_variables(
+        source_model, jax.random.key(0), self._source_train.images.shape[1:]
+      )
+    )
+    transfer.check_fits(
+      self.model, [transfer.Arm('persistence', 0, 1.0, None, '', abstract)], self.train
+    )
+    self.arms = arms_of(config, batch_norm=batch_norm.has_batch_norm(abstract))
+    self.subsets = {
+      seed: transfer.labelled_subset(
+        self.train.labels, config['transfer']['labels_per_class'], seed
+      )
+      for seed in self.seeds()
+    }
+    smallest = next(iter(self.subsets.values()))
+    training.check_batch_size(
+      config['transfer']['batch_size'], len(smallest), 'the labelled subset'
+    )
+    transfer._phases(config['transfer'])
+    forgetting.recipe_of(config['source'])
+    examples = config['source']['train_examples'] or len(self._source_train.labels)
+    self._settings = {source: source_config(config, source, examples) for source in self.sources()}
+    self._settings_digests = {
+      source: digest(config_dict(settings)) for source, settings in self._settings.items()
+    }
+    for settings in self._settings.values():
+      check_source(settings)
+
+  def _check_counts(self) -> None:
+    config = self.config
+    most = {'source_seeds': math.inf, 'transfer_seeds': _MOST_TRANSFER_SEEDS, 'steps': math.inf}
+    for field, limit in most.items():
+      if not 1 <= config[field] <= limit:
+        raise UserError(f'{field} is {config[field]}; wanted 1 to {limit:g}.')
+    amounts = config['amounts']
+    if not amounts or len(set(amounts)) < len(amounts) or not all(0 < a <= 1 for a in amounts):
+      raise UserError(f'amounts are {tuple(amounts)}; wanted different shares in (0, 1].')
+    epochs = config['transfer']['epochs']
+    for epoch in config['curve_epochs']:
+      if not 0 <= epoch <= epochs:
+        raise UserError(f'curve_epochs hold {epoch}; wanted 0 to {epochs}, transfer.epochs.')
+
+  def seeds(self) -> Iterator[int]:
+    """The seeds of all transfers."""
+    pairs = itertools.product(
+      range(self.config['source_seeds']), range(self.config['transfer_seeds'])
+    )
+    return (combined_seed(*pair) for pair in pairs)
+
+  def sources(self) -> list[Source]:
+    """All forgetting runs, those of the config's own rate first."""
+    found = [
+      Source(amount, seed, rate)
+      for arm_rate in dict.fromkeys(arm.rate for arm in self.arms)
+      for amount in self.config['amounts']
+      for seed in range(self.config['source_seeds'])
+      for rate in (arm_rate,)
+    ]
+    return [source for source in found if self.arms_from(source)]
+
+  def arms_from(self, source: Source) -> list[Arm]:
+    """The arms that start from a source run."""
+    first = self.config['amounts'][0]
+    return [
+      arm
+      for arm in self.arms
+      if arm.rate == source.rate and (arm.group == MAIN or source.amount == first)
+    ]
+
+  def settings(self, source: Source) -> ConfigDict:
+    """The config of a source's forgetting run."""
+    return self._settings[source]
+
+  def cells(self) -> Iterator[Cell]:
+    """What every row of results.csv is of, in their order."""
+    amounts, seeds = self.config['amounts'], range(self.config['source_seeds'])
+    for arm in self.arms:
+      for amount, seed in itertools.product(amounts, seeds):
+        source = Source(amount, seed, arm.rate)
+        if arm in self.arms_from(source):
+          for transfer_seed in range(self.config['transfer_seeds']):
+            yield Cell(arm, source, transfer_seed)
+
+  @property
+  def lasting(self) -> dict[str, Any]:
+    """The part of the config that a workdir is of; arms, amounts and seeds may change."""
+    return {field: self.config[field] for field in _LASTING}
+
+  def start_key(self, arm: Arm, source: Source) -> str:
+    """Identifies what an arm makes of a source: by all that it depends on."""
+    about = {
+      'what': 'start',
+      'version': __version__,
+      'parameters': _shipped_digest(),
+      'theta': None if arm.theta is None else weights_digest(theta_of(arm.theta)),
+      'source': self._settings_digests[source],
+      'arm': [arm.predictor, arm.step, arm.history, arm.option, list(arm.kinds), arm.batch_norm],
+    }
+    return digest(about)
+
+  def transfer_config(self, arm: Arm) -> dict[str, Any]:
+    """The config of an arm's trainings."""
+    transfer_config = self.config['transfer']
+    return {**transfer_config, 'lr': transfer_config['lr'] * arm.lr_scale}
+
+  def training_key(self, arm: Arm, weights: str, source_seed: int, transfer_seed: int) -> str:
+    """Identifies a training: arms that start from equal weights share it."""
+    about = {
+      'what': 'transfer',
+      'weights': weights,
+      'transfer': self.transfer_config(arm),
+      'curve_epochs': self.config['curve_epochs'],
+      'seed': combined_seed(source_seed, transfer_seed),
+    }
+    return digest(about)
+
+
+def combined_seed(source_seed: int, transfer_seed: int) -> int:
+  """The seed of one transfer: no two pairs share one."""
+  return _MOST_TRANSFER_SEEDS * source_seed + transfer_seed
+
+
+@functools.cache
+def _shipped_digest() -> str:
+  """Identifies all parameters that predictors find in the package."""
+  files = sorted((Path(pretrained.__file__).parent / 'weights').glob('*'))
+  return weights_digest(
+    {
+      path.name: np.frombuffer(path.read_bytes(), np.uint8)
+      for path in files
+      if path.is_file() and path.suffix != '.md'
+    }
+  )

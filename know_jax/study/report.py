@@ -1,0 +1,202 @@
+"""The report of a study: Markdown tables and plots, from results.csv and timings.csv alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from know_jax import statistics
+from know_jax.errors import UserError
+from know_jax.files import reason
+from know_jax.study import pictures, tables
+from know_jax.study.analysis import (
+  Line,
+  compare,
+  cross_chosen,
+  differences,
+  is_sweep,
+  lines_of,
+  mean_curve,
+  naive_line,
+  to_line,
+)
+from know_jax.study.arms import MAIN, UNPREDICTED
+from know_jax.study.results import COLUMNS, RESULTS, TIMING_COLUMNS, TIMINGS, read_table
+
+
+def write(workdir: str | Path, path: str | Path) -> str:
+  """Writes a report, and its plots beside it under the report's name.
+
+  Args:
+    workdir: of a study, finished or not.
+    path: the Markdown file.
+
+  Returns:
+    The first section, the answer.
+
+  Raises:
+    UserError: there are no results, they lack naive transfer, or a file cannot be written.
+  """
+  workdir, path = Path(workdir).expanduser(), Path(path).expanduser()
+  lines = lines_of(read_table(workdir / RESULTS, COLUMNS))
+  timings = read_table(workdir / TIMINGS, TIMING_COLUMNS)
+  if not lines:
+    raise UserError(f'{workdir / RESULTS} has no rows yet; run the study first.')
+  amounts = list(dict.fromkeys(line.amount for line in lines if line.group == MAIN))
+  naive = naive_line(lines, amounts[0])
+  main = [line for line in lines if line.group == MAIN and line.amount == amounts[0]]
+  answer = answer_text(main, naive)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = _draw(main, naive, path)
+    parts = [
+      _title(lines, naive),
+      '## The answer',
+      answer,
+      *tables.rivals(main, naive),
+      *(part for amount in amounts for part in tables.accuracies(lines, amount)),
+      *(part for amount in amounts for part in tables.comparisons(lines, amount)),
+      *tables.starts(main),
+      *tables.ablations(lines, naive),
+      *_why(main, naive, lines),
+      *tables.times(timings, naive.first['history']),
+      '## Plots',
+      *(f'![{title}]({file})' for title, file in drawn.items()),
+    ]
+    path.write_text('\n\n'.join(parts) + '\n')
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {reason(error)}.') from error
+  return answer
+
+
+def _title(lines: Sequence[Line], naive: Line) -> str:
+  row = naive.first
+  sources = len({source for source, _ in naive.rows})
+  transfers = len({seed for _, seed in naive.rows})
+  labels = row['labels_per_class']
+  return (
+    f'# Transfer study: {row["source"]} to {row["target"]}, {row["model"]}\n\n'
+    f'{f"{labels} labels a class" if labels else "All labels"}; S = {row["history"]}, '
+    f'r = {row["rate"]:g}; {sources} source seeds x {transfers} transfer seeds; '
+    f'{sum(len(line.rows) for line in lines)} rows in all. Accuracies are in per cent, '
+    'differences in points. Arms of one source seed and transfer seed share source run, head, '
+    'labels and order, and are compared in pairs. Intervals are 95 % bootstrap intervals over '
+    'source seeds and the transfers from each. The exact p is that of a sign-flip test over the '
+    f'means of the source seeds: with {sources} it is never below '
+    f'{statistics.smallest_p(sources):.3g}. Holm: the p before it, corrected for the number of '
+    'lines of its table. The paper (Jang, Kim and Kim, CVPR 2026) transfers a ResNet18 from '
+    'CIFAR-100 to CIFAR-10 with all labels: its numbers stand beside ours for the direction and '
+    'the size of effects.'
+  )
+
+
+def answer_text(main: Sequence[Line], naive: Line) -> str:
+  """What KNOWN gains against naive transfer, shrink and equal compute, in a sentence each.
+
+  Args:
+    main: the main lines of one amount.
+    naive: that of naive transfer among them.
+  """
+  steps = [line for line in main if line.arm == 'known']
+  known = cross_chosen(steps)
+  if known is None:
+    return 'The study has no `known` that never diverged among its main arms.'
+  shrinks = [line for line in main if line.predictor == 'shrink']
+  rivals = {
+    'naive transfer': naive,
+    f'the best of {len(shrinks)} ways to shrink, chosen likewise': cross_chosen(shrinks),
+    'extra training of equal compute': cross_chosen([x for x in main if x.arm == 'extra']),
+  }
+  compared = {
+    name: compare(differences(known, to_line(rival)))
+    for name, rival in rivals.items()
+    if rival is not None
+  }
+  found = {name: comparison for name, comparison in compared.items() if comparison is not None}
+  corrected = statistics.holm([comparison.p_exact for comparison in found.values()])
+  lines = [
+    f'KNOWN below is the best of {", ".join(line.title for line in steps)}, for each source seed '
+    'chosen by the other source seeds.',
+  ]
+  for (name, comparison), holm in zip(found.items(), corrected, strict=True):
+    verdict = 'excludes' if comparison.excludes_zero else 'includes'
+    lines.append(
+      f'- Against {name}, it changes accuracy by {comparison.mean:+.2f} points (95 % interval '
+      f'{comparison.low:+.2f} to {comparison.high:+.2f}, which {verdict} zero; exact p '
+      f'{comparison.p_exact:.3f} over {comparison.sources} source seeds, with Holm {holm:.3f}).'
+    )
+  return '\n'.join(lines)
+
+
+def _gain(line: Line, naive: Line) -> float:
+  found = compare(differences(line, to_line(naive)))
+  return math.nan if found is None else found.mean
+
+
+def _points(main: Sequence[Line], naive: Line, column: str) -> list[tuple[str, float, float]]:
+  """Arm, a column of the start, and gain, of all predictions that have both."""
+  found = [
+    (line.arm, line.mean(column), _gain(line, naive))
+    for line in main
+    if line.predictor not in UNPREDICTED and line.step
+  ]
+  return [point for point in found if all(math.isfinite(value) for value in point[1:])]
+
+
+def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
+  sentences = []
+  for column, what in (('retrodiction', 'retrodiction error'), ('weight_norm', 'weight norm')):
+    points = _points(main, naive, column)
+    rho = statistics.rank_correlation([p[1] for p in points], [p[2] for p in points])
+    if math.isfinite(rho):
+      sentences.append(
+        f'Over {len(points)} predictions, the rank correlation of {what} with the gain over naive '
+        f'transfer is {rho:+.2f}.'
+      )
+  if any(line.first['batch_norm'] != 'keep' for line in lines):
+    sentences.append(
+      'Convolutions that BatchNorm follows compute the same at any scale; times 1 - c, they only '
+      'move 1 / (1 - c) times as far, relative to themselves, in each step of Adam. What shrinking '
+      'them gains has to be held against naive transfer at other learning rates.'
+    )
+  return ['## Why', ' '.join(sentences)] if sentences else []
+
+
+def _draw(main: Sequence[Line], naive: Line, path: Path) -> dict[str, str]:
+  """Draws the plots; title -> file name."""
+  found: dict[str, str] = {}
+
+  def place(title: str, suffix: str) -> Path:
+    found[title] = f'{path.stem}_{suffix}.png'
+    return path.parent / found[title]
+
+  predicted = [line for line in main if line.step and not is_sweep(line)]
+  gains: dict[str, list[tuple[float, ...]]] = {}
+  as_is: dict[str, list[tuple[float, float]]] = {}
+  for line in predicted:
+    multiple = line.first['multiple']
+    if comparison := compare(differences(line, to_line(naive))):
+      gain = (multiple, comparison.mean, comparison.low, comparison.high)
+      gains.setdefault(line.arm, []).append(gain)
+    accuracy = 100 * line.mean('source_accuracy')
+    as_is.setdefault(line.arm, []).append((multiple, accuracy))
+  title = 'Gain over naive transfer by step'
+  pictures.gains_by_step(place(title, 'gain'), gains, title)
+  title = 'Accuracy before fine-tuning'
+  start = 100 * naive.mean('source_accuracy')
+  pictures.accuracy_by_step(place(title, 'before'), as_is, start, title)
+  shown = [line for line in main if line.step <= 1 and not is_sweep(line)]
+  curves = {line.title: curve for line in shown if (curve := mean_curve(line))}
+  if curves:
+    title = 'Learning curves of fine-tuning'
+    pictures.learning_curves(place(title, 'curves'), curves, title)
+  title = 'Retrodiction error and gain'
+  label = 'error in retrodiction / error of copying'
+  points = _points(predicted, naive, 'retrodiction')
+  pictures.scatter(place(title, 'retrodiction'), points, label, title, log=True)
+  title = 'Weight norm and gain, with the shrink curve'
+  sweep = _points([line for line in main if is_sweep(line)], naive, 'weight_norm')
+  curve_points = sorted([(1.0, 0.0), *((norm, gain) for _, norm, gain in sweep)])
+  label = 'norm of the weights / norm of the newest'
+  points = _points(predicted, naive, 'weight_norm')
+  pictures.scatter(place(title, 'norm'), points, label, title, curve_points)
+  return found

@@ -1,0 +1,153 @@
+"""The files of a study: its journal, results.csv and timings.csv, and how they are read."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from know_jax.errors import UserError
+from know_jax.files import append_line, read_lines, reason, write_atomic
+
+RESULTS = 'results.csv'
+TIMINGS = 'timings.csv'
+
+COLUMNS: dict[str, type] = {
+  # What was trained.
+  'group': str,  # 'main', or what an ablation varies.
+  'arm': str,  # The name of the arm; with the step it identifies a line of the report.
+  'predictor': str,
+  'step': int,  # n of Theta^-n; 0: nothing is predicted.
+  'multiple': float,  # r^-n; 0 from scratch.
+  'option': str,  # As in 'c=0.2'.
+  'kinds': str,  # The kinds of leaf predicted; empty: all.
+  'history': int,  # S
+  'rate': float,  # r
+  'batch_norm': str,  # keep, reset or recalibrate.
+  'lr_scale': float,  # Times this the learning rate of fine-tuning.
+  # On what.
+  'source': str,  # Data set of the forgetting run.
+  'target': str,  # Data set of the transfer.
+  'model': str,
+  'labels_per_class': int,  # 0: all.
+  'amount': float,  # The share of the source's training examples.
+  'source_seed': int,
+  'transfer_seed': int,
+  # The start, before any further training; empty from scratch.
+  'source_accuracy': float,  # In [0, 1].
+  'source_loss': float,  # Mean cross-entropy.
+  'weight_norm': float,  # Of conv, fc and bias leaves below the head, over that of Theta^0.
+  'retrodiction': float,  # Error over that of copying; empty where it is not defined.
+  'retrodiction_conv': float,
+  'retrodiction_fc': float,
+  'retrodiction_bias': float,
+  'weights': str,  # The first 12 digits of the digest of what was transferred.
+  # After the transfer, on the target's test set; NaN if the training diverged.
+  'accuracy': float,
+  'loss': float,
+  'curve': str,  # 'epoch:accuracy' for some epochs of fine-tuning; epoch 0 is after the warm-up.
+}
+"""Column of results.csv -> type; a row is one training. Rows come in the order of the config."""
+
+TIMING_COLUMNS: dict[str, type] = {
+  'task': str,  # pretrain, forget, incremental, extra, predict or transfer.
+  'arm': str,
+  'step': int,  # Of the prediction; for forget the stage.
+  'amount': float,
+  'rate': float,
+  'source_seed': int,
+  'transfer_seed': int,
+  'seconds': float,
+}
+"""Column of timings.csv -> type. Seconds are of the clock, and so of no two runs the same."""
+
+
+class Journal:
+  """What is done, by key: lines that are only ever added, so that a kill loses one training."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._entries: dict[str, dict[str, Any]] = {}
+    self.reload()
+
+  def reload(self) -> None:
+    """Reads also what other processes have added; of equal keys the first line counts."""
+    lines = read_lines(self._path)
+    self._entries = {line['key']: line for line in reversed(lines)}
+
+  def get(self, key: str) -> dict[str, Any] | None:
+    """The entry of a key, None if there is none yet."""
+    return self._entries.get(key)
+
+  def add(self, key: str, **values: Any) -> dict[str, Any]:
+    """Writes an entry, durably, and returns it."""
+    entry = {'key': key, **values}
+    append_line(self._path, entry)
+    self._entries[key] = entry
+    return entry
+
+
+def write_table(path: Path, columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes rows as CSV, atomically; None and missing values are empty cells.
+
+  Numbers are written so that reading gives the same bits.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(columns)
+  for row in rows:
+    cells = [row.get(name) for name in columns]
+    writer.writerow(['' if cell is None else _cell(cell) for cell in cells])
+  try:
+    write_atomic(path, text.getvalue().encode())
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {reason(error)}.') from error
+
+
+def _cell(value: Any) -> str:
+  return repr(float(value)) if isinstance(value, float) else str(value)
+
+
+def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
+  """Reads what `write_table` wrote; empty cells of numbers are NaN.
+
+  Raises:
+    UserError: the file is missing, or is no such table; the first wrong thing is named.
+  """
+  try:
+    with path.open(newline='') as file:
+      lines = list(csv.reader(file))
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {reason(error)}.') from error
+  if not lines or lines[0] != list(columns):
+    found = ','.join(lines[0]) if lines else 'nothing'
+    raise UserError(f'{path} has the columns {found}; wanted {",".join(columns)}.')
+  rows = []
+  for number, line in enumerate(lines[1:], 2):
+    if len(line) != len(columns):
+      raise UserError(f'{path}: line {number} has {len(line)} cells; wanted {len(columns)}.')
+    row = {}
+    for (name, kind), cell in zip(columns.items(), line, strict=True):
+      try:
+        row[name] = math.nan if cell == '' and kind is not str else kind(cell)
+      except ValueError as error:
+        raise UserError(
+          f'{path}: line {number} has {name} {cell!r}; wanted {kind.__name__}.'
+        ) from error
+    rows.append(row)
+  return rows
+
+
+def curve_text(curve: Iterable[tuple[int, float]]) -> str:
+  """A learning curve in one cell."""
+  return ' '.join(f'{epoch}:{accuracy!r}' for epoch, accuracy in curve)
+
+
+def read_curve(text: str) -> list[tuple[int, float]]:
+  """What `curve_text` wrote."""
+  pairs = (part.split(':') for part in text.split())
+  return [(int(epoch), float(accuracy)) for epoch, accuracy in pairs]

@@ -1,0 +1,312 @@
+"""The transfer study: arms x amounts of source data x source seeds x transfer seeds -> one table.
+
+For one source seed and one transfer seed all arms share the source run, head, labelled examples and
+order, so that they are compared in pairs. A workdir holds
+
+  sources/<amount>-<seed>-r<rate>/  forgetting runs, with trained arms beside their stages
+  journal.jsonl                     a line for each start and each training, as they come
+  results.csv                       a row for each training: `results.COLUMNS`
+  timings.csv                       seconds: `results.TIMING_COLUMNS`
+
+The same command runs on after a kill, and gives the same results.csv byte for byte on the same
+machine. Several processes may share a workdir: each takes a source that no other is at. Arms and
+seeds may be added to the config later; what is done is kept.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from know_jax import forgetting, training
+from know_jax.data import mean_image
+from know_jax.errors import UserError
+from know_jax.files import hidden_sibling, locked, reason
+from know_jax.run_record import Bar, RunRecord, progress
+from know_jax.study.arms import TRAINED, Arm
+from know_jax.study.design import Study, combined_seed
+from know_jax.study.fine_tuning import train_one
+from know_jax.study.results import (
+  COLUMNS,
+  RESULTS,
+  TIMING_COLUMNS,
+  TIMINGS,
+  Journal,
+  curve_text,
+  read_table,
+  write_table,
+)
+from know_jax.study.sources import Run, Source, weights_digest
+
+KIND = 'study'
+_JOURNAL = 'journal.jsonl'
+_DIVERGED = {'accuracy': math.nan, 'loss': math.nan, 'seconds': math.nan, 'curve': []}
+
+
+def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> str:
+  """Runs what is left of a study.
+
+  Args:
+    config: the fields of `default_config`.
+    workdir: where everything is written.
+    show_progress: whether bars are shown.
+
+  Returns:
+    What is done and where it is, in a line or two.
+
+  Raises:
+    UserError: before anything is trained, if a value does not fit, or the workdir is of another
+      study; later, if a source run diverges.
+  """
+  study = Study(config)
+  workdir = Path(workdir).expanduser()
+  record = RunRecord.open(workdir, study.lasting, kind=KIND)
+  record.update(study=study.config)
+  journal = Journal(workdir / _JOURNAL)
+  (workdir / 'sources').mkdir(exist_ok=True)
+  target = functools.cache(functools.partial(_target, study))
+  elsewhere = []
+  total = len(list(study.cells()))
+  with progress(total, 'study', 'training', show=show_progress) as bar:
+    for source in study.sources():
+      path = workdir / 'sources' / source.name
+      turn = contextlib.ExitStack()
+      try:
+        turn.enter_context(locked(hidden_sibling(path, 'turn'), wait_seconds=0.0))
+      except TimeoutError:
+        elsewhere.append(source.name)
+        continue
+      except OSError as error:
+        raise UserError(f'cannot write in {workdir}: {reason(error)}.') from error
+      with turn:
+        journal.reload()
+        _run_source(study, source, path, journal, target, bar, show_progress)
+      write_results(study, workdir)
+  done = write_results(study, workdir)
+  text = f'{done} of {total} trainings are in {workdir / RESULTS}'
+  if elsewhere:
+    text += f'\nat work in other processes: {", ".join(elsewhere)}'
+  return text
+
+
+def _run_source(
+  study: Study,
+  source: Source,
+  path: Path,
+  journal: Journal,
+  target: Callable[[], tuple[training.DeviceData, training.DeviceData]],
+  bar: Bar,
+  show_progress: bool,
+) -> None:
+  """Forgets, predicts and transfers: all that starts from one source."""
+  arms = study.arms_from(source)
+  seeds = range(study.config['transfer_seeds'])
+  if not _is_finished(study, source, path):
+    forgetting.run(study.settings(source), path, show_progress=show_progress)
+
+  loaded = functools.cache(functools.partial(Run, path))
+  for arm in arms:
+    start = journal.get(key := study.start_key(arm, source))
+    variables = None
+    if start is None:
+      start, variables = _start(arm, loaded)
+      start = journal.add(key, task='start', **start)
+    for seed in seeds:
+      key = study.training_key(arm, start['weights'], source.seed, seed)
+      if start['weights'] is not None and journal.get(key) is None:
+        if variables is None and arm.predictor != 'scratch':
+          variables, _ = loaded().start(arm)
+        number = combined_seed(source.seed, seed)
+        try:
+          data, test = target()
+          found = train_one(
+            study.model, variables, data, study.subsets[number], test, study.transfer_config(arm),
+            number, study.config['curve_epochs'],
+          )  # fmt: skip
+        except training.DivergedError:
+          # One arm's failure is a result, and no reason to lose the others'.
+          found = _DIVERGED
+        journal.add(key, task='transfer', **found)
+      bar.set_postfix(source=source.name, arm=f'{arm.name} x{arm.multiple:.3g}')
+      bar.update(1)
+
+
+def _is_finished(study: Study, source: Source, path: Path) -> bool:
+  """Whether a source's run is there and complete, without loading its data."""
+  if not (path / 'record.json').exists():
+    return False
+  stages = RunRecord.read(path, forgetting.KIND).get('stages', [])
+  return len(stages) == study.config['source']['stages']
+
+
+def _start(arm: Arm, loaded: Callable[[], Run]) -> tuple[dict[str, Any], Any]:
+  """What is noted of an arm's start, and its variables."""
+  if arm.predictor == 'scratch':
+    return {'weights': 'scratch', 'retrodiction': {}, 'seconds': 0.0}, None
+  try:
+    variables, seconds = loaded().start(arm)
+  except training.DivergedError:
+    return {'weights': None, 'retrodiction': {}, 'seconds': math.nan}, None
+  about = {'weights': weights_digest(variables), 'seconds': seconds}
+  return about | loaded().scores(arm, variables), variables
+
+
+def _target(study: Study) -> tuple[training.DeviceData, training.DeviceData]:
+  mean = mean_image(study.train.images)
+  return (
+    training.put_data(study.train.images, study.train.labels, mean),
+    training.put_data(study.test.images, study.test.labels, mean),
+  )
+
+
+def write_results(study: Study, workdir: Path) -> int:
+  """Writes results.csv and timings.csv from the journal; returns how many rows there are."""
+  journal = Journal(workdir / _JOURNAL)
+  rows, timings = [], list(_source_timings(study, workdir))
+  noted: set[str] = set()
+  for arm, source, seed in study.cells():
+    start = journal.get(start_key := study.start_key(arm, source))
+    if start is None:
+      continue
+    key = study.training_key(arm, start['weights'], source.seed, seed)
+    found = journal.get(key)
+    if start['weights'] is None:
+      found = _DIVERGED
+    if found is None:
+      continue
+    rows.append(_row(study, arm, source, seed, start, found))
+    place = {
+      'arm': arm.name,
+      'step': arm.step,
+      'amount': source.amount,
+      'rate': source.rate,
+      'source_seed': source.seed,
+    }
+    task = arm.predictor if arm.predictor in TRAINED else 'predict'
+    if start_key not in noted and (arm.step or task != 'predict'):
+      timings.append({'task': task, **place, 'seconds': start['seconds']})
+    if key not in noted:
+      seconds = found['seconds']
+      timings.append({'task': 'transfer', **place, 'transfer_seed': seed, 'seconds': seconds})
+    noted |= {start_key, key}
+  write_table(workdir / RESULTS, COLUMNS, rows)
+  write_table(workdir / TIMINGS, TIMING_COLUMNS, timings)
+  return len(rows)
+
+
+def _row(
+  study: Study,
+  arm: Arm,
+  source: Source,
+  seed: int,
+  start: Mapping[str, Any],
+  found: Mapping[str, Any],
+) -> dict[str, Any]:
+  config, retrodiction = study.config, start['retrodiction']
+  return {
+    'group': arm.group,
+    'arm': arm.name,
+    'predictor': arm.predictor,
+    'step': arm.step,
+    'multiple': float(arm.multiple),
+    'option': arm.option,
+    'kinds': ' '.join(arm.kinds),
+    'history': arm.history,
+    'rate': float(arm.rate),
+    'batch_norm': arm.batch_norm,
+    'lr_scale': arm.lr_scale,
+    'source': config['source']['dataset'],
+    'target': config['transfer']['dataset'],
+    'model': config['source']['model'],
+    'labels_per_class': config['transfer']['labels_per_class'],
+    'amount': float(source.amount),
+    'source_seed': source.seed,
+    'transfer_seed': seed,
+    **{name: start.get(name) for name in ('source_accuracy', 'source_loss', 'weight_norm')},
+    'retrodiction': retrodiction.get('all'),
+    **{f'retrodiction_{kind}': retrodiction.get(kind) for kind in ('conv', 'fc', 'bias')},
+    'weights': (start['weights'] or '')[:12],
+    'accuracy': found['accuracy'],
+    'loss': found['loss'],
+    'curve': curve_text(found['curve']),
+  }
+
+
+def _source_timings(study: Study, workdir: Path) -> Iterator[dict[str, Any]]:
+  """The seconds of every stage of the source runs that there are."""
+  for source in study.sources():
+    path = workdir / 'sources' / source.name
+    if not (path / 'record.json').exists():
+      continue
+    for stage in RunRecord.read(path, forgetting.KIND).get('stages', []):
+      yield {
+        'task': 'forget' if stage['stage'] else 'pretrain',
+        'step': stage['stage'],
+        'amount': source.amount,
+        'rate': source.rate,
+        'source_seed': source.seed,
+        'seconds': stage['train_seconds'],
+      }
+
+
+def plan(config: ConfigDict, workdir: str | Path) -> str:
+  """What `run` would do: how much, how much of it is done, and the time for the rest.
+
+  Args:
+    config: the fields of `default_config`.
+    workdir: of the study; it need not exist.
+
+  Returns:
+    Some lines of text. Nothing is trained or written.
+
+  Raises:
+    UserError: a value does not fit.
+  """
+  study, workdir = Study(config), Path(workdir).expanduser()
+  journal, sources = Journal(workdir / _JOURNAL), study.sources()
+  finished = [s for s in sources if _is_finished(study, s, workdir / 'sources' / s.name)]
+  cells = list(study.cells())
+  starts = [journal.get(study.start_key(arm, source)) for arm, source, _ in cells]
+  done = [
+    start is not None
+    and (
+      start['weights'] is None
+      or journal.get(study.training_key(arm, start['weights'], source.seed, seed)) is not None
+    )
+    for (arm, source, seed), start in zip(cells, starts, strict=True)
+  ]
+  groups = [arm.group for arm in study.arms]
+  per_group = ', '.join(f'{groups.count(name)} {name}' for name in dict.fromkeys(groups))
+  lines = [
+    f'forgetting runs: {len(sources)} ({len(finished)} done), {config.source.stages} stages each',
+    f'arms: {per_group}',
+    f'trainings: {len(cells)} ({sum(done)} done); arms with equal weights share theirs',
+    _time_left(study, workdir, len(sources) - len(finished), len(cells) - sum(done)),
+  ]
+  return '\n'.join(lines)
+
+
+def _time_left(study: Study, workdir: Path, runs: int, trainings: int) -> str:
+  """The time for so many runs and trainings, at the mean rate of those that are done."""
+  if not (workdir / TIMINGS).exists():
+    return 'time: unmeasured, nothing has run here yet'
+  rows = read_table(workdir / TIMINGS, TIMING_COLUMNS)
+  spent: dict[str, list[float]] = {}
+  for row in rows:
+    if math.isfinite(row['seconds']):
+      spent.setdefault(row['task'], []).append(row['seconds'])
+  if 'transfer' not in spent or 'pretrain' not in spent:
+    return 'time: unmeasured, no training has ended here yet'
+  sums = {task: sum(seconds) for task, seconds in spent.items()}
+  per_training = sums['transfer'] / len(spent['transfer'])
+  per_run = sum(sums.values()) - sums['transfer']
+  per_run /= len(spent['pretrain'])
+  left = runs * per_run + trainings * per_training
+  return (
+    f'time left: about {left / 60:.0f} minutes of one process, at {per_run:.1f} s a source run '
+    f'with its predictions and {per_training:.2f} s a training, as measured here'
+  )

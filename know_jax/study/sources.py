@@ -1,0 +1,280 @@
+"""The source side of a study: forgetting runs, and the start that each arm makes of one."""
+
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from know_jax import checkpoints, forgetting, nowcast, training, trees
+from know_jax.batch_norm import apply_policy
+from know_jax.data import to_device_input
+from know_jax.models import HEAD
+from know_jax.study.arms import Arm, can_predict, theta_of
+from know_jax.subsets import check_subsets, nested_subsets
+from know_jax.training import Checkpoint, named_key
+
+RECALIBRATION = (10, 128)
+"""Batches and images in each for the BatchNorm policy `recalibrate`; fewer where there are not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One forgetting run of a study.
+
+  Attributes:
+    amount: the share of the source's training examples that it has.
+    seed: its seed.
+    rate: r.
+  """
+
+  amount: float
+  seed: int
+  rate: float
+
+  @property
+  def name(self) -> str:
+    """Of its folder."""
+    return f'{self.amount:g}-{self.seed}-r{self.rate:g}'
+
+
+def source_config(config: Mapping[str, Any], source: Source, examples: int) -> ConfigDict:
+  """The config of a source's forgetting run.
+
+  Args:
+    config: that of the study.
+    source: which run.
+    examples: how many the largest amount has; this run has the share `source.amount` of them.
+  """
+  full = forgetting.default_config()
+  full.update(config['source'])
+  full.update(seed=source.seed, rate=source.rate)
+  if source.amount != 1:
+    full.train_examples = round(source.amount * examples)
+  return full
+
+
+def check_source(settings: ConfigDict) -> None:
+  """Checks what `forgetting.run` would check, for runs that come later than the first.
+
+  Args:
+    settings: as `source_config` gives them.
+
+  Raises:
+    UserError: a stage could not be trained.
+  """
+  train = forgetting.load_task(settings).train
+  subsets = _subsets(settings, train.labels)
+  check_subsets(
+    subsets, train.labels, batch_size=settings['batch_size'], num_classes=train.num_classes
+  )
+  training.check_batch_size(settings['batch_size'], len(subsets[-1]), 'the smallest subset')
+  for stage, subset in enumerate(subsets):
+    forgetting.stage_plan(settings, stage, len(subset))
+
+
+def _subsets(settings: Mapping[str, Any], labels: np.ndarray) -> list[np.ndarray]:
+  return nested_subsets(
+    named_key(settings['seed'], 'subsets'),
+    labels,
+    rate=settings['rate'],
+    phases=settings['stages'],
+    stratified=settings['stratified'],
+  )
+
+
+class Run:
+  """A finished forgetting run in memory, and what arms make of it.
+
+  Attributes:
+    workdir: of the run.
+    record: its record.
+    stages: the variables of all stages, oldest first, NumPy arrays.
+  """
+
+  def __init__(self, workdir: Path):
+    self.workdir = workdir
+    self.record = forgetting.finished_record(workdir)
+    self.settings = self.record['config']
+    self._task = forgetting.load_task(self.settings)
+    count = self.settings['stages']
+    self.stages = [forgetting.restore_stage(workdir, i) for i in range(count - 1, -1, -1)]
+
+  @functools.cached_property
+  def _train(self) -> training.DeviceData:
+    return training.put_data(self._task.train.images, self._task.train.labels, self._task.mean)
+
+  @functools.cached_property
+  def _test(self) -> training.DeviceData:
+    return training.put_data(self._task.test.images, self._task.test.labels, self._task.mean)
+
+  def start(self, arm: Arm) -> tuple[Any, float]:
+    """The variables that an arm transfers, on the host, and the seconds it took to make them.
+
+    Trained arms are kept as checkpoints beside the stages.
+
+    Raises:
+      DivergedError: a trained arm diverged.
+    """
+    if arm.predictor == 'incremental':
+      return self._kept(f'incremental-{arm.history}', self._incremental, arm.history)
+    if arm.predictor == 'extra':
+      return self._kept(f'extra-{arm.history}', self._extra, arm.history)
+    began = time.monotonic()
+    variables = jax.device_get(self._predict(arm, self.stages[-arm.history :]))
+    seconds = time.monotonic() - began
+    return jax.device_get(self._settle_batch_norm(arm.batch_norm, variables)), seconds
+
+  def _kept(self, name: str, train: Callable[[int], Any], history: int) -> tuple[Any, float]:
+    path = self.workdir / name
+    if not checkpoints.exists(path):
+      began = time.monotonic()
+      variables = train(history)
+      metadata = {'seconds': time.monotonic() - began}
+      checkpoints.save(path, variables, metadata=metadata, overwrite=True)
+    return checkpoints.restore(path), checkpoints.read_metadata(path)['seconds']
+
+  def _incremental(self, history: int) -> Any:
+    """Pre-trains on the smallest subset, then on each larger one in turn, last on all data."""
+    config, task = self.settings, self._task
+    key = named_key(config['seed'], 'init')
+    variables = training.init_variables(task.model, key, task.input_shape)
+    subsets = _subsets(config, task.train.labels)
+    for stage in range(history - 1, -1, -1):
+      # Each is a pre-training, by its schedule.
+      plan = forgetting.stage_plan(config, 0, len(subsets[stage]))
+      variables = self._fit(
+        variables, subsets[stage], plan['epochs'], plan['lr'], 'incremental', stage
+      )
+    return variables
+
+  def _extra(self, history: int) -> Any:
+    """Trains Theta^0 on all data for as many steps as its forgetting stages took."""
+    steps = extra_steps(self.settings, self.record['subset_sizes'], history)
+    examples = len(self._task.train.labels)
+    # One epoch of exactly so many steps: every example is in it equally often, or once more.
+    indices = np.resize(np.arange(examples, dtype=np.int32), steps * self.settings['batch_size'])
+    lr = forgetting.stage_plan(self.settings, 1, examples)['lr']
+    return self._fit(self.stages[-1], indices, 1, lr, 'extra')
+
+  def _fit(self, variables: Any, indices: Any, epochs: int, lr: float, *names: str | int) -> Any:
+    config, recipe = self.settings, forgetting.recipe_of(self.settings)
+    return training.fit(
+      self._task.model,
+      Checkpoint(training.create_state(variables, recipe)),
+      self._train,
+      indices,
+      recipe=recipe,
+      epochs=epochs,
+      batch_size=config['batch_size'],
+      lr=lr,
+      schedule=config['schedule'],
+      key=named_key(config['seed'], *names),
+    ).variables
+
+  def _predict(self, arm: Arm, history: Sequence[Any]) -> Any:
+    kinds = trees.leaf_kinds(self.stages[-1])
+
+    def only(path: str, leaf: Any) -> str:
+      del leaf
+      return kinds[path] if kinds[path] in (arm.kinds or trees.KINDS) else trees.KEEP
+
+    return nowcast.predict(
+      history,
+      arm.step,
+      predictor=arm.predictor,
+      theta=None if arm.theta is None else theta_of(arm.theta),
+      rate=arm.rate,
+      kinds=only,
+      **dict(arm.options),
+    )
+
+  def _settle_batch_norm(self, policy: str, variables: Any) -> Any:
+    images, (batches, size) = None, RECALIBRATION
+    if policy == 'recalibrate':
+      size = min(size, len(self._task.train.labels))
+      batches = min(batches, len(self._task.train.labels) // size)
+      chosen = jnp.asarray(self._task.train.images[: batches * size])
+      images = to_device_input(chosen, jnp.asarray(self._task.mean))
+    return apply_policy(
+      policy, self._task.model, variables, images, num_batches=batches, batch_size=size
+    )
+
+  def scores(self, arm: Arm, variables: Any) -> dict[str, Any]:
+    """What is known of a start before it is transferred.
+
+    Args:
+      arm: what was transferred.
+      variables: as `start` gave them.
+
+    Returns:
+      `source_accuracy` and `source_loss` on the source's test set; `weight_norm`, that of the
+      predicted kinds of leaf below the head over that of Theta^0; `retrodiction`, by kind and for
+      all: see `retrodiction`.
+    """
+    metrics = training.evaluate(self._task.model, variables, self._test)
+    newest = self.stages[-1]
+    norm, newest_norm = (np.linalg.norm(_flat(x, trees.KINDS)) for x in (variables, newest))
+    return {
+      'source_accuracy': metrics['accuracy'],
+      'source_loss': metrics['loss'],
+      'weight_norm': float(norm / newest_norm),
+      'retrodiction': self.retrodiction(arm),
+    }
+
+  def retrodiction(self, arm: Arm) -> dict[str, float]:
+    """How well an arm's predictor finds the newest weight from older ones.
+
+    The n newest stages are hidden, Theta^0 is predicted from the S newest of the others (fewer,
+    where there are fewer and the predictor can do with them), and the mean absolute error is
+    divided by that of copying Theta^n. Below 1 it is better than doing nothing.
+
+    Returns:
+      'all' and every kind that the network has below the head -> the ratio; nothing where the run
+      has too few stages, or the arm predicts nothing or some kinds only.
+    """
+    seen = self.stages[: -arm.step] if arm.step else []
+    if arm.kinds or not can_predict(arm, arm.step, len(seen[-arm.history :])):
+      return {}
+    predicted = jax.device_get(self._predict(arm, seen[-arm.history :]))
+    groups = {'all': trees.KINDS, **{kind: (kind,) for kind in trees.KINDS}}
+    found = {}
+    for name, kinds in groups.items():
+      truth, copied, guess = (_flat(x, kinds) for x in (self.stages[-1], seen[-1], predicted))
+      if truth.size and (distance := np.abs(copied - truth).mean()) > 0:
+        found[name] = float(np.abs(guess - truth).mean() / distance)
+    return found
+
+
+def extra_steps(settings: Mapping[str, Any], sizes: Sequence[int], history: int) -> int:
+  """The training steps of the forgetting stages 1 to history - 1: what equal compute may spend."""
+  plans = [forgetting.stage_plan(settings, i, sizes[i]) for i in range(1, history)]
+  return sum(plan['steps'] for plan in plans)
+
+
+def _flat(variables: Any, kinds: Sequence[str]) -> np.ndarray:
+  """The leaves of some kinds below the head as one float64 vector."""
+  found, named = trees.leaf_kinds(variables), trees.named_leaves(variables)
+  parts = [
+    np.ravel(leaf).astype(np.float64)
+    for path, leaf in named.items()
+    if found[path] in kinds and HEAD not in path.split('/')
+  ]
+  return np.concatenate([np.empty(0), *parts])
+
+
+def weights_digest(variables: Any) -> str:
+  """Identifies what is transferred: the SHA-256 of all leaves but the head's, which is new."""
+  hashed = hashlib.sha256()
+  for path, leaf in sorted(trees.named_leaves(jax.device_get(variables)).items()):
+    if HEAD not in path.split('/'):
+      hashed.update(f'{path} {leaf.dtype} {leaf.shape}\n'.encode())
+      hashed.update(np.ascontiguousarray(leaf).tobytes())
+  return hashed.hexdigest()
