@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -205,6 +205,8 @@ def fit(
   schedule: str,
   key: jax.Array,
   on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, metrics: None,
+  show_after: Collection[int] = (),
+  show: Callable[[int, TrainState], None] = lambda epoch, state: None,
   save: Callable[[Checkpoint], None] | None = None,
   save_every_seconds: float = 60.0,
 ) -> TrainState:
@@ -227,6 +229,8 @@ def fit(
     key: decides order and augmentation.
     on_epoch: called after each epoch with its number (1 is the first) and the mean training loss
       and accuracy.
+    show_after: epochs after which `show` is called with the number and the state, NumPy arrays.
+    show: see `show_after`.
     save: called between steps at most every `save_every_seconds`, and before SIGINT or SIGTERM
       ends the training.
     save_every_seconds: see `save`.
@@ -255,6 +259,8 @@ def fit(
       with uninterrupted():
         state, metrics = step_fn(state, data, batch, rate, course.augment_key)
         course.count(metrics)
+        if (epoch := course.ended_epoch()) in show_after:
+          show(epoch, unreplicate(state))
         unfinished = course.done < course.total
         if save and unfinished and time.monotonic() - saved > save_every_seconds:
           save(checkpoint())
@@ -310,6 +316,11 @@ class Course:
       order = order[: self._steps * self._batch_size]
       self._batches = order.reshape(self._steps, jax.local_device_count(), -1)
     return self._batches[i]
+
+  def ended_epoch(self) -> int:
+    """The number of the epoch that the last step ended, 1 for the first; -1 within an epoch."""
+    epoch, i = divmod(self.done, self._steps)
+    return -1 if i else epoch
 
   def rate(self) -> np.float32:
     """The learning rate of the next step."""

@@ -25,6 +25,8 @@ from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.training import Checkpoint, Recipe, named_key
 
 KIND = 'transfer'
+FINE_TUNING = 1
+"""The phase after the warm-up."""
 
 
 def default_config() -> ConfigDict:
@@ -128,7 +130,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
           except training.DivergedError:
             # One arm's failure is a result, and no reason to lose the others'.
             found = dict.fromkeys(('accuracy', 'loss', 'seconds'), math.nan)
-          row = about | found
+          row = about | {name: found[name] for name in ('accuracy', 'loss', 'seconds')}
           append_line(path, row)
         rows.append(row)
         bar.set_postfix(arm=f'{arm.name} x{arm.multiple:.3g}', accuracy=f'{row["accuracy"]:.3f}')
@@ -234,7 +236,8 @@ def train_one(
   test: training.DeviceData,
   config: Mapping[str, Any],
   seed: int,
-) -> dict[str, float]:
+  curve_epochs: Sequence[int] = (),
+) -> dict[str, Any]:
   """One transfer: new head, warm-up, fine-tuning, test.
 
   Args:
@@ -245,19 +248,32 @@ def train_one(
     test: the task's test set.
     config: the fields of `default_config`.
     seed: decides head, order and augmentation.
+    curve_epochs: fine-tuning epochs to test after as well; 0 is after the warm-up.
 
   Returns:
-    `accuracy` and `loss` on the test set, and `seconds`.
+    `accuracy` and `loss` on the test set, `seconds`, and `curve`, a pair (epoch, accuracy) for each
+    of `curve_epochs`, ascending.
+
+  Raises:
+    DivergedError: the training diverged.
   """
   began = time.monotonic()
   shape = data.images.shape[2:]
   fresh = training.init_variables(model, named_key(seed, 'head'), shape)
   variables = jax.device_get(fresh) if variables is None else with_head(variables, fresh)
+  curve: list[tuple[int, float]] = []
+
+  def test_after(epoch: int, state: training.TrainState) -> None:
+    curve.append((epoch, training.evaluate(model, state.variables, test)['accuracy']))
+
   for phase, (recipe, epochs, lr, schedule) in enumerate(_phases(config, variables)):
+    start = training.create_state(variables, recipe)
+    if phase == FINE_TUNING and 0 in curve_epochs:
+      test_after(0, start)
     if epochs:
       state = training.fit(
         model,
-        Checkpoint(training.create_state(variables, recipe)),
+        Checkpoint(start),
         data,
         subset,
         recipe=recipe,
@@ -266,10 +282,12 @@ def train_one(
         lr=lr,
         schedule=schedule,
         key=named_key(seed, 'train', phase),
+        show_after=curve_epochs if phase == FINE_TUNING else (),
+        show=test_after,
       )
       variables = state.variables
   metrics = training.evaluate(model, variables, test)
-  return {**metrics, 'seconds': time.monotonic() - began}
+  return {**metrics, 'seconds': time.monotonic() - began, 'curve': curve}
 
 
 def with_head(variables: Any, fresh: Any) -> Any:

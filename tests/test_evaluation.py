@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from test_meta_training import synthetic_run, write_dataset
 
 from know_jax import forgetting
+from know_jax.batch_norm import apply_policy
 from know_jax.errors import UserError
 from know_jax.meta import collect, evaluation, meta_training
 from know_jax.meta.evaluation import Arm
@@ -32,7 +33,7 @@ def tiny_config() -> ConfigDict:
     config[name].validate_every = 2
     config[name].validation_share = config[name].test_share = 0.34
   config.predictors = ('task_vector', 'shrink')
-  config.networks = False
+  config.networks = ()
   config.resamples = 200
   return config
 
@@ -116,13 +117,14 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tm
 
 def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
   config = collect.default_config()
-  config.runs, config.families, config.datasets = 1, ('cnn',), ('digits',)
-  config.widths = {'cnn': (2,)}
+  config.runs, config.families, config.datasets = 1, ('cnn_bn',), ('digits',)
+  config.widths = {'cnn_bn': (2,)}
   config.train_examples, config.pretrain_steps = (1400, 1400), (43, 43)
   config.epochs, config.rate, config.augmented = (1, 1), (0.6, 0.6), 0.0
   collect.run(config, tmp_path)
   (run,) = collect.read_runs(tmp_path)
-  rows = {(r['what'], r['arm']): r for r in evaluation.score_networks(run, ARMS)}
+  found = evaluation.score_networks(run, ARMS, ['keep', 'recalibrate'])
+  rows = {(r['what'], r['arm']): r for r in found if r['batch_norm'] == 'keep'}
   stages = run.about['stages']
   # What the run itself measured of its stages: stage 0 is the newest.
   for (what, arm), stage in {
@@ -145,6 +147,17 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
   )
   accuracy = (np.asarray(logits).argmax(-1) == task.test.labels).mean()
   np.testing.assert_allclose(rows['beyond', 'task_vector']['accuracy'], accuracy, atol=0.003)
+  # Recalibrated, both the prediction and what it is compared with have other statistics.
+  again = {(r['what'], r['arm']): r for r in found if r['batch_norm'] == 'recalibrate'}
+  assert again.keys() == rows.keys()
+  assert again['beyond', 'copying']['loss'] != rows['beyond', 'copying']['loss']
+  images = task.train.images[:1280] / np.float32(255) - task.mean
+  fresh = apply_policy('recalibrate', task.model, variables, images, num_batches=10, batch_size=128)
+  logits = task.model.clone(axis_name=None).apply(
+    jax.device_get(fresh), task.test.images / np.float32(255) - task.mean, train=False
+  )
+  accuracy_again = (np.asarray(logits).argmax(-1) == task.test.labels).mean()
+  np.testing.assert_allclose(again['beyond', 'task_vector']['accuracy'], accuracy_again, atol=0.003)
   change = rows['beyond', 'task_vector']['accuracy_change']
   np.testing.assert_allclose(change, accuracy - stages[0]['test_accuracy'], atol=0.003)
 
@@ -158,6 +171,8 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
     ({'known_paper.architecture': 'conditioned'}, 'known_paper.architecture'),
     ({'known_paper.seed': 3}, 'known.seed is 0 and known_paper.seed 3'),
     ({'resamples': 0}, 'resamples is 0'),
+    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known'"),
+    ({'batch_norm': ('rest',)}, "Did you mean 'reset'"),
   ],
 )
 def test_bad_settings_are_named_before_anything_is_written(dataset, tmp_path, change, message):

@@ -20,7 +20,7 @@ from know_jax.errors import UserError
 from know_jax.files import append_line, locked, read_lines
 from know_jax.nowcast import PREDICTORS
 from know_jax.run_record import config_dict
-from know_jax.study import analysis, arms, design, fine_tuning, report, results, runner, tables
+from know_jax.study import analysis, arms, design, report, results, runner, tables
 from know_jax.study import sources as study_sources
 from know_jax.study.results import COLUMNS, TIMING_COLUMNS
 
@@ -202,7 +202,7 @@ def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
   # At a constant rate a training of one epoch is the first half of one of two.
   config = study.config['transfer'] | {'schedule': 'constant'}
   arguments = (study.model, source_run.stages[-1], data, subset, test)
-  found = fine_tuning.train_one(*arguments, config, 0, [2, 0, 1])
+  found = transfer.train_one(*arguments, config, 0, [2, 0, 1])
   whole = transfer.train_one(*arguments, config, 0)
   assert (found['accuracy'], found['loss']) == (whole['accuracy'], whole['loss'])
   wanted = [
@@ -210,7 +210,7 @@ def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
     for epochs in (0, 1, 2)
   ]
   assert found['curve'] == list(zip((0, 1, 2), wanted, strict=True))
-  assert fine_tuning.train_one(*arguments, config, 0, [])['curve'] == []
+  assert transfer.train_one(*arguments, config, 0, [])['curve'] == []
 
 
 def test_arms_of_a_pair_share_head_labels_and_order(monkeypatch, copy, theta):
@@ -303,7 +303,7 @@ def test_the_same_command_again_trains_nothing(monkeypatch, copy, theta):
 
 
 def test_arms_and_seeds_may_be_added_and_taken_away(monkeypatch, copy, theta):
-  calls, real = [], fine_tuning.train_one
+  calls, real = [], transfer.train_one
   monkeypatch.setattr(runner, 'train_one', lambda *args: calls.append(args) or real(*args))
   config = small_study(theta, transfer_seeds=1, ablations=())
   config.arms = ('persistence', 'extra', 'average')
@@ -331,7 +331,7 @@ def test_a_source_that_another_process_is_at_is_left_to_it(copy, theta):
 
 def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy, theta):
   (copy / 'journal.jsonl').unlink()
-  real = fine_tuning.train_one
+  real = transfer.train_one
 
   def train_one(model, variables, *rest):
     if variables is None:

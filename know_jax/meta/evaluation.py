@@ -12,15 +12,20 @@ bootstrap intervals are over runs.
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from know_jax import forgetting, training, trees
+from know_jax.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
+from know_jax.data import to_device_input
 from know_jax.errors import UserError, unknown_name
 from know_jax.files import append_line, read_lines, read_sealed, write_atomic
 from know_jax.known import HISTORY_LENGTH
@@ -37,10 +42,18 @@ KIND = 'evaluate_known'
 SPLITS = ('run', 'family', 'dataset')
 OVERALL = 'overall'
 COLUMNS = (*KINDS, OVERALL)
+TRAINED = (
+  'known', 'known_history_free', 'known_paper', 'known_paper_history_free', 'least_squares'
+)  # fmt: skip
+"""Arms that are fitted on the meta-dataset, anew for every split."""
+
+RECALIBRATION = {'num_batches': 10, 'batch_size': 128}
+"""Training images that BatchNorm's statistics are computed on."""
+
 FIELDS = ('split', 'left_out', 'run', 'family', 'dataset', 'arm', *COLUMNS)
 NETWORK_FIELDS = (
-  'split', 'run', 'family', 'dataset', 'arm', 'what', 'loss', 'accuracy', 'loss_change',
-  'accuracy_change',
+  'split', 'run', 'family', 'dataset', 'arm', 'what', 'batch_norm', 'loss', 'accuracy',
+  'loss_change', 'accuracy_change',
 )  # fmt: skip
 
 
@@ -56,8 +69,10 @@ def default_config() -> ConfigDict:
       # Beside the trained ones; each with its default options.
       'predictors': ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink'),
       'splits': SPLITS,
-      # Also the loss and accuracy of predicted networks on their test sets, in the split `run`.
-      'networks': True,
+      # Arms whose predicted networks are also scored on their test sets, in the split `run`, ...
+      'networks': ('known', 'known_paper', 'least_squares', 'task_vector', 'log_fit', 'average'),
+      # ... under these policies for BatchNorm's running statistics.
+      'batch_norm': ('keep', 'recalibrate'),
       'resamples': 10000,
     }
   )
@@ -104,6 +119,13 @@ def check_config(config: Mapping[str, Any]) -> None:
   for name in config['predictors']:
     if name not in METHODS:
       raise unknown_name('predictor', name, METHODS)
+  known_arms = {*TRAINED, *config['predictors']}
+  for name in config['networks']:
+    if name not in known_arms:
+      raise unknown_name('arm', name, known_arms)
+  for name in config['batch_norm']:
+    if name not in BATCH_NORM_POLICIES:
+      raise unknown_name('BatchNorm policy', name, BATCH_NORM_POLICIES)
   for name in config['splits']:
     if name not in SPLITS:
       raise unknown_name('split', name, SPLITS)
@@ -139,7 +161,7 @@ def run(
   official_theta = None if official is None else load_known(official)
   runs = {r.number: r for r in mat.read_any(data) if r.weights is not None}
   if config['networks'] and mat.is_mat_folder(data):
-    raise UserError(f'{data}: .mat files hold no networks to test; wanted networks=False.')
+    raise UserError(f'{data}: .mat files hold no networks to test; wanted networks=().')
   abouts = {number: run.about for number, run in runs.items()}
   groups = split_groups(config, abouts)
   record = RunRecord.open(workdir, {**config, 'official': official is not None}, kind=KIND)
@@ -164,7 +186,9 @@ def run(
         rows += [{**about, 'arm': arm, **errors} for arm, errors in row['errors'].items()]
         bar.update(1)
     if split == 'run' and config['networks']:
-      networks = _networks(workdir, [runs[n] for n in parts['test']], arms)
+      chosen = [arm for arm in arms if arm.name in config['networks']]
+      tested = [runs[n] for n in parts['test']]
+      networks = _networks(workdir, tested, chosen, config['batch_norm'])
   write_atomic(workdir / 'retrodiction.csv', _csv(FIELDS, rows))
   write_atomic(workdir / 'networks.csv', _csv(NETWORK_FIELDS, networks))
   text = report(rows, networks, config['resamples'])
@@ -298,7 +322,7 @@ def _add_errors(
 
 
 def _networks(
-  workdir: Path, runs: Sequence[collect.Run], arms: Sequence[Arm]
+  workdir: Path, runs: Sequence[collect.Run], arms: Sequence[Arm], policies: Sequence[str]
 ) -> list[dict[str, Any]]:
   journal = workdir / 'networks.jsonl'
   done = {row['run']: row['rows'] for row in read_lines(journal)}
@@ -306,54 +330,73 @@ def _networks(
   with progress(len(runs), 'test predicted networks', 'run') as bar:
     for run in runs:
       if run.number not in done:
-        done[run.number] = score_networks(run, arms)
+        done[run.number] = score_networks(run, arms, policies)
         append_line(journal, {'run': run.number, 'rows': done[run.number]})
       found += done[run.number]
       bar.update(1)
   return found
 
 
-def score_networks(run: collect.Run, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+def score_networks(
+  run: collect.Run, arms: Sequence[Arm], policies: Sequence[str]
+) -> list[dict[str, Any]]:
   """Loss and accuracy of predicted networks on the run's own test set.
 
   Two questions: how close does a predicted newest stage come to the true one (`what` is
   'retrodicted', the change is against copying the stage before), and what does predicting beyond
-  all data cost before any fine-tuning ('x2' with r = 1/2; the change is against the newest stage).
-  BatchNorm statistics are those of the newest stage of the history.
+  all data cost before any fine-tuning ('beyond', x2 with r = 1/2; the change is against the newest
+  stage). What is compared has its BatchNorm statistics by the same policy.
 
   Args:
     run: a finished run.
     arms: the predictors.
+    policies: for BatchNorm's statistics, names in `BATCH_NORM_POLICIES`. Networks without
+      BatchNorm have the same rows under each.
 
   Returns:
-    A row for each arm and question, and the true and copied networks' own: `NETWORK_FIELDS`.
+    A row for each policy, question and arm, and the true and copied networks' own:
+    `NETWORK_FIELDS`.
   """
   task = forgetting.load_task(run.about['config'])
   test = training.put_data(task.test.images, task.test.labels, task.mean)
+  images = to_device_input(
+    jnp.asarray(task.train.images[: math.prod(RECALIBRATION.values())]), jnp.asarray(task.mean)
+  )
   assert run.weights is not None
   last = stages_of(run) - 1
   about = _about('run', '', run.about)
   del about['left_out']
+  stages = {i: {path: leaf[i] for path, leaf in run.weights.items()} for i in (last - 1, last)}
+  normalised = has_batch_norm(unflatten_dict(stages[last], sep='/'))
 
-  def score(weights: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return training.evaluate(task.model, unflatten_dict(dict(weights), sep='/'), test)
+  def score(weights: Mapping[str, np.ndarray], policy: str) -> dict[str, float]:
+    variables = unflatten_dict(dict(weights), sep='/')
+    if normalised:
+      variables = apply_policy(policy, task.model, variables, images, **RECALIBRATION)
+    return training.evaluate(task.model, jax.device_get(variables), test)
 
-  stages = {
-    i: score({path: leaf[i] for path, leaf in run.weights.items()}) for i in (last - 1, last)
-  }
-  rows = []
+  questions = []
   for what, newest, start in (
     ('retrodicted', last - 1, last - HISTORY_LENGTH),
     ('beyond', last, last - HISTORY_LENGTH + 1),
   ):
-    before = stages[newest]
-    found = {'copying': before}
+    found = {'copying': stages[newest]}
     if what == 'retrodicted':
       found['truth'] = stages[last]
-    found |= {arm.name: score(predict_stage(run, arm, start)) for arm in arms}
-    for name, metrics in found.items():
-      changes = {f'{key}_change': metrics[key] - before[key] for key in ('loss', 'accuracy')}
-      rows.append({**about, 'arm': name, 'what': what, **metrics, **changes})
+    questions.append((what, found | {arm.name: predict_stage(run, arm, start) for arm in arms}))
+  rows: list[dict[str, Any]] = []
+  for policy in policies:
+    if rows and not normalised:
+      rows += [{**row, 'batch_norm': policy} for row in rows[: sum(len(f) for _, f in questions)]]
+      continue
+    for what, found in questions:
+      before = score(found['copying'], policy)
+      for name, weights in found.items():
+        metrics = before if name == 'copying' else score(weights, policy)
+        changes = {f'{key}_change': metrics[key] - before[key] for key in ('loss', 'accuracy')}
+        rows.append(
+          {**about, 'arm': name, 'what': what, 'batch_norm': policy, **metrics, **changes}
+        )
   return rows
 
 
@@ -469,24 +512,29 @@ def _network_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[st
     'Retrodicted: the newest stage predicted from the five before, against copying the stage '
     'before it. Beyond: one step beyond all data, against the newest weights, before any '
     'fine-tuning. Changes in test accuracy (points) and in test loss, mean over test runs '
-    '[95 % interval].',
-    '',
-    '| predictor | retrodicted: accuracy | retrodicted: loss | beyond: accuracy | beyond: loss |',
-    '|---|---:|---:|---:|---:|',
+    '[95 % interval].'
   ]
-  for arm in _arms(rows):
-    if arm == 'copying':
-      continue
-    cells = []
-    for what in ('retrodicted', 'beyond'):
-      chosen = [row for row in rows if row['what'] == what]
-      accuracy = 100 * _values(chosen, arm, 'accuracy_change')
-      loss = _values(chosen, arm, 'loss_change')
-      cells += [
-        _cell(accuracy, resamples, 2) if len(accuracy) else '',
-        _cell(loss, resamples) if len(loss) else '',
-      ]
-    lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
+  for policy in dict.fromkeys(row['batch_norm'] for row in rows):
+    lines += [
+      '',
+      f'BatchNorm statistics: {policy}.',
+      '',
+      '| predictor | retrodicted: accuracy | retrodicted: loss | beyond: accuracy | beyond: loss |',
+      '|---|---:|---:|---:|---:|',
+    ]
+    for arm in _arms(rows):
+      if arm == 'copying':
+        continue
+      cells = []
+      for what in ('retrodicted', 'beyond'):
+        chosen = [row for row in rows if row['what'] == what and row['batch_norm'] == policy]
+        accuracy = 100 * _values(chosen, arm, 'accuracy_change')
+        loss = _values(chosen, arm, 'loss_change')
+        cells += [
+          _cell(accuracy, resamples, 2) if len(accuracy) else '',
+          _cell(loss, resamples) if len(loss) else '',
+        ]
+      lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
   return lines
 
 

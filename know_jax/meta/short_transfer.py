@@ -32,7 +32,7 @@ from know_jax.meta import collect, meta_training
 from know_jax.meta.evaluation import OVERALL, Arm, predict_stage, retrodict, stages_of
 from know_jax.plots import plot_gains
 from know_jax.predictors import METHODS
-from know_jax.pretrained import load_known, read_card, save_known
+from know_jax.pretrained import least_squares_coefficients, load_known, read_card, save_known
 from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.statistics import bootstrap_interval
 from know_jax.training import Checkpoint, Recipe, named_key
@@ -154,7 +154,7 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
     Arm(NAIVE, NAIVE),
     Arm('known', 'known', {'theta': theta}),
     Arm('known_transfer', 'known', {'theta': tuned}),
-    *(Arm(name, name) for name in config['predictors']),
+    *(_default_arm(name) for name in config['predictors']),
     *(
       Arm(f'shrink {c:g}', 'shrink', {'c': {'conv': c, 'fc': c, 'bias': 0.0}})
       for c in config['shrink']
@@ -174,6 +174,15 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
   text = report(summary, path)
   write_atomic(workdir / 'report.md', text.encode())
   return text
+
+
+def _default_arm(name: str) -> Arm:
+  """A predictor with its defaults, those that are shipped spelt out: the journal knows them so."""
+  if METHODS[name].shipped:
+    return Arm(name, name, {'theta': load_known(shipped=METHODS[name].shipped)})
+  if name == 'least_squares':
+    return Arm(name, name, {'coefficients': least_squares_coefficients()})
+  return Arm(name, name)
 
 
 # --- one short transfer ---------------------------------------------------------------------------

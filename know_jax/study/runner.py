@@ -29,7 +29,6 @@ from know_jax.files import hidden_sibling, locked, reason
 from know_jax.run_record import Bar, RunRecord, progress
 from know_jax.study.arms import TRAINED, Arm
 from know_jax.study.design import Study, combined_seed
-from know_jax.study.fine_tuning import train_one
 from know_jax.study.results import (
   COLUMNS,
   RESULTS,
@@ -41,6 +40,7 @@ from know_jax.study.results import (
   write_table,
 )
 from know_jax.study.sources import Run, Source, weights_digest
+from know_jax.transfer import train_one
 
 KIND = 'study'
 _JOURNAL = 'journal.jsonl'
