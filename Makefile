@@ -33,7 +33,7 @@ types: venv
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 clean:
 	rm -rf .venv $(DEMO) workdir .pytest_cache .mypy_cache .ruff_cache
