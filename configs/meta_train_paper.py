@@ -1,7 +1,8 @@
 """The shipped `known_paper`: the paper's network and recipe.
 
 Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_paper.py
-Hardware:  2 CPU cores
+Hardware:  1 CPU core, 50 seconds
+Result:    error / error of copying on validation runs: conv 0.959, fc 0.749, bias 0.883
 Paper:     section 4.1
 """
 

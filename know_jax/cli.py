@@ -56,6 +56,13 @@ def define_config(default: str | os.PathLike) -> flags.FlagHolder:
   )
 
 
+def define_dry_run(help_text: str) -> Any:
+  """Defines --dry_run, also to be written --dry-run."""
+  holder = flags.DEFINE_bool('dry_run', False, help_text)
+  flags.DEFINE_alias('dry-run', 'dry_run')
+  return holder
+
+
 def define_workdir() -> None:
   """Defines `--workdir`, the directory of a run; `workdir` reads it."""
   flags.DEFINE_string('workdir', DEFAULT_WORKDIR, 'Directory of the run.')

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 # Before JAX is imported by anything: the suite runs on eight simulated devices.
+# A loaded machine may keep one of them waiting for longer than XLA's 40 seconds, after which it
+# would abort the process.
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=8'
+  + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 ).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 

@@ -135,6 +135,11 @@ def test_summary_counts_runs_and_falls(collected):
     for before, after in zip(run.about['stages'][:-1], run.about['stages'][1:], strict=True)
   ]
   assert f'fell in {np.mean(falls):.0%} of stages' in summary
+  fell = [
+    run.about['stages'][-1]['test_accuracy'] < run.about['stages'][0]['test_accuracy']
+    for run in collect.read_runs(output)
+  ]
+  assert f'lower at the last stage than at the first in {np.mean(fell):.0%} of runs' in summary
 
 
 def test_a_second_call_makes_nothing_again(collected):
@@ -195,6 +200,19 @@ def test_dry_run_lists_and_writes_nothing(tmp_path):
   listing = collect.run(tiny_config(), tmp_path / 'none', dry_run=True)
   assert len(listing.splitlines()) == 3
   assert 'digits' in listing
+  assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('flag', ['--dry_run', '--dry-run'])
+def test_the_flag_may_be_written_either_way(tmp_path, flag):
+  command = [
+    sys.executable,
+    str(ROOT / 'bin' / 'collect.py'),
+    f'--output={tmp_path / "none"}',
+    flag,
+  ]
+  listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+  assert len(listing.splitlines()) == 127 and 'mobilenetv2' in listing
   assert not (tmp_path / 'none').exists()
 
 

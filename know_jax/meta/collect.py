@@ -393,6 +393,8 @@ def summary(output: str | Path) -> str:
       f'test accuracy fell in {np.mean(falls):.0%} of stages, and at every stage in '
       f'{np.mean([forgot(a) for a in good]):.0%} of runs'
     )
+    fell = [a['stages'][-1]['test_accuracy'] < a['stages'][0]['test_accuracy'] for a in good]
+    lines.append(f'it was lower at the last stage than at the first in {np.mean(fell):.0%} of runs')
   return '\n'.join(lines)
 
 
