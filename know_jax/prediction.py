@@ -177,8 +177,8 @@ def _save(prediction: Prediction, batch_norm: str, known: str | None) -> None:
     'batch_norm': batch_norm,
   }
   if METHODS[prediction.predictor].leaf_fn is None:
-    shipped = SHIPPED[METHODS[prediction.predictor].shipped].name
-    metadata['known'] = known or shipped
+    name = METHODS[prediction.predictor].shipped
+    metadata['known'] = known if known and name == 'known' else SHIPPED[name].name
   checkpoints.save(prediction.path, prediction.variables, metadata=metadata, overwrite=True)
 
 

@@ -5,6 +5,7 @@ Shipped are `known`, conditioned on the leaf (`conditioned.py`), `known_paper`, 
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,15 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
   safetensors.numpy.save_file(tensors, path, metadata)
 
 
+def theta_digest(theta: Mapping[str, Any]) -> str:
+  """Identifies parameters of KNOWN, by a checksum of their values."""
+  hashed = hashlib.sha256()
+  for name, leaf in sorted(trees.named_leaves(theta).items()):
+    hashed.update(name.encode())
+    hashed.update(np.asarray(leaf, np.float32).tobytes())
+  return hashed.hexdigest()
+
+
 def read_card(path: str | Path | None = None) -> dict[str, Any]:
   """The card of a safetensors file of KNOWN; None for the shipped weights."""
   path = SHIPPED['known'] if path is None else Path(path).expanduser()
@@ -167,7 +177,8 @@ def parameter_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     params: path -> shape, as found.
   """
   if any(path.startswith('step/') for path in params):
-    return conditioned.parameter_shapes(*params.get('step/bias', (HISTORY_LENGTH,))[:1])
+    shape = tuple(params.get('step/bias', ()))
+    return conditioned.parameter_shapes(max(shape[0], 2) if shape else HISTORY_LENGTH)
   return paper_shapes((*params.get('weights/embed/kernel', ()), HISTORY_LENGTH)[0])
 
 

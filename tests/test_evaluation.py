@@ -74,8 +74,8 @@ def test_what_is_not_predicted_is_that_of_the_newest_stage():
   np.testing.assert_array_equal(found['n/scale'], run.weights['n/scale'][5])
 
 
-def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tmp_path):
-  text = evaluation.run(tiny_config(), dataset, tmp_path)
+def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tmp_path, known_file):
+  text = evaluation.run(tiny_config(), dataset, tmp_path, str(known_file))
   rows = list(csv.DictReader((tmp_path / 'retrodiction.csv').read_text().splitlines()))
   assert list(rows[0]) == list(evaluation.FIELDS)
   tested = {
@@ -94,7 +94,7 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tm
   arms = {row['arm'] for row in rows}
   assert arms == {
     'known', 'known_history_free', 'known_paper', 'known_paper_history_free', 'least_squares',
-    'task_vector', 'shrink',
+    'task_vector', 'shrink', 'known_official',
   }  # fmt: skip
   # The table is of the rows.
   values = [
@@ -110,12 +110,15 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tm
     for path in [*tmp_path.glob('*.jsonl'), *tmp_path.rglob('known.safetensors')]
   }
   report = (tmp_path / 'retrodiction.csv').read_bytes()
-  assert evaluation.run(tiny_config(), dataset, tmp_path) == text
+  assert evaluation.run(tiny_config(), dataset, tmp_path, str(known_file)) == text
   assert (tmp_path / 'retrodiction.csv').read_bytes() == report
   assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+  # Of other networks, or none, it is another benchmark.
+  with pytest.raises(UserError, match='official'):
+    evaluation.run(tiny_config(), dataset, tmp_path)
 
 
-def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
+def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypatch):
   config = collect.default_config()
   config.runs, config.families, config.datasets = 1, ('cnn_bn',), ('digits',)
   config.widths = {'cnn_bn': (2,)}
@@ -136,6 +139,14 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
     np.testing.assert_allclose(rows[what, arm]['accuracy'], stages[stage]['test_accuracy'])
     np.testing.assert_allclose(rows[what, arm]['loss'], stages[stage]['test_loss'], rtol=1e-5)
   assert rows['beyond', 'persistence']['accuracy_change'] == 0
+  # The journal has them: a second call scores nothing.
+  policies = ['keep', 'recalibrate']
+  assert evaluation._networks(tmp_path, [run], ARMS, policies) == found
+  monkeypatch.setattr(evaluation, 'score_networks', None)
+  assert evaluation._networks(tmp_path, [run], ARMS, policies) == found
+  table = evaluation.report([], found, resamples=100)
+  change = 100 * rows['beyond', 'shrink']['accuracy_change']
+  assert f'{change:.2f} [{change:.2f}, {change:.2f}]' in table and table.count('`truth`') == 2
   # An independent way: the model itself on weights made by hand.
   task = forgetting.load_task(run.about['config'])
   weights = {path: 2 * leaf[6] - leaf[5] for path, leaf in run.weights.items()}
@@ -171,6 +182,8 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path):
     ({'known_paper.architecture': 'conditioned'}, 'known_paper.architecture'),
     ({'known_paper.seed': 3}, 'known.seed is 0 and known_paper.seed 3'),
     ({'resamples': 0}, 'resamples is 0'),
+    ({'predictors': ('known',)}, "the arm 'known' is there 2 times"),
+    ({'known.test_share': 0.9}, 'validation_share and test_share are 0.34 and 0.9'),
     ({'networks': ('know',)}, "arm 'know'. Did you mean 'known'"),
     ({'batch_norm': ('rest',)}, "Did you mean 'reset'"),
   ],
@@ -189,3 +202,22 @@ def test_a_group_without_test_runs_is_named():
     about['config'] = {**about['config'], 'model': f'family {n}'}
   with pytest.raises(UserError, match="no run is left for test with leave_out='family"):
     evaluation.split_groups(config_dict(tiny_config()), abouts)
+
+
+def test_intervals_resample_what_was_left_out():
+  """Two families with runs that agree within: the interval is that of the families."""
+  rows = [
+    {'run': n, 'arm': arm, 'left_out': 'ab'[n % 2], 'split': 'family', 'family': 'ab'[n % 2],
+     **dict.fromkeys(evaluation.COLUMNS, value)}
+    for n in range(20)
+    for arm, value in (('known', 0.5 + n % 2), ('other', 1.0))
+  ]  # fmt: skip
+  text = evaluation.report(rows, [], resamples=500)
+  assert '| `known` | 1.000 [0.500, 1.500] |' in text
+  own = [{**row, 'left_out': '', 'split': 'run'} for row in rows]
+  low = float(evaluation.report(own, [], resamples=500).split('| `known` | 1.000 [')[1][:5])
+  assert 0.75 <= low <= 0.9  # 20 runs with a standard deviation of 0.5.
+
+
+def test_a_list_with_gaps_is_written_out():
+  assert evaluation._stretch([3, 4, 5]) == '3 to 5' and evaluation._stretch([3, 5]) == '3, 5'

@@ -117,7 +117,7 @@ def test_a_folder_is_described_by_its_names_and_sizes(tmp_path):
   for name in ('cnn_mnist_r0.5.mat', 'cnn_mnist_r0.6.mat', 'resnet_cifar10_r0.5.mat'):
     write(tmp_path / name, arrays())
   found = mat.describe(tmp_path)
-  assert found['summary'][0] == f'3 runs, from .mat files, in {tmp_path}'
+  assert found['summary'][0] == '3 runs, from .mat files'
   assert [line.split() for line in found['summary'][1:]] == [
     ['cnn', 'mnist', '2', 'runs'], ['resnet', 'cifar10', '1', 'runs'],
   ]  # fmt: skip

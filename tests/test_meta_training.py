@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+import runs
 import safetensors.numpy
 import test_mat
 from ml_collections import ConfigDict
@@ -307,8 +309,8 @@ def test_the_files_written_load_and_say_where_they_come_from(trained, dataset):
   assert len(lines) == 3
   assert (workdir / 'learning_curves.png').read_bytes().startswith(b'\x89PNG')
   fitted = read_sealed(workdir / 'least_squares.json', 'fit')['coefficients']
-  runs = [run for run in collect.read_runs(dataset) if run.number in record['runs']['train']]
-  wanted = meta_training.fit_least_squares(sample_windows(runs, config.weights_per_run, 0))
+  chosen = [run for run in collect.read_runs(dataset) if run.number in record['runs']['train']]
+  wanted = meta_training.fit_least_squares(sample_windows(chosen, config.weights_per_run, 0))
   assert fitted == wanted
 
 
@@ -397,6 +399,49 @@ def test_bad_settings_are_named(dataset, tmp_path):
   with pytest.raises(UserError, match=r'weight_decay is -1\.0'):
     meta_training.run(config, dataset, tmp_path / 'e')
   assert not list(tmp_path.iterdir())
+
+
+def test_a_meta_dataset_that_grew_is_another(dataset, tmp_path):
+  folder = tmp_path / 'growing'
+  write_dataset(folder, range(9))
+  config = tiny_config()
+  config.steps = 20
+  meta_training.run(config, folder, tmp_path / 'w')
+  for path in (dataset / 'runs').glob('0000[9]*'):
+    (folder / 'runs' / path.name).write_bytes(path.read_bytes())
+  with pytest.raises(UserError, match='runs'):
+    meta_training.run(config, folder, tmp_path / 'w')
+
+
+def test_early_stopping_stops_wherever_a_training_was_interrupted(dataset, tmp_path, monkeypatch):
+  config = tiny_config()
+  config.lr, config.steps, config.validate_every, config.patience = 1e-12, 60, 5, 2
+  whole = meta_training.run(config, dataset, tmp_path / 'whole')
+  assert whole['steps'] < 60
+  draw, calls = meta_training.draw_batch, []
+
+  def stop_at_the_last(*args):
+    calls.append(args)
+    if len(calls) == whole['steps'] + 1:
+      raise AssertionError('a step after the last')
+    if len(calls) == whole['steps']:
+      # As a signal that arrives in the last step: it waits for the step's end.
+      signal.raise_signal(signal.SIGTERM)
+    return draw(*args)
+
+  monkeypatch.setattr(meta_training, 'draw_batch', stop_at_the_last)
+  with pytest.raises(Terminated), runs.sigterm_raises():
+    meta_training.run(config, dataset, tmp_path / 'cut')
+  monkeypatch.setattr(meta_training, 'draw_batch', draw)
+  assert meta_training.run(config, dataset, tmp_path / 'cut')['steps'] == whole['steps']
+
+
+def test_a_training_that_is_never_finite_is_an_error(dataset, tmp_path):
+  config = tiny_config('paper')
+  config.lr, config.steps, config.validate_every = 1e30, 20, 20
+  with pytest.raises(UserError, match='never finite'):
+    meta_training.run(config, dataset, tmp_path)
+  assert not (tmp_path / 'known.safetensors').exists()
 
 
 def test_a_workdir_of_another_config_is_refused(trained, dataset):

@@ -141,7 +141,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert f'{record["parameters"]:,} parameters; 5 stages in workdir' in out.splitlines()[-1]
   assert re.search(r'stage 4: 100%.*epoch/s', err)  # The bar, with its rate.
 
-  shipped = [] if pretrained.SHIPPED.is_file() else [f'--known={known_file}']
+  shipped = [] if pretrained.SHIPPED['known'].is_file() else [f'--known={known_file}']
   code, out, err = scripts.run('nowcast.py', '--steps', '3', *shipped)
   assert code == 0, err
   assert out.startswith(said)

@@ -162,6 +162,9 @@ def test_gains_are_paired_differences_to_the_newest_weights():
     ({'sigma': 0.0}, r'sigma is 0\.0'),
     ({'predictors': ('averag',)}, "Did you mean 'average'"),
     ({'pairs': 0}, 'pairs is 0'),
+    ({'resamples': 0}, 'resamples is 0'),
+    ({'shrink': (0.2, 0.2)}, r"the arm 'shrink 0\.2' is there 2 times"),
+    ({'test_share': 0.7}, r'validation_share and test_share are 0\.34 and 0\.7'),
     ({'batch_size': 800}, 'the labelled subset has 80 examples'),
     ({'targets': {'mnist': 'digits'}}, r"no train run is on a data set in targets, \['mnist'\]"),
   ],
@@ -180,3 +183,18 @@ def test_bad_settings_are_named_before_anything_is_written(dataset, tmp_path, ch
 def test_the_paper_known_cannot_be_tuned_so(dataset, tmp_path, known_file):
   with pytest.raises(UserError, match='is of the paper; wanted KNOWN conditioned on the leaf'):
     short_transfer.run(tiny_config(), dataset, known_file, tmp_path / 'w')
+
+
+def test_a_known_trained_on_what_validates_it_is_refused(dataset, tmp_path):
+  card = {'training': {'runs': {'train': [0, 1, 2], 'validation': [], 'test': []}}}
+  save_known(tmp_path / 'k.safetensors', THETA, card)
+  with pytest.raises(UserError, match=r'k\.safetensors was trained on run \d, which is to'):
+    short_transfer.run(tiny_config(), dataset, tmp_path / 'k.safetensors', tmp_path / 'w')
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_transfer_that_diverges_is_a_bad_one(dataset):
+  config = config_dict(tiny_config()) | {'lr': 1e30}
+  source = next(collect.read_runs(dataset))
+  found = short_transfer.transfer_one(config, source, Arm('persistence', 'persistence'))
+  assert found == {'loss': np.inf, 'accuracy': 0.2}

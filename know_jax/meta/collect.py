@@ -127,9 +127,11 @@ def check_config(config: Mapping[str, Any]) -> None:
   for name in (
     'rate', 'lr', 'batch_size', 'train_examples', 'epochs', 'pretrain_lr', 'pretrain_steps'
   ):  # fmt: skip
-    low, high = config[name]
+    low, high = config[name] if len(config[name]) == 2 else (0, 0)
     if not 0 < low <= high:
       raise UserError(f'{name} is {tuple(config[name])}; wanted a range 0 < low <= high.')
+  if config['seed'] < 0:
+    raise UserError(f'seed is {config["seed"]}; wanted at least 0.')
   if config['together'] < 1:
     raise UserError(f'together is {config["together"]}; wanted at least 1.')
   if config['runs'] < 1 or config['stages'] < 2:
@@ -375,7 +377,7 @@ def summary(output: str | Path) -> str:
     for about in good
     for before, after in itertools.pairwise(about['stages'])
   ]
-  lines = [f'{len(good)} runs, {len(abouts) - len(good)} diverged, in {output}']
+  lines = [f'{len(good)} runs, {len(abouts) - len(good)} diverged']
   pairs = sorted({(a['config']['model'], a['config']['dataset']) for a in good})
   for pair in pairs:
     group = [a for a in good if (a['config']['model'], a['config']['dataset']) == pair]

@@ -1,8 +1,9 @@
 """The retrodiction benchmark: hide the newest weight of a run, predict it from the five before.
 
-Three splits, of rising strictness. `run`: the predictors were fitted on other runs of the same
-families and data sets. `family`, `dataset`: no run of the test run's family, or data set, was ever
-trained on or chosen by. All three report the same test runs, which nothing else looks at.
+Three splits. `run`: the predictors were fitted on other runs of the same families and data sets.
+`family`, `dataset`: their parameters were neither trained on nor chosen by any run of the test
+run's family, or data set (the recipe, which is in the config, may have been). All three report the
+same test runs, which nothing else looks at.
 
 Errors are those of all weights of a kind of leaf in a run, over both windows of its seven stages,
 divided by the error of copying the newest weight: 1 is no better than doing nothing. Means and
@@ -33,7 +34,7 @@ from know_jax.meta import collect, mat, meta_training
 from know_jax.meta.windows import SPAN
 from know_jax.nowcast import predict
 from know_jax.predictors import METHODS
-from know_jax.pretrained import load_known, read_card
+from know_jax.pretrained import load_known, read_card, theta_digest
 from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.statistics import bootstrap_interval
 from know_jax.trees import KINDS
@@ -119,6 +120,7 @@ def check_config(config: Mapping[str, Any]) -> None:
   for name in config['predictors']:
     if name not in METHODS:
       raise unknown_name('predictor', name, METHODS)
+  check_unique([*TRAINED, 'known_official', *config['predictors']])
   known_arms = {*TRAINED, *config['predictors']}
   for name in config['networks']:
     if name not in known_arms:
@@ -131,6 +133,17 @@ def check_config(config: Mapping[str, Any]) -> None:
       raise unknown_name('split', name, SPLITS)
   if config['resamples'] < 1:
     raise UserError(f'resamples is {config["resamples"]}; wanted at least 1.')
+
+
+def check_unique(names: Sequence[str]) -> None:
+  """Checks that no two arms share a name.
+
+  Raises:
+    UserError: two do.
+  """
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f'the arm {name!r} is there {names.count(name)} times; wanted it once.')
 
 
 def run(
@@ -164,7 +177,11 @@ def run(
     raise UserError(f'{data}: .mat files hold no networks to test; wanted networks=().')
   abouts = {number: run.about for number, run in runs.items()}
   groups = split_groups(config, abouts)
-  record = RunRecord.open(workdir, {**config, 'official': official is not None}, kind=KIND)
+  identity = {
+    'data': meta_training.digest_of(abouts),
+    'official': None if official_theta is None else theta_digest(official_theta),
+  }
+  record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
 
   journal = workdir / 'retrodiction.jsonl'
   done = {(row['split'], row['left_out'], row['run']): row for row in read_lines(journal)}
@@ -423,7 +440,8 @@ def report(
   """
   lines = [
     'Error in predicting the hidden weights divided by that of copying the newest weights: mean '
-    'over test runs [95 % bootstrap interval over runs]; below 1 is better than doing nothing.',
+    'over test runs [95 % bootstrap interval]; below 1 is better than doing nothing. Intervals are '
+    'over runs; where a family or data set is left out, over these and the runs within.',
   ]
   for split in SPLITS:
     chosen = [row for row in rows if row['split'] == split]
@@ -450,14 +468,28 @@ _SPLIT_TITLES = {
 
 def _values(rows: Sequence[Mapping[str, Any]], arm: str, column: str) -> np.ndarray:
   """Of every test run, in order of its number."""
-  chosen = sorted((row for row in rows if row['arm'] == arm), key=lambda row: row['run'])
-  return np.array([row[column] for row in chosen])
+  return np.array([row[column] for row in _in_order(rows, arm)])
 
 
-def _cell(values: np.ndarray, resamples: int, digits: int = 3) -> str:
+def _in_order(rows: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
+  return sorted((row for row in rows if row['arm'] == arm), key=lambda row: row['run'])
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
+  """What was left out for each test run: those of one group share a training; '' none."""
+  return [row.get('left_out', '') for row in _in_order(rows, arm)]
+
+
+def _cell(values: np.ndarray, groups: Sequence[str], resamples: int, digits: int = 3) -> str:
   if not np.isfinite(values).all():
     return f'not finite in {int((~np.isfinite(values)).sum())} of {len(values)} runs'
-  low, high = bootstrap_interval([[value] for value in values], resamples=resamples)
+  # Groups are resampled, then runs within; where nothing was left out each run is its own.
+  names = [group or str(i) for i, group in enumerate(groups)]
+  grouped = [
+    [value for value, own in zip(values, names, strict=True) if own == name]
+    for name in dict.fromkeys(names)
+  ]
+  low, high = bootstrap_interval(grouped, resamples=resamples)
   return f'{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
 
 
@@ -472,7 +504,8 @@ def _error_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]
     '|---|' + '---:|' * len(COLUMNS),
   ]
   for arm in _arms(rows):
-    cells = [_cell(_values(rows, arm, column), resamples) for column in COLUMNS]
+    groups = _groups(rows, arm)
+    cells = [_cell(_values(rows, arm, column), groups, resamples) for column in COLUMNS]
     lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
   return lines
 
@@ -487,7 +520,9 @@ def _difference_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list
     if arm == 'known':
       continue
     cells = [
-      _cell(_values(rows, 'known', column) - _values(rows, arm, column), resamples)
+      _cell(
+        _values(rows, 'known', column) - _values(rows, arm, column), _groups(rows, arm), resamples
+      )
       for column in COLUMNS
     ]
     lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
@@ -531,8 +566,8 @@ def _network_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[st
         accuracy = 100 * _values(chosen, arm, 'accuracy_change')
         loss = _values(chosen, arm, 'loss_change')
         cells += [
-          _cell(accuracy, resamples, 2) if len(accuracy) else '',
-          _cell(loss, resamples) if len(loss) else '',
+          _cell(accuracy, _groups(chosen, arm), resamples, 2) if len(accuracy) else '',
+          _cell(loss, _groups(chosen, arm), resamples) if len(loss) else '',
         ]
       lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
   return lines

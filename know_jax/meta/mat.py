@@ -182,7 +182,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
   sizes = {path.name: path.stat().st_size for path in paths}
   names = [name_fields(path.stem) for path in paths]
   groups = collections.Counter((fields['model'], fields['dataset']) for fields in names)
-  lines = [f'{len(paths)} runs, from .mat files, in {folder}']
+  lines = [f'{len(paths)} runs, from .mat files']
   lines += [f'  {model:<14} {data:<14} {n:>4} runs' for (model, data), n in sorted(groups.items())]
   config = {'format': FORMAT, 'files': len(paths), 'names_and_sizes': digest(sizes)}
   return {'config': config, 'summary': lines, 'environment': {}}

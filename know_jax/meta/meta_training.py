@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from know_jax import checkpoints, conditioned, known, training
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import read_lines, write_sealed
+from know_jax.files import digest, read_lines, write_sealed
 from know_jax.meta import mat
 from know_jax.meta.windows import Windows, sample_windows, split_runs
 from know_jax.plots import plot_learning_curves
@@ -146,12 +146,23 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
     sample_windows([runs[n] for n in parts[name]], config['weights_per_run'], config['seed'])
     for name in ('train', 'validation')
   )
-  record = RunRecord.open(workdir, {**config, 'data': source['config']}, kind=KIND)
+  identity = {
+    'data': source['config'],
+    'runs': parts,
+    'digest': digest_of({number: run.about for number, run in runs.items()}),
+  }
+  record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
   record.update(runs=parts)
   if 'validation_error' in record:
     return record
 
   state = _train(config, workdir, train, validation)
+  for kind, ratio in state.best_ratio.items():
+    if not np.isfinite(ratio):
+      raise training.DivergedError(
+        f'the error on the validation runs was never finite for {kind!r} at learning rate '
+        f'{config["lr"]}; wanted a finite one.'
+      )
   coefficients = fit_least_squares(train)
   card = {
     'what': f'KNOWN ({config["architecture"]}), trained by bin/meta_train.py',
@@ -174,6 +185,11 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   plot_learning_curves(workdir / 'learning_curves.png', read_lines(workdir / 'metrics.jsonl'))
   record.update(validation_error=card['validation_error'], steps=int(state.step))
   return record
+
+
+def digest_of(abouts: Mapping[int, Mapping[str, Any]]) -> str:
+  """Identifies the runs of a meta-dataset, from their numbers and their weights' checksums."""
+  return digest({str(n): about.get('weights_sha256', about) for n, about in abouts.items()})
 
 
 def parts_of(
@@ -211,6 +227,22 @@ def group_names(about: Mapping[str, Any]) -> tuple[str, str]:
   return about['config']['model'], about['config']['dataset']
 
 
+def check_split(config: Mapping[str, Any]) -> None:
+  """Checks the seed and the shares that split the runs.
+
+  Raises:
+    UserError: one does not fit.
+  """
+  shares = [config[name] for name in ('validation_share', 'test_share')]
+  if not (min(shares) > 0 and sum(shares) < 1):
+    raise UserError(
+      f'validation_share and test_share are {shares[0]} and {shares[1]}; wanted more than 0 each '
+      'and less than 1 together.'
+    )
+  if config['seed'] < 0:
+    raise UserError(f'seed is {config["seed"]}; wanted at least 0.')
+
+
 def check_config(config: Mapping[str, Any]) -> None:
   """Checks the values of a meta-training.
 
@@ -227,6 +259,7 @@ def check_config(config: Mapping[str, Any]) -> None:
       f'steps is {config["steps"]}; wanted at least validate_every = {config["validate_every"]}, '
       'as parameters are chosen by validation.'
     )
+  check_split(config)
   if config['weight_decay'] < 0:
     raise UserError(f'weight_decay is {config["weight_decay"]}; wanted at least 0.')
   training.learning_rates(config['schedule'], config['lr'], 1)
@@ -274,6 +307,9 @@ def _train(
     progress(config['steps'], 'meta_train', 'step', initial=done) as bar,
   ):
     for step in range(done, config['steps']):
+      best = max(int(v) for v in state.best_step.values())
+      if step - best >= config['patience'] * config['validate_every']:
+        break
       try:
         # A signal in here waits until state, losses and the log agree again.
         with uninterrupted():
@@ -281,7 +317,6 @@ def _train(
           replicated, loss = step_fn(replicated, batch, rates[step])
           losses.append(float(loss[0]))
           done = step + 1
-          stop = False
           if (step + 1) % config['validate_every'] == 0:
             theta, opt_state = training.unreplicate(replicated)
             state = _validate(
@@ -293,8 +328,6 @@ def _train(
             log.write(step + 1, loss=float(np.mean(losses)), **ratios)
             bar.set_postfix({k.removeprefix('ratio_'): f'{v:.3f}' for k, v in ratios.items()})
             losses = []
-            waited = step + 1 - max(int(v) for v in state.best_step.values())
-            stop = waited >= config['patience'] * config['validate_every']
           if time.monotonic() - saved > config['save_every_seconds']:
             state = _current(state, replicated, done)
             save()
@@ -304,8 +337,6 @@ def _train(
         state = _current(state, replicated, done)
         save()
         raise
-      if stop:
-        break
   return state
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
@@ -29,10 +28,23 @@ from know_jax.errors import UserError, unknown_name
 from know_jax.files import append_line, digest, read_lines, write_atomic
 from know_jax.known import HISTORY_LENGTH
 from know_jax.meta import collect, meta_training
-from know_jax.meta.evaluation import OVERALL, Arm, predict_stage, retrodict, stages_of
+from know_jax.meta.evaluation import (
+  OVERALL,
+  Arm,
+  check_unique,
+  predict_stage,
+  retrodict,
+  stages_of,
+)
 from know_jax.plots import plot_gains
 from know_jax.predictors import METHODS
-from know_jax.pretrained import least_squares_coefficients, load_known, read_card, save_known
+from know_jax.pretrained import (
+  least_squares_coefficients,
+  load_known,
+  read_card,
+  save_known,
+  theta_digest,
+)
 from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.statistics import bootstrap_interval
 from know_jax.training import Checkpoint, Recipe, named_key
@@ -98,6 +110,12 @@ def check_config(config: Mapping[str, Any]) -> None:
   for name in config['predictors']:
     if name not in METHODS:
       raise unknown_name('predictor', name, METHODS)
+  check_unique(
+    [NAIVE, 'known', 'known_transfer', *config['predictors'], *map(_shrink_name, config['shrink'])]
+  )
+  meta_training.check_split({**config, 'seed': min(config['seed'], config['split_seed'])})
+  if config['resamples'] < 1:
+    raise UserError(f'resamples is {config["resamples"]}; wanted at least 1.')
   Recipe(config['optimizer'])
   training.learning_rates(config['schedule'], config['lr'], 1)
   examples = config['labels_per_class'] * config['target_classes']
@@ -134,6 +152,7 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
     {**shares, 'seed': config['split_seed'], 'leave_out': ''},
     {n: r.about for n, r in runs.items()},
   )
+  check_same_split(split, read_card(known), known)
   # Split as the meta-training did, and only then filtered.
   parts = {
     part: [n for n in numbers if runs[n].about['config']['dataset'] in config['targets']]
@@ -144,7 +163,11 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
       raise UserError(
         f'no {part} run is on a data set in targets, {sorted(config["targets"])}; wanted one.'
       )
-  RunRecord.open(workdir, {**config, 'known': _digest(theta)}, kind=KIND)
+  identity = {
+    'known': theta_digest(theta),
+    'data': meta_training.digest_of({n: r.about for n, r in runs.items()}),
+  }
+  RunRecord.open(workdir, {**config, **identity}, kind=KIND)
   journal = Journal(workdir / 'transfers.jsonl')
 
   tuned, path = search(config, theta, [runs[n] for n in parts['train']], journal)
@@ -156,7 +179,7 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
     Arm('known_transfer', 'known', {'theta': tuned}),
     *(_default_arm(name) for name in config['predictors']),
     *(
-      Arm(f'shrink {c:g}', 'shrink', {'c': {'conv': c, 'fc': c, 'bias': 0.0}})
+      Arm(_shrink_name(c), 'shrink', {'c': {'conv': c, 'fc': c, 'bias': 0.0}})
       for c in config['shrink']
     ),
   ]
@@ -176,6 +199,10 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
   return text
 
 
+def _shrink_name(c: float) -> str:
+  return f'shrink {c:g}'
+
+
 def _default_arm(name: str) -> Arm:
   """A predictor with its defaults, those that are shipped spelt out: the journal knows them so."""
   if METHODS[name].shipped:
@@ -183,6 +210,22 @@ def _default_arm(name: str) -> Arm:
   if name == 'least_squares':
     return Arm(name, name, {'coefficients': least_squares_coefficients()})
   return Arm(name, name)
+
+
+def check_same_split(
+  split: Mapping[str, Sequence[int]], card: Mapping[str, Any], known: str | Path | None
+) -> None:
+  """Checks that KNOWN was not trained on a run that is to validate or test it.
+
+  Raises:
+    UserError: it was.
+  """
+  trained = set(card.get('training', {}).get('runs', {}).get('train', ()))
+  if seen := sorted(trained & {*split['validation'], *split['test']}):
+    raise UserError(
+      f'{known or "the shipped KNOWN"} was trained on run {seen[0]}, which is to validate or test '
+      'it; wanted split_seed and shares as in its training, and its meta-dataset.'
+    )
 
 
 # --- one short transfer ---------------------------------------------------------------------------
@@ -212,11 +255,7 @@ class Journal:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-  return {k: _digest(v) if k == 'theta' else v for k, v in options.items()}
-
-
-def _digest(theta: Any) -> str:
-  return digest([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(theta)])
+  return {k: theta_digest(v) if k == 'theta' else v for k, v in options.items()}
 
 
 def transfer_one(config: Mapping[str, Any], source: collect.Run, arm: Arm) -> dict[str, float]:
@@ -354,7 +393,7 @@ def evolve(
       age = generation + 1
       scaled = first / (1 - 0.9**age) / (np.sqrt(second / (1 - 0.99**age)) + 1e-12)
       mean = mean - config['search_lr'] * scaled
-  path.append({'direction': mean.tolist(), 'change': math.nan})
+  path.append({'direction': mean.tolist(), 'change': None})
   return mean, path
 
 
