@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 
-.PHONY: help venv demo test lint types clean
+.PHONY: help venv demo test study-smoke lint types clean
 
 help:
 	@echo 'make demo   forget, nowcast and transfer on the embedded digits (about 2 minutes)'
-	@echo 'make test   lint, type check and the fast test suite'
+	@echo 'make test   lint, type check, the fast test suite and the smoke study'
 	@echo 'make clean  remove .venv, the demo and caches'
 
 # The stamp is newer than pyproject.toml if and only if what it asks for is installed.
@@ -34,6 +34,14 @@ types: venv
 
 test: lint types
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(MAKE) study-smoke
+
+# The whole transfer study, shrunk, and its report, in a folder that is thrown away.
+study-smoke: venv
+	folder=$$(mktemp -d) && \
+	$(BIN)/python bin/study.py --workdir=$$folder --config=configs/study_smoke.py && \
+	$(BIN)/python bin/study.py --workdir=$$folder --report=$$folder/transfer.md && \
+	rm -r $$folder
 
 clean:
 	rm -rf .venv $(DEMO) workdir .pytest_cache .mypy_cache .ruff_cache
