@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from know_jax.known import HISTORY_LENGTH
 from know_jax.trees import KINDS
@@ -103,6 +104,11 @@ def history_length(params: Any) -> int:
 def basis(history: jax.Array) -> jax.Array:
   """The differences of a history and its newest weights: `[S, ...]` -> `[S, ...]`."""
   return jnp.concatenate([jnp.diff(history, axis=0), history[-1:]])
+
+
+def host_basis(history: np.ndarray) -> np.ndarray:
+  """`basis` of NumPy arrays, in their own precision."""
+  return np.concatenate([np.diff(history, axis=0), history[-1:]])
 
 
 def second_moments(history: jax.Array) -> jax.Array:

@@ -296,3 +296,28 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _seal(content: dict[str, Any]) -> bytes:
   checksum = hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
   return (json.dumps({**content, 'sha256': checksum}, indent=1, allow_nan=False) + '\n').encode()
+
+
+class Journal:
+  """What is done, by key: lines that are only ever added, so that a kill loses one entry."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._entries: dict[str, dict[str, Any]] = {}
+    self.reload()
+
+  def reload(self) -> None:
+    """Reads also what other processes have added; of equal keys the first line counts."""
+    lines = read_lines(self._path)
+    self._entries = {line['key']: line for line in reversed(lines)}
+
+  def get(self, key: str) -> dict[str, Any] | None:
+    """The entry of a key, None if there is none yet."""
+    return self._entries.get(key)
+
+  def add(self, key: str, **values: Any) -> dict[str, Any]:
+    """Writes an entry, durably, and returns it."""
+    entry = {'key': key, **values}
+    append_line(self._path, entry)
+    self._entries[key] = entry
+    return entry

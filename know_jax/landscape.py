@@ -26,7 +26,7 @@ from know_jax import forgetting, nowcast, training, trees
 from know_jax.data import to_device_input
 from know_jax.errors import UserError, unknown_name
 from know_jax.files import reason, write_sealed
-from know_jax.plots import principal_plane
+from know_jax.plots import new_figure, principal_plane
 from know_jax.predictors import METHODS
 from know_jax.pretrained import load_known
 from know_jax.run_record import config_dict, progress
@@ -352,11 +352,8 @@ def report(found: Mapping[str, Any]) -> str:
 
 
 def _draw(path: Path, found: Mapping[str, Any]) -> None:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 7), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(9, 7)
   axes = figure.subplots()
   accuracy = 100 * np.array(found['accuracy'])
   surface = axes.contourf(found['x'], found['y'], accuracy, levels=20, cmap='viridis')

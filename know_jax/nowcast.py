@@ -482,8 +482,9 @@ def _conditioned_on_host(
 ) -> None:
   """KNOWN conditioned on the leaf, written into `out`: NumPy but for the coefficients."""
   windows = [_window(view, params, job) for view in views]
-  # Compiled for few numbers of leaves.
-  moments = np.zeros((_next_power_of_two(len(windows)), len(windows[0]), len(windows[0])), dtype)
+  # Compiled for few numbers of leaves: powers of two.
+  padded, length = 1 << (len(windows) - 1).bit_length(), len(windows[0])
+  moments = np.zeros((padded, length, length), dtype)
   for leaf, window in enumerate(windows):
     moments[leaf] = _moments_on_host(window, dtype)
   found = np.asarray(_coefficients(params, moments, job.rate, steps))[: len(windows)]
@@ -504,7 +505,7 @@ def _moments_on_host(window: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
   total = np.zeros((len(stages), len(stages)))
   for start in range(0, stages[0].size, _SMALL):
     history = np.stack([stage[start : start + _SMALL].astype(dtype) for stage in stages])
-    v = np.concatenate([np.diff(history, axis=0), history[-1:]])
+    v = conditioned.host_basis(history)
     total += v @ v.T
   return (total / max(stages[0].size, 1)).astype(dtype)
 
@@ -516,10 +517,6 @@ def _coefficients(
   """The stages' coefficients for many leaves: moments `[L, S, S]` -> `[L, len(steps), S]`."""
   found = jax.vmap(lambda g: conditioned.rollout(params, g, rate, steps))(moments)
   return conditioned.stage_coefficients(found)
-
-
-def _next_power_of_two(n: int) -> int:
-  return 1 << max(n - 1, 0).bit_length()
 
 
 def _rows(
@@ -619,10 +616,8 @@ def _known_batch(params: Any, windows: list[Any], steps: tuple[int, ...]) -> lis
   ]
 
 
-def _used_axes(sharding: NamedSharding | None) -> tuple[Any, ...]:
+def _used_axes(sharding: NamedSharding) -> tuple[Any, ...]:
   """The mesh axes over which an array is split."""
-  if sharding is None:
-    return ()
   axes = [axis for axis in sharding.spec if axis is not None]
   return tuple(name for axis in axes for name in (axis if isinstance(axis, tuple) else (axis,)))
 
@@ -681,11 +676,24 @@ def _window_spec(window: Any, sharding: NamedSharding) -> Any:
   return (stage,) * len(window) if isinstance(window, tuple) else PartitionSpec(None, *stage)
 
 
+def _flat(window: Any) -> Any:
+  """A window, S arrays `[...]` or one `[S, ...]`, with its weights in one row."""
+  axes, size = window[0].ndim, math.prod(window[0].shape)
+  # A stacked window stays as it is: taking it apart first would copy all of it.
+  return jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - axes], size), window)
+
+
+def _block(stages: Any, start: jax.Array, size: int) -> Any:
+  """A stretch of the weights of a flat window."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 1), stages
+  )
+
+
 def _leaf_moments(window: Any) -> jax.Array:
   """The second moments of one leaf, summed over its weights, block by block: `[S, S]`."""
-  shape = window[0].shape
-  size = math.prod(shape)
-  stages = jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - len(shape)], size), window)
+  size = math.prod(window[0].shape)
+  stages = _flat(window)
   width = jnp.promote_types(window[0].dtype, jnp.float32)
 
   def sums(block: Any) -> jax.Array:
@@ -699,10 +707,7 @@ def _leaf_moments(window: Any) -> jax.Array:
   total = sums(tail)
 
   def body(index: jax.Array, total: jax.Array) -> jax.Array:
-    block = jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, index * _SMALL, _SMALL, axis=x.ndim - 1), stages
-    )
-    return total + sums(block)
+    return total + sums(_block(stages, index * _SMALL, _SMALL))
 
   return jax.lax.fori_loop(0, whole // _SMALL, body, total) if whole else total
 
@@ -721,8 +726,7 @@ def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
   shape, dtype = window[0].shape, window[0].dtype
   size = math.prod(shape)
   width = jnp.promote_types(dtype, jnp.float32)
-  # A stacked window is sliced as it is: taking it apart first would copy all of it.
-  stages = jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - len(shape)], size), window)
+  stages = _flat(window)
 
   def run(block: Any) -> jax.Array:
     if isinstance(block, tuple):
@@ -735,10 +739,7 @@ def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
   def body(index: jax.Array, out: jax.Array) -> jax.Array:
     # The last block reaches back over the one before: it repeats some weights, and pads none.
     start = jnp.minimum(index * BLOCK, size - BLOCK)
-    block = jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis=x.ndim - 1), stages
-    )
-    return jax.lax.dynamic_update_slice(out, run(block), (0, start))
+    return jax.lax.dynamic_update_slice(out, run(_block(stages, start, BLOCK)), (0, start))
 
   # Zeros made from the input have its mapped axes, which a loop in shard_map must carry.
   blank = jnp.zeros((len(steps), size), dtype) + 0 * jax.tree.leaves(stages)[0].ravel()[0]

@@ -10,7 +10,18 @@ import numpy as np
 from know_jax import trees
 from know_jax.trajectory import Trajectory
 
-_MARKERS = 'osD^vP*X<>hp'
+MARKERS = 'osD^vP*X<>hp'
+
+
+def new_figure(width: float, height: float) -> Any:
+  """An empty Matplotlib figure, in inches, that can be written to files."""
+  # Figure and Agg canvas without pyplot: no global state, no display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure
 
 
 def plot_nowcast(
@@ -30,17 +41,12 @@ def plot_nowcast(
     history_loss: test loss of the stages, all data first.
     rate: r.
   """
-  # Figure and Agg canvas without pyplot: no global state, no display.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   history = [_flat(stage) for stage in trajectory]
   points = {name: _finite(_flat(p.variables) for p in group) for name, group in predictions.items()}
   everything = np.stack([*history, *(x for group in points.values() for x in group)])
   plane, shares = principal_plane(everything)
 
-  figure = Figure(figsize=(13, 5.5), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(13, 5.5)
   left, right = figure.subplots(1, 2)
   colors = {name: f'C{i % 10}' for i, name in enumerate(predictions)}
 
@@ -56,7 +62,7 @@ def plot_nowcast(
     ahead = np.vstack([past[-1:], plane[start : start + len(group)]])
     start += len(group)
     left.plot(*ahead.T, '--', color=colors[name], linewidth=1)
-    left.plot(*ahead[1:].T, _MARKERS[i % len(_MARKERS)], color=colors[name], label=name)
+    left.plot(*ahead[1:].T, MARKERS[i % len(MARKERS)], color=colors[name], label=name)
   left.set_xlabel(f'first principal component ({shares[0]:.0%} of variance)')
   left.set_ylabel(f'second principal component ({shares[1]:.0%})')
   left.set_title('Predicted leaves of the network, in the plane that shows most of them')
@@ -68,7 +74,7 @@ def plot_nowcast(
     right.plot(
       [1.0, *(p.multiple for p in ahead_of)],
       [history_loss[0], *(p.loss for p in ahead_of)],
-      '--' + _MARKERS[i % len(_MARKERS)],
+      '--' + MARKERS[i % len(MARKERS)],
       color=colors[name],
       linewidth=1,
       label=name,
@@ -92,11 +98,7 @@ def plot_learning_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None
     path: the PNG file to write.
     lines: of the metrics log, each with `step`, `loss` and `ratio_conv`, `ratio_fc`, `ratio_bias`.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(10, 4), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(10, 4)
   left, right = figure.subplots(1, 2)
   steps = [line['step'] for line in lines]
   left.plot(steps, [line['loss'] for line in lines], color='black')
@@ -151,17 +153,13 @@ def plot_gains(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
     path: the PNG file to write.
     found: for each arm `arm`, `error`, `accuracy_gain` in points, and the latter's `_low`, `_high`.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(9, 5.5), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(9, 5.5)
   axes = figure.subplots()
   for i, line in enumerate(found):
     gain = line['accuracy_gain']
     ends = [[gain - line['accuracy_gain_low']], [line['accuracy_gain_high'] - gain]]
     axes.errorbar(
-      [line['error']], [gain], yerr=ends, fmt=_MARKERS[i % len(_MARKERS)], color=f'C{i % 10}',
+      [line['error']], [gain], yerr=ends, fmt=MARKERS[i % len(MARKERS)], color=f'C{i % 10}',
       capsize=2, linewidth=1, label=line['arm'],
     )  # fmt: skip
   axes.axhline(0.0, color='grey', linewidth=0.5)

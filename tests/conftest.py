@@ -53,3 +53,13 @@ def known_file(tmp_path_factory) -> Path:
   path = tmp_path_factory.mktemp('known') / 'known.safetensors'
   pretrained.save_known(path, known.init_theta(jax.random.key(0)), {})
   return path
+
+
+@pytest.fixture(scope='session')
+def synthetic_runs(tmp_path_factory) -> Path:
+  """A meta-dataset of twelve runs whose weights all shrink by a tenth a stage; read only."""
+  from test_meta_training import write_dataset
+
+  folder = tmp_path_factory.mktemp('synthetic')
+  write_dataset(folder, range(12))
+  return folder

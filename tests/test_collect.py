@@ -336,7 +336,7 @@ def test_runs_of_other_steps_are_not_trained_together(tmp_path):
 def test_a_reader_of_either_sort_reads_and_describes_a_collection(collected):
   output, summary = collected
   assert [run.number for run in mat.read_any(output)] == [0, 1]
-  found = mat.describe(output)
+  found = mat.describe(output, list(collect.read_runs(output)))
   assert found['config'] == {k: v for k, v in config_dict(tiny_config()).items() if k != 'together'}
   assert found['summary'] == summary.splitlines()
   assert found['environment']['devices'] == 8

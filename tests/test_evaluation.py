@@ -6,9 +6,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import test_collect
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
-from test_meta_training import synthetic_run, write_dataset
+from test_meta_training import synthetic_run
 
 from know_jax import forgetting
 from know_jax.batch_norm import apply_policy
@@ -36,13 +37,6 @@ def tiny_config() -> ConfigDict:
   config.networks = ()
   config.resamples = 200
   return config
-
-
-@pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('synthetic')
-  write_dataset(folder, range(12))
-  return folder
 
 
 def test_errors_against_numpy():
@@ -74,8 +68,10 @@ def test_what_is_not_predicted_is_that_of_the_newest_stage():
   np.testing.assert_array_equal(found['n/scale'], run.weights['n/scale'][5])
 
 
-def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tmp_path, known_file):
-  text = evaluation.run(tiny_config(), dataset, tmp_path, str(known_file))
+def test_every_split_reports_the_same_runs_and_never_trained_on_them(
+  synthetic_runs, tmp_path, known_file
+):
+  text = evaluation.run(tiny_config(), synthetic_runs, tmp_path, str(known_file))
   rows = list(csv.DictReader((tmp_path / 'retrodiction.csv').read_text().splitlines()))
   assert list(rows[0]) == list(evaluation.FIELDS)
   tested = {
@@ -89,7 +85,7 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tm
     )
     seen = {n for part in ('train', 'validation') for n in record['runs'][part]}
     assert not seen & set(tested['run'])
-    for run in collect.read_runs(dataset):
+    for run in collect.read_runs(synthetic_runs):
       assert not (run.number in seen and left_out in meta_training.group_names(run.about))
   arms = {row['arm'] for row in rows}
   assert arms == {
@@ -110,20 +106,17 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(dataset, tm
     for path in [*tmp_path.glob('*.jsonl'), *tmp_path.rglob('known.safetensors')]
   }
   report = (tmp_path / 'retrodiction.csv').read_bytes()
-  assert evaluation.run(tiny_config(), dataset, tmp_path, str(known_file)) == text
+  assert evaluation.run(tiny_config(), synthetic_runs, tmp_path, str(known_file)) == text
   assert (tmp_path / 'retrodiction.csv').read_bytes() == report
   assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
   # Of other networks, or none, it is another benchmark.
   with pytest.raises(UserError, match='official'):
-    evaluation.run(tiny_config(), dataset, tmp_path)
+    evaluation.run(tiny_config(), synthetic_runs, tmp_path)
 
 
 def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypatch):
-  config = collect.default_config()
-  config.runs, config.families, config.datasets = 1, ('cnn_bn',), ('digits',)
-  config.widths = {'cnn_bn': (2,)}
-  config.train_examples, config.pretrain_steps = (1400, 1400), (43, 43)
-  config.epochs, config.rate, config.augmented = (1, 1), (0.6, 0.6), 0.0
+  config = test_collect.tiny_config()
+  config.runs, config.families, config.widths = 1, ('cnn_bn',), {'cnn_bn': (2,)}
   collect.run(config, tmp_path)
   (run,) = collect.read_runs(tmp_path)
   found = evaluation.score_networks(run, ARMS, ['keep', 'recalibrate'])
@@ -188,11 +181,13 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
     ({'batch_norm': ('rest',)}, "Did you mean 'reset'"),
   ],
 )
-def test_bad_settings_are_named_before_anything_is_written(dataset, tmp_path, change, message):
+def test_bad_settings_are_named_before_anything_is_written(
+  synthetic_runs, tmp_path, change, message
+):
   config = tiny_config()
   config.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=message):
-    evaluation.run(config, dataset, tmp_path / 'new')
+    evaluation.run(config, synthetic_runs, tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
 
 

@@ -116,15 +116,15 @@ def test_a_folder_without_runs_and_one_of_two_sorts_are_refused(tmp_path):
 def test_a_folder_is_described_by_its_names_and_sizes(tmp_path):
   for name in ('cnn_mnist_r0.5.mat', 'cnn_mnist_r0.6.mat', 'resnet_cifar10_r0.5.mat'):
     write(tmp_path / name, arrays())
-  found = mat.describe(tmp_path)
+  found = mat.describe(tmp_path, list(mat.read_any(tmp_path)))
   assert found['summary'][0] == '3 runs, from .mat files'
   assert [line.split() for line in found['summary'][1:]] == [
     ['cnn', 'mnist', '2', 'runs'], ['resnet', 'cifar10', '1', 'runs'],
   ]  # fmt: skip
   assert found['config']['files'] == 3
-  assert mat.describe(tmp_path) == found
+  assert mat.describe(tmp_path, list(mat.read_any(tmp_path))) == found
   write(tmp_path / 'cnn_mnist_r0.5.mat', arrays(N=1000))
-  assert mat.describe(tmp_path)['config'] != found['config']
+  assert mat.describe(tmp_path, list(mat.read_any(tmp_path)))['config'] != found['config']
 
 
 @pytest.mark.parametrize(

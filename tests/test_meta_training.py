@@ -76,18 +76,11 @@ def tiny_config(architecture: str = 'conditioned') -> ConfigDict:
   return config
 
 
-@pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('synthetic')
-  write_dataset(folder, range(12))
-  return folder
-
-
 @pytest.fixture(scope='module', params=['conditioned', 'paper'])
-def trained(request, dataset, tmp_path_factory):
+def trained(request, synthetic_runs, tmp_path_factory):
   workdir = tmp_path_factory.mktemp(request.param)
   config = tiny_config(request.param)
-  return workdir, meta_training.run(config, dataset, workdir), config
+  return workdir, meta_training.run(config, synthetic_runs, workdir), config
 
 
 # --- windows --------------------------------------------------------------------------------------
@@ -287,15 +280,15 @@ def test_least_squares_against_numpy_and_what_it_must_find():
 
 
 @pytest.mark.parametrize('architecture', ['conditioned', 'paper'])
-def test_training_learns_what_there_is_to_learn(dataset, tmp_path, architecture):
+def test_training_learns_what_there_is_to_learn(synthetic_runs, tmp_path, architecture):
   config = tiny_config(architecture)
   config.steps, config.validate_every, config.lr = 300, 50, 5e-3
-  record = meta_training.run(config, dataset, tmp_path)
+  record = meta_training.run(config, synthetic_runs, tmp_path)
   for kind in ('conv', 'fc'):
     assert record['validation_error'][kind] < 0.5, record['validation_error']
 
 
-def test_the_files_written_load_and_say_where_they_come_from(trained, dataset):
+def test_the_files_written_load_and_say_where_they_come_from(trained, synthetic_runs):
   workdir, record, config = trained
   theta, card = load_known(workdir / 'known.safetensors'), read_card(workdir / 'known.safetensors')
   size = 9425 if config.architecture == 'paper' else 1798
@@ -309,18 +302,19 @@ def test_the_files_written_load_and_say_where_they_come_from(trained, dataset):
   assert len(lines) == 3
   assert (workdir / 'learning_curves.png').read_bytes().startswith(b'\x89PNG')
   fitted = read_sealed(workdir / 'least_squares.json', 'fit')['coefficients']
-  chosen = [run for run in collect.read_runs(dataset) if run.number in record['runs']['train']]
+  chosen = [
+    run for run in collect.read_runs(synthetic_runs) if run.number in record['runs']['train']
+  ]
   wanted = meta_training.fit_least_squares(sample_windows(chosen, config.weights_per_run, 0))
   assert fitted == wanted
 
 
-def test_the_constants_of_the_context_are_those_of_the_training_runs(dataset, trained):
-  workdir, record, config = trained
-  if config.architecture != 'conditioned':
-    pytest.skip('the paper has no such constants')
+@pytest.mark.parametrize('trained', ['conditioned'], indirect=True)
+def test_the_constants_of_the_context_are_those_of_the_training_runs(synthetic_runs, trained):
+  workdir, record, _ = trained
   params = load_known(workdir / 'known.safetensors')['fc']
   found = []
-  for run in collect.read_runs(dataset):
+  for run in collect.read_runs(synthetic_runs):
     if run.number in record['runs']['train']:
       flat = run.weights['f/kernel'].reshape(7, -1)
       found += [references.leaf_context(flat[s : s + 5].astype(np.float64), 0.5) for s in (0, 1)]
@@ -341,17 +335,17 @@ def test_the_best_parameters_are_kept_not_the_last(trained):
     assert card['step'][kind] == 20 * (1 + int(np.argmin(ratios)))
 
 
-def test_a_finished_training_is_not_trained_again(trained, dataset):
+def test_a_finished_training_is_not_trained_again(trained, synthetic_runs):
   workdir, record, config = trained
   before = (workdir / 'known.safetensors').stat().st_mtime_ns
-  again = meta_training.run(config, dataset, workdir)
+  again = meta_training.run(config, synthetic_runs, workdir)
   assert again['validation_error'] == record['validation_error']
   assert (workdir / 'known.safetensors').stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize('stop_after', [7, 20])
 def test_an_interrupted_training_ends_with_the_same_bits(
-  trained, dataset, tmp_path, monkeypatch, stop_after
+  trained, synthetic_runs, tmp_path, monkeypatch, stop_after
 ):
   workdir, _, config = trained
   draw, calls = meta_training.draw_batch, []
@@ -364,10 +358,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
   monkeypatch.setattr(meta_training, 'draw_batch', draw_then_stop)
   with pytest.raises(Terminated):
-    meta_training.run(config, dataset, tmp_path)
+    meta_training.run(config, synthetic_runs, tmp_path)
   assert checkpoints.exists(tmp_path / 'resume')
   monkeypatch.setattr(meta_training, 'draw_batch', draw)
-  meta_training.run(config, dataset, tmp_path)
+  meta_training.run(config, synthetic_runs, tmp_path)
   for name in ('known.safetensors', 'metrics.jsonl'):
     wanted, found = (workdir / name).read_bytes(), (tmp_path / name).read_bytes()
     if name.endswith('jsonl'):
@@ -378,45 +372,47 @@ def test_an_interrupted_training_ends_with_the_same_bits(
         np.testing.assert_array_equal(a[leaf], b[leaf])
 
 
-def test_bad_settings_are_named(dataset, tmp_path):
+def test_bad_settings_are_named(synthetic_runs, tmp_path):
   config = tiny_config()
   config.steps = 10
   with pytest.raises(UserError, match='steps is 10; wanted at least validate_every = 20'):
-    meta_training.run(config, dataset, tmp_path / 'a')
+    meta_training.run(config, synthetic_runs, tmp_path / 'a')
   config = tiny_config()
   config.batch_size = 12
   with pytest.raises(UserError, match='batch_size is 12'):
-    meta_training.run(config, dataset, tmp_path / 'b')
+    meta_training.run(config, synthetic_runs, tmp_path / 'b')
   config = tiny_config()
   config.weights_per_run = 0
   with pytest.raises(UserError, match='weights_per_run is 0'):
-    meta_training.run(config, dataset, tmp_path / 'c')
+    meta_training.run(config, synthetic_runs, tmp_path / 'c')
   config = tiny_config('papier')
   with pytest.raises(UserError, match=r"architecture 'papier'\. Did you mean 'paper'"):
-    meta_training.run(config, dataset, tmp_path / 'd')
+    meta_training.run(config, synthetic_runs, tmp_path / 'd')
   config = tiny_config()
   config.weight_decay = -1.0
   with pytest.raises(UserError, match=r'weight_decay is -1\.0'):
-    meta_training.run(config, dataset, tmp_path / 'e')
+    meta_training.run(config, synthetic_runs, tmp_path / 'e')
   assert not list(tmp_path.iterdir())
 
 
-def test_a_meta_dataset_that_grew_is_another(dataset, tmp_path):
+def test_a_meta_dataset_that_grew_is_another(synthetic_runs, tmp_path):
   folder = tmp_path / 'growing'
   write_dataset(folder, range(9))
   config = tiny_config()
   config.steps = 20
   meta_training.run(config, folder, tmp_path / 'w')
-  for path in (dataset / 'runs').glob('0000[9]*'):
+  for path in (synthetic_runs / 'runs').glob('0000[9]*'):
     (folder / 'runs' / path.name).write_bytes(path.read_bytes())
   with pytest.raises(UserError, match='runs'):
     meta_training.run(config, folder, tmp_path / 'w')
 
 
-def test_early_stopping_stops_wherever_a_training_was_interrupted(dataset, tmp_path, monkeypatch):
+def test_early_stopping_stops_wherever_a_training_was_interrupted(
+  synthetic_runs, tmp_path, monkeypatch
+):
   config = tiny_config()
   config.lr, config.steps, config.validate_every, config.patience = 1e-12, 60, 5, 2
-  whole = meta_training.run(config, dataset, tmp_path / 'whole')
+  whole = meta_training.run(config, synthetic_runs, tmp_path / 'whole')
   assert whole['steps'] < 60
   draw, calls = meta_training.draw_batch, []
 
@@ -431,25 +427,25 @@ def test_early_stopping_stops_wherever_a_training_was_interrupted(dataset, tmp_p
 
   monkeypatch.setattr(meta_training, 'draw_batch', stop_at_the_last)
   with pytest.raises(Terminated), runs.sigterm_raises():
-    meta_training.run(config, dataset, tmp_path / 'cut')
+    meta_training.run(config, synthetic_runs, tmp_path / 'cut')
   monkeypatch.setattr(meta_training, 'draw_batch', draw)
-  assert meta_training.run(config, dataset, tmp_path / 'cut')['steps'] == whole['steps']
+  assert meta_training.run(config, synthetic_runs, tmp_path / 'cut')['steps'] == whole['steps']
 
 
-def test_a_training_that_is_never_finite_is_an_error(dataset, tmp_path):
+def test_a_training_that_is_never_finite_is_an_error(synthetic_runs, tmp_path):
   config = tiny_config('paper')
   config.lr, config.steps, config.validate_every = 1e30, 20, 20
   with pytest.raises(UserError, match='never finite'):
-    meta_training.run(config, dataset, tmp_path)
+    meta_training.run(config, synthetic_runs, tmp_path)
   assert not (tmp_path / 'known.safetensors').exists()
 
 
-def test_a_workdir_of_another_config_is_refused(trained, dataset):
+def test_a_workdir_of_another_config_is_refused(trained, synthetic_runs):
   workdir, _, config = trained
   config = ConfigDict(config)
   config.lr = 0.5
   with pytest.raises(UserError, match='lr'):
-    meta_training.run(config, dataset, workdir)
+    meta_training.run(config, synthetic_runs, workdir)
 
 
 def test_a_folder_of_mat_files_can_be_trained_on(tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import references
+import test_collect
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
@@ -37,11 +38,8 @@ def tiny_config() -> ConfigDict:
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
   folder = tmp_path_factory.mktemp('collected')
-  config = collect.default_config()
-  config.runs, config.families, config.datasets = 3, ('cnn',), ('digits',)
-  config.widths = {'cnn': (2,)}
-  config.train_examples, config.pretrain_steps = (1400, 1400), (43, 43)
-  config.epochs, config.rate, config.augmented = (1, 1), (0.6, 0.6), 0.0
+  config = test_collect.tiny_config()
+  config.runs = 3
   collect.run(config, folder)
   return folder
 

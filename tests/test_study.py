@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from runs import SIZES, STEPS, assert_same_bits, small_config, snapshot
 
-from know_jax import checkpoints, forgetting, known, pretrained, training, transfer, trees
+from know_jax import checkpoints, files, forgetting, known, pretrained, training, transfer, trees
 from know_jax.data import mean_image
 from know_jax.errors import UserError
 from know_jax.files import append_line, locked, read_lines
@@ -641,7 +641,7 @@ def test_tables_are_read_as_they_were_written(tmp_path):
 
 def test_of_equal_keys_in_the_journal_the_first_counts(tmp_path):
   path = tmp_path / 'journal.jsonl'
-  journal = results.Journal(path)
+  journal = files.Journal(path)
   assert journal.get('a') is None
   journal.add('a', x=1)
   append_line(path, {'key': 'a', 'x': 2})

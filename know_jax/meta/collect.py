@@ -370,7 +370,11 @@ def flattened(about: Mapping[str, Any]) -> bool:
 
 def summary(output: str | Path) -> str:
   """What a meta-dataset holds: runs by family and data set, and how many of them forgot."""
-  abouts = [run.about for run in read_runs(output)]
+  return summary_of([run.about for run in read_runs(output)])
+
+
+def summary_of(abouts: Sequence[Mapping[str, Any]]) -> str:
+  """The summary of runs whose JSON files say this."""
   good = [about for about in abouts if 'diverged' not in about]
   falls = [
     after['test_accuracy'] < before['test_accuracy']

@@ -21,7 +21,7 @@ The hyper-parameters are in the file's name, of which those are kept that can be
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,12 @@ def read_any(folder: str | Path) -> Iterator[collect.Run]:
   return read_mat_folder(folder)
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
+def describe(folder: str | Path, runs: Sequence[collect.Run]) -> dict[str, Any]:
   """What a meta-dataset of either sort is, for the card of what is trained on it.
+
+  Args:
+    folder: the meta-dataset.
+    runs: all of its runs, as `read_any` gives them.
 
   Returns:
     JSON data: `config` (for `.mat` files their number and a digest of their names and sizes),
@@ -176,7 +180,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
   """
   if not is_mat_folder(folder):
     record = RunRecord.read(folder, collect.KIND)
-    lines = collect.summary(folder).splitlines()
+    lines = collect.summary_of([run.about for run in runs]).splitlines()
     return {'config': record['config'], 'summary': lines, 'environment': record['environment']}
   paths = sorted(Path(folder).expanduser().glob('*.mat'))
   sizes = {path.name: path.stat().st_size for path in paths}

@@ -139,8 +139,9 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   config = config_dict(config)
   check_config(config)
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
-  runs = {run.number: run for run in mat.read_any(data) if run.weights is not None}
-  source = mat.describe(data)
+  everything = list(mat.read_any(data))
+  source = mat.describe(data, everything)
+  runs = {run.number: run for run in everything if run.weights is not None}
   parts = parts_of(config, {number: run.about for number, run in runs.items()})
   train, validation = (
     sample_windows([runs[n] for n in parts[name]], config['weights_per_run'], config['seed'])
@@ -395,7 +396,7 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
     normal, right = 0.0, 0.0
     for weights in windows.weights[kind].astype(np.float64):
       history, hidden = weights[:, :-1].T, weights[:, -1]
-      v = np.concatenate([np.diff(history, axis=0), history[-1:]])
+      v = conditioned.host_basis(history)
       move = hidden - history[-1]
       scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
       normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)

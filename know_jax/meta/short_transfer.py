@@ -10,7 +10,6 @@ On validation runs all arms are scored. Every transfer is a line of a journal, s
 command runs on after a kill.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from ml_collections.config_dict import placeholder
 from know_jax import conditioned, forgetting, training, transfer
 from know_jax.data import load_dataset, mean_image
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import append_line, digest, read_lines, write_atomic
+from know_jax.files import Journal, digest, write_atomic
 from know_jax.known import HISTORY_LENGTH
 from know_jax.meta import collect, meta_training
 from know_jax.meta.evaluation import (
@@ -189,7 +188,7 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
     for source in validation:
       errors = retrodict(source, arms)
       for arm in arms:
-        found = journal.score(config, source, arm)
+        found = score(config, source, arm, journal)
         rows.append({'run': source.number, 'arm': arm.name, 'error': errors[arm.name], **found})
       bar.update(1)
   summary = gains(rows, config['resamples'])
@@ -231,27 +230,16 @@ def check_same_split(
 # --- one short transfer ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Journal:
-  """Short transfers that are done; a line of the file for each.
-
-  Attributes:
-    path: the JSONL file.
-  """
-
-  path: Path
-
-  def __post_init__(self) -> None:
-    self._done = {row['key']: row for row in read_lines(self.path)}
-
-  def score(self, config: Mapping[str, Any], source: collect.Run, arm: Arm) -> dict[str, float]:
-    """Loss and accuracy after a short transfer, made now or before."""
-    key = digest([source.number, arm.predictor, _plain(arm.options)])
-    if key not in self._done:
-      found = transfer_one(config, source, arm)
-      self._done[key] = {'key': key, 'run': source.number, 'arm': arm.name, **found}
-      append_line(self.path, self._done[key])
-    return {name: self._done[key][name] for name in ('loss', 'accuracy')}
+def score(
+  config: Mapping[str, Any], source: collect.Run, arm: Arm, journal: Journal
+) -> dict[str, float]:
+  """Loss and accuracy after a short transfer, made now or, by the journal, before."""
+  key = digest([source.number, arm.predictor, _plain(arm.options)])
+  entry = journal.get(key)
+  if entry is None:
+    found = transfer_one(config, source, arm)
+    entry = journal.add(key, run=source.number, arm=arm.name, **found)
+  return {name: entry[name] for name in ('loss', 'accuracy')}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,9 +345,9 @@ def search(
 
   def change(direction: np.ndarray, source: collect.Run) -> float:
     arm = Arm('candidate', 'known', {'theta': adjusted(theta, direction)})
-    naive = journal.score(config, source, Arm(NAIVE, NAIVE))
+    naive = score(config, source, Arm(NAIVE, NAIVE), journal)
     # A diverged candidate is bad, not infinitely so: it would drown the others.
-    return min(journal.score(config, source, arm)['loss'] - naive['loss'], 1.0)
+    return min(score(config, source, arm, journal)['loss'] - naive['loss'], 1.0)
 
   direction, path = evolve(config, len(runs), lambda d, i: change(d, runs[i]))
   return adjusted(theta, direction), path

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from know_jax import conditioned
 from know_jax.errors import UserError
 from know_jax.known import HISTORY_LENGTH
 from know_jax.meta.collect import Run
@@ -136,7 +137,7 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
 def leaf_moments(history: np.ndarray) -> np.ndarray:
   """The mean second moments of a leaf's differences and newest weights: `[S, ...]` -> `[S, S]`."""
   flat = history.reshape(len(history), -1).astype(np.float64)
-  v = np.concatenate([np.diff(flat, axis=0), flat[-1:]])
+  v = conditioned.host_basis(flat)
   return (v @ v.T / max(flat.shape[1], 1)).astype(np.float32)
 
 

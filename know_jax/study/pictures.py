@@ -5,18 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_MARKERS = 'osD^vP*X<>hp'
+from know_jax.plots import MARKERS, new_figure
 
 
 @contextlib.contextmanager
 def _axes(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
   """Axes with labels, written to a file when they are drawn."""
-  # Figure and Agg canvas without pyplot: no global state, no display.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(9, 6), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(9, 6)
   axes = figure.subplots()
   axes.set_title(title)
   axes.set_xlabel(x)
@@ -29,7 +24,7 @@ def _axes(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
 
 
 def _style(i: int) -> dict[str, Any]:
-  return {'color': f'C{i % 10}', 'marker': _MARKERS[i % len(_MARKERS)], 'markersize': 5}
+  return {'color': f'C{i % 10}', 'marker': MARKERS[i % len(MARKERS)], 'markersize': 5}
 
 
 def gains_by_step(

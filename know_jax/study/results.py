@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from know_jax.errors import UserError
-from know_jax.files import append_line, read_lines, reason, write_atomic
+from know_jax.files import reason, write_atomic
 
 RESULTS = 'results.csv'
 TIMINGS = 'timings.csv'
@@ -61,31 +61,6 @@ TIMING_COLUMNS: dict[str, type] = {
   'seconds': float,
 }
 """Column of timings.csv -> type. Seconds are of the clock, and so of no two runs the same."""
-
-
-class Journal:
-  """What is done, by key: lines that are only ever added, so that a kill loses one training."""
-
-  def __init__(self, path: Path):
-    self._path = path
-    self._entries: dict[str, dict[str, Any]] = {}
-    self.reload()
-
-  def reload(self) -> None:
-    """Reads also what other processes have added; of equal keys the first line counts."""
-    lines = read_lines(self._path)
-    self._entries = {line['key']: line for line in reversed(lines)}
-
-  def get(self, key: str) -> dict[str, Any] | None:
-    """The entry of a key, None if there is none yet."""
-    return self._entries.get(key)
-
-  def add(self, key: str, **values: Any) -> dict[str, Any]:
-    """Writes an entry, durably, and returns it."""
-    entry = {'key': key, **values}
-    append_line(self._path, entry)
-    self._entries[key] = entry
-    return entry
 
 
 def write_table(path: Path, columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> None:

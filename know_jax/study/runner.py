@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from know_jax import forgetting, training
 from know_jax.data import mean_image
 from know_jax.errors import UserError
-from know_jax.files import hidden_sibling, locked, reason
+from know_jax.files import Journal, hidden_sibling, locked, reason
 from know_jax.run_record import Bar, RunRecord, progress
 from know_jax.study.arms import TRAINED, Arm
 from know_jax.study.design import Study, combined_seed
@@ -34,7 +34,6 @@ from know_jax.study.results import (
   RESULTS,
   TIMING_COLUMNS,
   TIMINGS,
-  Journal,
   curve_text,
   read_table,
   write_table,
