@@ -262,9 +262,11 @@ def train_one(
   fresh = training.init_variables(model, named_key(seed, 'head'), shape)
   variables = jax.device_get(fresh) if variables is None else with_head(variables, fresh)
   curve: list[tuple[int, float]] = []
+  metrics: dict[str, float] = {}
 
   def test_after(epoch: int, state: training.TrainState) -> None:
-    curve.append((epoch, training.evaluate(model, state.variables, test)['accuracy']))
+    metrics.update(training.evaluate(model, state.variables, test))
+    curve.append((epoch, metrics['accuracy']))
 
   for phase, (recipe, epochs, lr, schedule) in enumerate(_phases(config, variables)):
     start = training.create_state(variables, recipe)
@@ -286,7 +288,8 @@ def train_one(
         show=test_after,
       )
       variables = state.variables
-  metrics = training.evaluate(model, variables, test)
+  if not curve or curve[-1][0] < config['epochs']:
+    metrics.update(training.evaluate(model, variables, test))
   return {**metrics, 'seconds': time.monotonic() - began, 'curve': curve}
 
 

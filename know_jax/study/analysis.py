@@ -174,7 +174,7 @@ def compare(groups: Sequence[Sequence[float]]) -> Comparison | None:
 
 
 def mean_curve(line: Line) -> list[tuple[int, float]]:
-  """The learning curve of an arm: epoch and mean accuracy over all its trainings."""
+  """The learning curve of an arm: epoch and mean accuracy over the trainings that have one."""
   found: dict[int, list[float]] = {}
   for row in line.rows.values():
     for epoch, accuracy in read_curve(row['curve']):

@@ -56,7 +56,8 @@ def default_config() -> ConfigDict:
       'ablations': (),
       # A folder with the authors' .h5 files, for the arm 'known_official'.
       'official': placeholder(str),
-      # Fine-tuning epochs after which test accuracy is noted; 0 is after the warm-up.
+      # Fine-tuning epochs after which test accuracy is noted, in the first training of each start
+      # (testing is what costs most with few labels); 0 is after the warm-up.
       'curve_epochs': (),
     }
   )
@@ -191,13 +192,17 @@ class Study:
     transfer_config = self.config['transfer']
     return {**transfer_config, 'lr': transfer_config['lr'] * arm.lr_scale}
 
+  def curve_epochs(self, transfer_seed: int) -> tuple[int, ...]:
+    """The fine-tuning epochs after which trainings of a transfer seed are tested."""
+    return () if transfer_seed else tuple(self.config['curve_epochs'])
+
   def training_key(self, arm: Arm, weights: str, source_seed: int, transfer_seed: int) -> str:
     """Identifies a training: arms that start from equal weights share it."""
     about = {
       'what': 'transfer',
       'weights': weights,
       'transfer': self.transfer_config(arm),
-      'curve_epochs': self.config['curve_epochs'],
+      'curve_epochs': self.curve_epochs(transfer_seed),
       'seed': combined_seed(source_seed, transfer_seed),
     }
     return digest(about)

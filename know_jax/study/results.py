@@ -46,7 +46,9 @@ COLUMNS: dict[str, type] = {
   # After the transfer, on the target's test set; NaN if the training diverged.
   'accuracy': float,
   'loss': float,
-  'curve': str,  # 'epoch:accuracy' for some epochs of fine-tuning; epoch 0 is after the warm-up.
+  # 'epoch:accuracy' for some epochs of fine-tuning; epoch 0 is after the warm-up. Empty but for
+  # transfer seed 0.
+  'curve': str,
 }
 """Column of results.csv -> type; a row is one training. Rows come in the order of the config."""
 

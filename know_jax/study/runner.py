@@ -124,7 +124,7 @@ def _run_source(
           data, test = target()
           found = train_one(
             study.model, variables, data, study.subsets[number], test, study.transfer_config(arm),
-            number, study.config['curve_epochs'],
+            number, study.curve_epochs(seed),
           )  # fmt: skip
         except training.DivergedError:
           # One arm's failure is a result, and no reason to lose the others'.

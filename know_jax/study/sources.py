@@ -142,14 +142,16 @@ class Run:
     return checkpoints.restore(path), checkpoints.read_metadata(path)['seconds']
 
   def _incremental(self, history: int) -> Any:
-    """Pre-trains on the smallest subset, then on each larger one in turn, last on all data."""
+    """Trains on the smallest subset, then on each larger one in turn, last on all data.
+
+    Each for as long as its forgetting stage took: what the stages cost, in the other order.
+    """
     config, task = self.settings, self._task
     key = named_key(config['seed'], 'init')
     variables = training.init_variables(task.model, key, task.input_shape)
     subsets = _subsets(config, task.train.labels)
     for stage in range(history - 1, -1, -1):
-      # Each is a pre-training, by its schedule.
-      plan = forgetting.stage_plan(config, 0, len(subsets[stage]))
+      plan = forgetting.stage_plan(config, stage, len(subsets[stage]))
       variables = self._fit(
         variables, subsets[stage], plan['epochs'], plan['lr'], 'incremental', stage
       )
