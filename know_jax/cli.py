@@ -16,7 +16,8 @@ from ml_collections import ConfigDict, config_flags
 
 from know_jax.errors import UserError, unknown_name
 from know_jax.files import reason
-from know_jax.signals import Terminated, raise_terminated
+from know_jax.guards import PredictionWarning
+from know_jax.signals import Terminated, raise_again, raise_terminated
 
 # The flags that are defined here are the script's own, and shown by its --help.
 flags.disclaim_key_flags()
@@ -76,6 +77,13 @@ def workdir() -> Path:
   return path
 
 
+def refuse(*names: str, because: str) -> None:
+  """Raises a `UserError` if one of these flags is given on the command line."""
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise UserError(f'--{name} means nothing where {because}.')
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
   """Runs a script: parses its flags, calls `main()`, and exits.
 
@@ -93,6 +101,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
   def guarded(_: list[str]) -> Any:
     signal.signal(signal.SIGTERM, raise_terminated)
+    sys.unraisablehook = raise_again
+    warnings.formatwarning = _format_warning
     enable_compilation_cache()
     try:
       return main()
@@ -111,6 +121,22 @@ def run(main: Callable[[], Any]) -> NoReturn:
     _exit(EXIT_INTERRUPTED, 'interrupted.')
   except Terminated:
     _exit(EXIT_TERMINATED, 'terminated.')
+
+
+_format_other_warning = warnings.formatwarning
+
+
+def _format_warning(
+  message: Warning | str,
+  category: type[Warning],
+  filename: str,
+  lineno: int,
+  line: str | None = None,
+) -> str:
+  """What is about the user's weights in one line; other warnings with their place in the code."""
+  if issubclass(category, PredictionWarning):
+    return f'{Path(sys.argv[0]).name}: warning: {message}\n'
+  return _format_other_warning(message, category, filename, lineno, line)
 
 
 def enable_compilation_cache() -> None:

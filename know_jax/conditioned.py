@@ -27,6 +27,11 @@ from know_jax.trees import KINDS
 
 _WIDTH = 32
 _PRECISION = jax.lax.Precision.HIGHEST
+FARTHEST = 4.0
+"""Standard deviations of the meta-dataset from its mean: a context beyond is outside of it.
+
+There, 2 % of the leaves of convolutions and biases, and 0.2 % of dense kernels, are.
+"""
 # Logarithms of moments are clipped here: a stage that hardly moved has no finite one.
 _LOG_LEAST = -12.0
 
@@ -144,6 +149,19 @@ def context(moments: jax.Array, rate: jax.Array | float) -> jax.Array:
     jnp.log(jnp.asarray(rate, moments.dtype))[None],
   ]
   return jnp.concatenate(parts)
+
+
+def outside(params: Any, moments: jax.Array, rate: jax.Array | float) -> jax.Array:
+  """How unlike the meta-dataset a leaf is: its farthest context over `FARTHEST`, a scalar.
+
+  Args:
+    params: Flax parameters of one network.
+    moments: the leaf's G `[S, S]`.
+    rate: r.
+  """
+  distance = (context(moments, rate) - params['mean']) / params['scale']
+  # A leaf that never moved has no context to speak of, and stays where it is.
+  return jnp.where(_movement(moments) > 0, jnp.abs(distance).max() / FARTHEST, 0.0)
 
 
 def step_coefficients(params: Any, moments: jax.Array, rate: jax.Array | float) -> jax.Array:

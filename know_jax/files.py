@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,11 @@ _NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 def reason(error: OSError) -> str:
   """The operating system's own words for an error, such as 'No space left on device'."""
   return error.strerror or str(error)
+
+
+def memory_bytes() -> int:
+  """The memory of this machine: what says to be larger is not read."""
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def fsync_directory(path: Path) -> None:
@@ -82,6 +88,16 @@ def locked(path: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
       name.unlink(missing_ok=True)
     finally:
       os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+  """Removes a directory, and what writers of it that were killed left beside it, where it can."""
+  prefix = hidden_sibling(path, '').name
+  with contextlib.suppress(OSError), locked(path):
+    beside = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]
+    for entry in (path, *beside):
+      # Not the lock, which is a file.
+      shutil.rmtree(entry, ignore_errors=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -185,10 +201,13 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
     The content, without the checksum.
 
   Raises:
-    UserError: the file is missing, unreadable, truncated, altered, or was never sealed.
+    UserError: the file is missing, a link, unreadable, truncated, altered, or was never sealed.
   """
   damaged = f'{what} {path} is damaged or foreign: '
   try:
+    # A link may lead to any file; what is sealed is written in its place.
+    if path.is_symlink():
+      raise UserError(f'{damaged}it is a link; wanted a plain file.')
     if not path.is_file():
       raise UserError(f'{what} {path} is missing.')
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
@@ -273,6 +292,8 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
   """The lines of a `.jsonl` file, and the length of the file without a line that is cut off."""
   try:
+    if path.exists() and not path.is_file():
+      raise UserError(f'{path} is a folder or a device; wanted a file.')
     data = path.read_bytes() if path.exists() else b''
   except OSError as error:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error
@@ -283,12 +304,13 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
       value = json.loads(line)
       if not isinstance(value, dict):
         raise ValueError('no JSON object')
+      value = restored(value)
     except (ValueError, RecursionError) as error:
       # No beginning of a JSON object is one itself, so a line that parses is whole.
       if number == len(lines) and not line.endswith(b'\n'):
         break
       raise UserError(f'{path} is damaged: line {number} is no JSON object.') from error
-    found.append(restored(value))
+    found.append(value)
     length += len(line)
   return found, length
 
@@ -309,6 +331,9 @@ class Journal:
   def reload(self) -> None:
     """Reads also what other processes have added; of equal keys the first line counts."""
     lines = read_lines(self._path)
+    for number, line in enumerate(lines, 1):
+      if not isinstance(line.get('key'), str):
+        raise UserError(f'{self._path} is damaged: line {number} has no key.')
     self._entries = {line['key']: line for line in reversed(lines)}
 
   def get(self, key: str) -> dict[str, Any] | None:

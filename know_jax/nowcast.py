@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 import operator
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from know_jax import conditioned, known, trees
+from know_jax import conditioned, guards, known, trees
 from know_jax.errors import UserError
 from know_jax.predictors import METHODS, Leaf, Method, check_options
-from know_jax.pretrained import load_known, parameter_shapes
+from know_jax.pretrained import load_known, parameter_shapes, trained_range
 from know_jax.trajectory import Trajectory, check_stages, stacked_length
 
 BLOCK = 8192
@@ -36,6 +37,7 @@ def predict(
   theta: Any = None,
   rate: float = 0.5,
   kinds: trees.KindFn | None = None,
+  on_bad: str = 'keep',
   **options: Any,
 ) -> trees.PyTree:
   """Predicts the weights `steps` stages beyond the newest: "as if trained on" rate^-steps the data.
@@ -45,6 +47,11 @@ def predict(
   `NamedSharding` keep their sharding, and KNOWN moves no weight between devices; under a `jit` of
   the caller's over a mesh with automatic axes XLA decides both. bfloat16 and float16 are computed
   in float32 and returned in their own dtype.
+
+  Every predicted leaf is looked at (`know_jax.guards`): it is bad if it holds NaN or infinity, if a
+  weight moves farther than ten times the largest weight of its history, or if a residual of the
+  paper's KNOWN is saturated. Leaves unlike any that KNOWN was trained on are predicted, with a
+  warning.
 
   Args:
     params_history: the weights at T stages, oldest (smallest subset) first: a list or tuple of
@@ -59,6 +66,10 @@ def predict(
     kinds: `(path, leaf) -> 'conv' | 'fc' | 'bias' | 'keep' | None` where the default rule of
       `trees.default_kind` (None) does not fit; `path` joins the keys by `/`, `leaf` is a
       `jax.ShapeDtypeStruct` without the time axis.
+    on_bad: what becomes of a bad leaf: 'keep' (it keeps its newest weights, and a
+      `guards.PredictionWarning` says so and why), 'raise', or 'ignore' (nothing is looked at, and
+      no warning given). The same under a transformation, where the warning comes, and the error is
+      raised, when the computation runs.
     **options: the predictor's own options: `regressor` (linear_fit), `lam` and `variant`
       (task_vector), `c` (shrink), `coefficients` (least_squares).
 
@@ -69,15 +80,15 @@ def predict(
   Raises:
     UserError: before anything is computed, if the history is too short for the step, its stages
       differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind, or
-      a name or option is unknown.
+      a name or option is unknown; afterwards, if a prediction is bad and `on_bad` is 'raise'.
   """
   steps = _check_steps(steps, least=0)
-  plan = _plan(params_history, steps, predictor, theta, rate, kinds, options)
+  plan = _plan(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
   history = plan.history
   if steps == 0:
     return history.unflatten([history.newest(i) for i in range(len(history.leaves))])
   return history.unflatten(
-    [history.newest(i) if leaf is None else leaf for i, leaf in enumerate(plan.run(steps))]
+    [history.newest(i) if leaf is None else leaf[0] for i, leaf in enumerate(plan.run((steps,)))]
   )
 
 
@@ -89,6 +100,7 @@ def forecast(
   theta: Any = None,
   rate: float = 0.5,
   kinds: trees.KindFn | None = None,
+  on_bad: str = 'keep',
   **options: Any,
 ) -> Trajectory:
   """Predicts each of the next `steps` weights; the arguments are those of `predict`.
@@ -101,7 +113,7 @@ def forecast(
     UserError: as `predict` does; also for steps = 0.
   """
   steps = _check_steps(steps, least=1)
-  plan = _plan(params_history, steps, predictor, theta, rate, kinds, options)
+  plan = _plan(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
   history = plan.history
   predicted = plan.run(tuple(range(1, steps + 1)))
   leaves = [
@@ -258,6 +270,9 @@ class _Job:
   shardings: tuple[NamedSharding | None, ...]
   rate: float
   options: tuple[tuple[str, Any], ...]
+  on_bad: str
+  limits: tuple[tuple[str, tuple[float, float]], ...] = ()
+  """Kind -> the largest weight and difference that KNOWN was trained on, where they are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,16 +282,27 @@ class _Plan:
   job: _Job
   theta: Any
 
-  def run(self, steps: int | tuple[int, ...]) -> list[jax.Array | None]:
-    """The prediction of every leaf, of several steps `[len(steps), ...]`; None for kept leaves."""
+  def run(self, steps: tuple[int, ...]) -> list[jax.Array | None]:
+    """The predictions of every leaf `[len(steps), ...]`, looked at; None for kept leaves."""
     predicted = [self.history.leaves[i] for i in self.predicted]
     on_host = self.job.predictor != 'tsv' and _is_on_host(predicted, self.theta)
     if on_host:
       # Now, also where the caller is traced and the history is a constant of the trace.
       with jax.ensure_compile_time_eval():
-        found = _run_on_host(predicted, self.theta, self.job, steps)
+        found, health = _run_on_host(predicted, self.theta, self.job, steps)
     else:
-      found = _run(predicted, self.theta, self.job, steps)
+      found, health = _run(predicted, self.theta, self.job, steps)
+    if health is not None:
+      about: dict[str, Any] = {
+        'predictor': self.job.predictor,
+        'leaves': tuple((leaf.path, leaf.kind) for leaf in self.job.leaves),
+        'steps': steps,
+        'on_bad': self.job.on_bad,
+      }
+      if isinstance(health, jax.core.Tracer):
+        guards.report_traced(health, **about)
+      else:
+        guards.report(health, **about, stacklevel=3)
     leaves: list[jax.Array | None] = [None] * len(self.history.leaves)
     for i, leaf in zip(self.predicted, found, strict=True):
       leaves[i] = leaf
@@ -290,8 +316,10 @@ def _plan(
   theta: Any,
   rate: float,
   kinds: trees.KindFn | None,
+  on_bad: str,
   options: dict[str, Any],
 ) -> _Plan:
+  guards.check_on_bad(on_bad)
   options = check_options(predictor, options)
   if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
     raise UserError(f'rate is {rate!r}; wanted a Python number in (0, 1).')
@@ -301,6 +329,9 @@ def _plan(
   method = METHODS[predictor]
   if method.leaf_fn is not None and theta is not None:
     raise UserError(f'theta is for the predictors that run KNOWN; {predictor!r} takes none.')
+  # Copies of the newest weight are like no history that KNOWN was trained on, and meant to be.
+  ours = theta is None and method.leaf_fn is None and predictor != 'known_history_free'
+  limits = trained_range(method.shipped) if ours else {}
   if steps and method.leaf_fn is None:
     theta = load_known(shipped=method.shipped) if theta is None else theta
     _check_theta(theta, {found[i] for i in predicted})
@@ -312,6 +343,8 @@ def _plan(
     shardings=tuple(_sharding(history.leaves[i]) for i in predicted),
     rate=float(rate),
     options=tuple(options.items()),
+    on_bad=on_bad,
+    limits=tuple(limits.items()),
   )
   return _Plan(history, predicted, job, theta)
 
@@ -380,13 +413,39 @@ def _array_sharding(array: Any) -> NamedSharding | None:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(leaves: list[Any], theta: Any, job: _Job, steps: int | tuple[int, ...]) -> list[jax.Array]:
-  if isinstance(steps, int):
-    return [leaf[0] for leaf in _run(leaves, theta, job, (steps,))]
+def _run(
+  leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]
+) -> tuple[list[jax.Array], jax.Array | None]:
+  """Predictions `[len(steps), ...]`, bad ones replaced, and health `[leaves, steps, FIELDS]`."""
   method = METHODS[job.predictor]
   if method.leaf_fn is None:
-    return _run_known(leaves, theta, job, steps)
-  options = dict(job.options)
+    found, residuals, outside = _run_known(leaves, theta, job, steps)
+  else:
+    found = _run_leaf_fn(leaves, job, steps)
+    residuals, outside = [jnp.zeros(len(steps))] * len(leaves), [jnp.zeros(())] * len(leaves)
+  if job.on_bad == 'ignore' or not leaves:
+    return found, None
+  health = [_health(*parts) for parts in zip(leaves, found, residuals, outside, strict=True)]
+  for i, (leaf, of_leaf) in enumerate(zip(leaves, health, strict=True)):
+    bad = guards.is_bad(of_leaf).reshape(-1, *[1] * leaf[-1].ndim)
+    found[i] = jnp.where(bad, leaf[-1][None], found[i])
+  return found, jnp.stack(health)
+
+
+def _health(leaf: Any, predicted: jax.Array, residual: jax.Array, outside: jax.Array) -> jax.Array:
+  """The health of one leaf: `[steps, FIELDS]`."""
+  leaf, predicted, residual, outside = jax.lax.stop_gradient((leaf, predicted, residual, outside))
+  stages = _in_float32(leaf)
+  largest = [jnp.abs(stage).max(initial=0.0) for stage in stages]
+  moved = jnp.abs(predicted.astype(stages[-1].dtype) - stages[-1])
+  movement = moved.max(axis=tuple(range(1, moved.ndim)), initial=0.0)
+  numbers = [movement, residual, functools.reduce(jnp.maximum, largest), outside]
+  return jnp.stack([jnp.broadcast_to(x.astype(jnp.float32), movement.shape) for x in numbers], -1)
+
+
+def _run_leaf_fn(leaves: list[Any], job: _Job, steps: tuple[int, ...]) -> list[jax.Array]:
+  method, options = METHODS[job.predictor], dict(job.options)
+  assert method.leaf_fn is not None
   found = []
   for leaf, info, sharding in zip(leaves, job.leaves, job.shardings, strict=True):
     predicted = []
@@ -430,46 +489,111 @@ def _is_on_host(leaves: list[Any], theta: Any) -> bool:
 
 
 def _run_on_host(
-  leaves: list[Any], theta: Any, job: _Job, steps: int | tuple[int, ...]
-) -> list[jax.Array]:
+  leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]
+) -> tuple[list[jax.Array], np.ndarray | None]:
   """What `_run` computes, in rows of fixed size: no shape of a leaf is ever compiled for.
 
   The leaves of a kind form one long row of weights, cut into rows of `_BATCH` or, at its end,
   `BLOCK` weights, whatever the borders of leaves.
   """
-  several = (steps,) if isinstance(steps, int) else steps
   views = [
     [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
     for leaf in leaves
   ]
-  found = [np.empty((len(several), *view[-1].shape), view[-1].dtype) for view in views]
+  found = [np.empty((len(steps), *view[-1].shape), view[-1].dtype) for view in views]
+  watched = job.on_bad != 'ignore'
+  health = np.zeros((len(leaves), len(steps), guards.FIELDS), np.float32)
   groups: dict[tuple[str, Any], list[int]] = {}
   for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
     dtype = jnp.promote_types(view[-1].dtype, jnp.float32)
     groups.setdefault((info.kind, dtype), []).append(i)
   for (kind, dtype), members in groups.items():
     if METHODS[job.predictor].leaf_fn is None and conditioned.is_conditioned(theta[kind]):
-      _conditioned_on_host(
+      outside = _conditioned_on_host(
         theta[kind],
         [views[i] for i in members],
         dtype,
         job,
-        several,
+        steps,
         [found[i] for i in members],
       )
+      health[members, :, 3] = outside[:, None]
       continue
-    row_job = dataclasses.replace(job, leaves=(Leaf('', kind),), shardings=(None,))
-    params = {kind: theta[kind]} if METHODS[job.predictor].leaf_fn is None else None
+    row_job = dataclasses.replace(job, leaves=(Leaf('', kind),), shardings=(None,), on_bad='ignore')
+    params, taken = None, steps
+    if METHODS[job.predictor].leaf_fn is None:
+      params = {kind: theta[kind]}
+      # Residuals are the changes from step to step.
+      taken = tuple(range(1, max(steps) + 1)) if watched else steps
+    wanted = [taken.index(n) for n in steps]
     for width, parts in _rows(members, [found[i][0].size for i in members]):
       row = np.zeros((len(views[members[0]]), width), dtype)
       for place, i, start, stop in parts:
         for t, stage in enumerate(views[i]):
           row[t, place : place + stop - start] = stage.reshape(-1)[start:stop]
-      (predicted,) = jax.device_get(_run([row], params, row_job, several))
+      (predicted,), _ = jax.device_get(_run([row], params, row_job, taken))
       for place, i, start, stop in parts:
-        flat = found[i].reshape(len(several), -1)
-        flat[:, start:stop] = predicted[:, place : place + stop - start]
-  return [jnp.asarray(leaf[0] if isinstance(steps, int) else leaf) for leaf in found]
+        part = predicted[:, place : place + stop - start]
+        flat = found[i].reshape(len(steps), -1)
+        with np.errstate(over='ignore'):
+          flat[:, start:stop] = part[wanted]
+        if params is not None and watched:
+          newest = row[-1:, place : place + stop - start]
+          residual = _residuals_on_host(np.concatenate([newest, part]))
+          health[i, :, 1] = np.maximum(health[i, :, 1], residual[wanted])
+  if not watched or not leaves:
+    return [jnp.asarray(leaf) for leaf in found], None
+  limits = dict(job.limits)
+  for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
+    health[i, :, 0], health[i, :, 2] = _movement_on_host(view, found[i])
+    if info.kind in limits:
+      health[i, :, 3] = _outside_on_host(_window(view, theta[info.kind], job), limits[info.kind])
+    if (bad := guards.is_bad(health[i])).any():
+      found[i][bad] = view[-1]
+  return [jnp.asarray(leaf) for leaf in found], health
+
+
+def _chunks(size: int) -> Iterator[slice]:
+  return (slice(start, start + _SMALL) for start in range(0, size, _SMALL))
+
+
+def _residuals_on_host(path: np.ndarray) -> np.ndarray:
+  """The largest residual up to each step, of weights `[1 + steps, N]` from the newest stage on."""
+  return np.maximum.accumulate(np.abs(np.diff(path, axis=0)).max(1, initial=0.0))
+
+
+def _movement_on_host(view: Sequence[np.ndarray], found: np.ndarray) -> tuple[np.ndarray, Any]:
+  """Largest movement at each step `[steps]`, and the scale, of one leaf."""
+  newest, flat = view[-1].reshape(-1), found.reshape(len(found), -1)
+  dtype = jnp.promote_types(newest.dtype, jnp.float32)
+  movement = np.zeros(len(flat), dtype)
+  for part in _chunks(newest.size):
+    base = newest[part].astype(dtype)
+    for step, leaf in enumerate(flat):
+      moved = np.abs(leaf[part].astype(dtype) - base).max()
+      movement[step] = np.maximum(movement[step], moved)
+  scale = _largest_on_host(view[-1])
+  # Older stages are read only where they make a difference.
+  if not (movement <= guards.MAX_MOVEMENT * max(scale, guards.FLOOR)).all():
+    scale = max(_largest_on_host(stage) for stage in view)
+  return movement, scale
+
+
+def _largest_on_host(stage: np.ndarray) -> float:
+  flat = stage.reshape(-1)
+  dtype = jnp.promote_types(flat.dtype, jnp.float32)
+  parts = (np.abs(flat[part].astype(dtype)).max() for part in _chunks(flat.size))
+  return max(map(float, parts), default=0.0)
+
+
+def _outside_on_host(window: Sequence[np.ndarray], limits: tuple[float, float]) -> float:
+  """`_outside` for NumPy arrays."""
+  weight = max(_largest_on_host(stage) for stage in window)
+  difference = max(
+    _largest_on_host(np.subtract(new, old, dtype=jnp.promote_types(new.dtype, jnp.float32)))
+    for old, new in itertools.pairwise(window)
+  )
+  return max(weight / limits[0], difference / limits[1])
 
 
 def _conditioned_on_host(
@@ -479,32 +603,38 @@ def _conditioned_on_host(
   job: _Job,
   steps: tuple[int, ...],
   out: Sequence[np.ndarray],
-) -> None:
-  """KNOWN conditioned on the leaf, written into `out`: NumPy but for the coefficients."""
+) -> np.ndarray:
+  """KNOWN conditioned on the leaf, written into `out`: NumPy but for the coefficients.
+
+  Returns:
+    How far outside the meta-dataset each leaf is, `[leaves]`.
+  """
   windows = [_window(view, params, job) for view in views]
   # Compiled for few numbers of leaves: powers of two.
   padded, length = 1 << (len(windows) - 1).bit_length(), len(windows[0])
   moments = np.zeros((padded, length, length), dtype)
   for leaf, window in enumerate(windows):
     moments[leaf] = _moments_on_host(window, dtype)
-  found = np.asarray(_coefficients(params, moments, job.rate, steps))[: len(windows)]
-  for leaf, coefficients in enumerate(found):
+  found, outside = jax.device_get(_coefficients(params, moments, job.rate, steps))
+  for leaf, coefficients in enumerate(found[: len(windows)]):
     stages = [stage.reshape(-1) for stage in windows[leaf]]
     flat = out[leaf].reshape(len(steps), -1)
-    for start in range(0, flat.shape[1], _SMALL):
-      part = slice(start, start + _SMALL)
+    for part in _chunks(flat.shape[1]):
       newest = stages[-1][part].astype(dtype)
       older = np.stack([stage[part].astype(dtype) - newest for stage in stages[:-1]])
       moved = coefficients[:, :-1] @ older + coefficients[:, -1:] * newest
-      flat[:, part] = (newest + moved).astype(flat.dtype)
+      with np.errstate(over='ignore'):
+        flat[:, part] = (newest + moved).astype(flat.dtype)
+  free = job.predictor == 'known_history_free'
+  return np.zeros(len(windows)) if free else outside[: len(windows)]
 
 
 def _moments_on_host(window: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
   """The second moments of one leaf, divided by its size: `[S, S]`."""
   stages = [stage.reshape(-1) for stage in window]
   total = np.zeros((len(stages), len(stages)))
-  for start in range(0, stages[0].size, _SMALL):
-    history = np.stack([stage[start : start + _SMALL].astype(dtype) for stage in stages])
+  for part in _chunks(stages[0].size):
+    history = np.stack([stage[part].astype(dtype) for stage in stages])
     v = conditioned.host_basis(history)
     total += v @ v.T
   return (total / max(stages[0].size, 1)).astype(dtype)
@@ -513,10 +643,14 @@ def _moments_on_host(window: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=3)
 def _coefficients(
   params: Any, moments: jax.Array, rate: jax.Array | float, steps: tuple[int, ...]
-) -> jax.Array:
-  """The stages' coefficients for many leaves: moments `[L, S, S]` -> `[L, len(steps), S]`."""
+) -> tuple[jax.Array, jax.Array]:
+  """The stages' coefficients for many leaves, and how far outside the meta-dataset they are.
+
+  Moments `[L, S, S]` -> `[L, len(steps), S]` and `[L]`.
+  """
   found = jax.vmap(lambda g: conditioned.rollout(params, g, rate, steps))(moments)
-  return conditioned.stage_coefficients(found)
+  outside = jax.vmap(lambda g: conditioned.outside(params, g, rate))(moments)
+  return conditioned.stage_coefficients(found), outside
 
 
 def _rows(
@@ -542,12 +676,25 @@ def _rows(
 # --- KNOWN over leaves ----------------------------------------------------------------------------
 
 
-def _run_known(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]) -> list[jax.Array]:
-  """KNOWN on every leaf: sharded ones shard by shard, large ones in place, small ones together."""
+def _run_known(
+  leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]
+) -> tuple[list[Any], list[Any], list[Any]]:
+  """KNOWN on every leaf: sharded ones shard by shard, large ones in place, small ones together.
+
+  Returns:
+    For every leaf the predictions, the largest residual up to each step, and how far outside the
+    meta-dataset it is.
+  """
   windows = [
     _window(leaf, theta[info.kind], job) for leaf, info in zip(leaves, job.leaves, strict=True)
   ]
   found: list[Any] = [None] * len(leaves)
+  residuals: list[Any] = [jnp.zeros(len(steps))] * len(leaves)
+  limits = dict(job.limits)
+  outside: list[Any] = [
+    _outside(window, limits[info.kind]) if info.kind in limits else jnp.zeros(())
+    for window, info in zip(windows, job.leaves, strict=True)
+  ]
   small: dict[str, list[int]] = {}
   whole: dict[str, list[int]] = {}
   for i, (window, info, sharding) in enumerate(
@@ -557,22 +704,32 @@ def _run_known(leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...])
     if conditioned.is_conditioned(theta[info.kind]):
       whole.setdefault(info.kind, []).append(i)
     elif sharding is not None:
-      found[i] = _known_sharded(run, theta[info.kind], window, sharding)
+      found[i], residuals[i] = _known_sharded(run, theta[info.kind], window, sharding)
     elif math.prod(window[0].shape) < _SMALL:
       small.setdefault(info.kind, []).append(i)
     else:
-      found[i] = run(theta[info.kind], window)
+      found[i], residuals[i] = run(theta[info.kind], window)
   for kind, indices in whole.items():
     moments = [_moments(windows[i], job.shardings[i]) for i in indices]
-    coefficients = _coefficients(theta[kind], jnp.stack(moments), job.rate, steps)
-    for i, of_leaf in zip(indices, coefficients, strict=True):
-      found[i] = _combine(of_leaf, windows[i], job.shardings[i])
+    coefficients, far = _coefficients(theta[kind], jnp.stack(moments), job.rate, steps)
+    for place, i in enumerate(indices):
+      found[i] = _combine(coefficients[place], windows[i], job.shardings[i])
+      if job.predictor != 'known_history_free':
+        outside[i] = far[place]
   for kind, indices in small.items():
     for batch in _batches(indices, [math.prod(windows[i][0].shape) for i in indices]):
       joined = _known_batch(theta[kind], [windows[i] for i in batch], steps)
-      for i, leaf in zip(batch, joined, strict=True):
-        found[i] = leaf
-  return found
+      for i, parts in zip(batch, joined, strict=True):
+        found[i], residuals[i] = parts
+  return found, residuals, outside
+
+
+def _outside(window: Any, limits: tuple[float, float]) -> jax.Array:
+  """How many times the largest weight or difference of a window is what KNOWN was trained on."""
+  stages = _in_float32(jax.lax.stop_gradient(window))
+  weights = [jnp.abs(stage).max(initial=0.0) / limits[0] for stage in stages]
+  moves = [jnp.abs(b - a).max(initial=0.0) / limits[1] for a, b in itertools.pairwise(stages)]
+  return functools.reduce(jnp.maximum, weights + moves)
 
 
 def _window(leaf: Any, params: Any, job: _Job) -> Any:
@@ -582,14 +739,20 @@ def _window(leaf: Any, params: Any, job: _Job) -> Any:
 
 
 def _known_sharded(
-  run: Callable[..., jax.Array], params: Any, window: Any, sharding: NamedSharding
-) -> jax.Array:
+  run: Callable[..., Any], params: Any, window: Any, sharding: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
   """KNOWN on each shard where it lies: no weight leaves its device."""
+  axes = _used_axes(sharding)
+
+  def of_shard(params: Any, window: Any) -> tuple[jax.Array, jax.Array]:
+    found, residual = run(params, window)
+    return found, jax.lax.pmax(residual, axes) if axes else residual
+
   return jax.shard_map(
-    run,
+    of_shard,
     mesh=sharding.mesh,
     in_specs=(PartitionSpec(), _window_spec(window, sharding)),
-    out_specs=PartitionSpec(None, *sharding.spec),
+    out_specs=(PartitionSpec(None, *sharding.spec), PartitionSpec()),
   )(params, window)
 
 
@@ -605,15 +768,26 @@ def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
   return batches
 
 
-def _known_batch(params: Any, windows: list[Any], steps: tuple[int, ...]) -> list[jax.Array]:
+def _known_batch(
+  params: Any, windows: list[Any], steps: tuple[int, ...]
+) -> list[tuple[jax.Array, jax.Array]]:
   """KNOWN on several small leaves joined into one row of weights."""
   flat = [jnp.stack([stage.ravel() for stage in _in_float32(window)]) for window in windows]
-  joined = _known_leaf(params, jnp.concatenate(flat, axis=1), steps)
+  every = tuple(range(1, max(steps) + 1))
+  joined, _ = _known_leaf(params, jnp.concatenate(flat, axis=1), every)
   splits = np.cumsum([leaf.shape[1] for leaf in flat])[:-1]
-  return [
-    part.reshape(len(steps), *window[0].shape).astype(window[0].dtype)
-    for part, window in zip(jnp.split(joined, splits, axis=1), windows, strict=True)
-  ]
+  wanted = jnp.asarray(steps) - 1
+  found = []
+  for part, row, window in zip(jnp.split(joined, splits, axis=1), flat, windows, strict=True):
+    predicted = part[wanted].reshape(len(steps), *window[0].shape).astype(window[0].dtype)
+    found.append((predicted, _residuals(row[-1], part)[wanted]))
+  return found
+
+
+def _residuals(newest: jax.Array, rolled: jax.Array) -> jax.Array:
+  """The largest residual up to each step, from the newest weights `[N]` and all steps `[n, N]`."""
+  path = jax.lax.stop_gradient(jnp.concatenate([newest[None], rolled]))
+  return jax.lax.cummax(jnp.abs(jnp.diff(path, axis=0)).max(1, initial=0.0))
 
 
 def _used_axes(sharding: NamedSharding) -> tuple[Any, ...]:
@@ -712,7 +886,7 @@ def _leaf_moments(window: Any) -> jax.Array:
   return jax.lax.fori_loop(0, whole // _SMALL, body, total) if whole else total
 
 
-def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
+def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
   """KNOWN on one leaf, block by block, so that the temporaries are those of one block.
 
   Args:
@@ -721,27 +895,35 @@ def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> jax.Array:
     steps: the steps wanted, ascending.
 
   Returns:
-    The predictions `[len(steps), ...]`, in the leaf's dtype.
+    The predictions `[len(steps), ...]`, in the leaf's dtype, and the largest residual up to each
+    step, `[len(steps)]`.
   """
   shape, dtype = window[0].shape, window[0].dtype
   size = math.prod(shape)
   width = jnp.promote_types(dtype, jnp.float32)
-  stages = _flat(window)
+  stages, wanted = _flat(window), jnp.asarray(steps) - 1
 
-  def run(block: Any) -> jax.Array:
+  def run(block: Any) -> tuple[jax.Array, jax.Array]:
     if isinstance(block, tuple):
       block = jnp.stack(block)
-    return known.rollout(params, block.astype(width), steps).astype(dtype)
+    block = block.astype(width)
+    rolled = known.rollout(params, block, tuple(range(1, max(steps) + 1)))
+    return rolled[wanted].astype(dtype), _residuals(block[-1], rolled)[wanted]
 
   if size <= BLOCK:
-    return run(stages).reshape(len(steps), *shape)
+    out, residual = run(stages)
+    return out.reshape(len(steps), *shape), residual
 
-  def body(index: jax.Array, out: jax.Array) -> jax.Array:
+  def body(index: jax.Array, carry: Any) -> Any:
+    out, residual = carry
     # The last block reaches back over the one before: it repeats some weights, and pads none.
     start = jnp.minimum(index * BLOCK, size - BLOCK)
-    return jax.lax.dynamic_update_slice(out, run(_block(stages, start, BLOCK)), (0, start))
+    predicted, found = run(_block(stages, start, BLOCK))
+    return jax.lax.dynamic_update_slice(out, predicted, (0, start)), jnp.maximum(residual, found)
 
   # Zeros made from the input have its mapped axes, which a loop in shard_map must carry.
-  blank = jnp.zeros((len(steps), size), dtype) + 0 * jax.tree.leaves(stages)[0].ravel()[0]
-  out = jax.lax.fori_loop(0, -(-size // BLOCK), body, blank)
-  return out.reshape(len(steps), *shape)
+  zero = 0 * jax.tree.leaves(stages)[0].ravel()[0]
+  blank = jnp.zeros((len(steps), size), dtype) + zero
+  nothing = jnp.zeros(len(steps), width) + jax.lax.stop_gradient(zero)
+  out, residual = jax.lax.fori_loop(0, -(-size // BLOCK), body, (blank, nothing))
+  return out.reshape(len(steps), *shape), residual

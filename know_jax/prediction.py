@@ -4,9 +4,11 @@ Each predictor's weights are written to `predictions/<predictor>/<n>` in the run
 checkpoint for every step n = 1..steps, whose metadata say what it is and how it scores as it is.
 """
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from know_jax import checkpoints, forgetting, nowcast, training, trees
 from know_jax.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
 from know_jax.data import to_device_input
 from know_jax.errors import UserError, unknown_name
+from know_jax.guards import PredictionWarning
 from know_jax.plots import plot_nowcast
 from know_jax.predictors import METHODS
 from know_jax.pretrained import SHIPPED, load_known
@@ -59,6 +62,7 @@ def run(
   batch_norm: str = 'keep',
   recalibration_batches: int = 10,
   known: str | None = None,
+  on_bad: str = 'keep',
 ) -> list[Prediction]:
   """Predicts, scores and writes; draws `predictions/nowcast.png`.
 
@@ -72,6 +76,8 @@ def run(
     batch_norm: what happens to BatchNorm, a name in `BATCH_NORM_POLICIES`.
     recalibration_batches: batches of 128 training images for `recalibrate`.
     known: file or folder with the parameters of KNOWN, as `load_known` takes; None: those shipped.
+    on_bad: what becomes of leaves with a bad prediction, as in `nowcast.predict`. The metadata of
+      the checkpoints hold its warnings too.
 
   Returns:
     The newest weight as step 0 of 'persistence', then every prediction.
@@ -115,17 +121,14 @@ def run(
     )
   ]  # fmt: skip
   # All are predicted before one is written: a predictor may still find the history too short.
-  forecasts = {
-    name: nowcast.forecast(
-      trajectory,
-      steps,
-      predictor=name,
-      # --known replaces the shipped default; 'known_paper' is always the shipped one.
-      theta=theta if METHODS[name].shipped == 'known' else None,
-      rate=config['rate'],
-    )
-    for name in predictors
-  }
+  forecasts, warned = {}, {}
+  for name in predictors:
+    # --known replaces the shipped default; 'known_paper' is always the shipped one.
+    given = theta if METHODS[name].shipped == 'known' else None
+    with _noted() as warned[name]:
+      forecasts[name] = nowcast.forecast(
+        trajectory, steps, predictor=name, theta=given, rate=config['rate'], on_bad=on_bad
+      )
   for name, forecast in forecasts.items():
     _remove_beyond(workdir, name, steps)
     for n, weights in enumerate(forecast, start=1):
@@ -146,13 +149,26 @@ def run(
         path=prediction_path(workdir, name, n),
       )
       found.append(prediction)
-      _save(prediction, batch_norm, known)
+      _save(prediction, batch_norm, known, warned[name])
   history = [s['test_loss'] for s in record['stages']]
   plot_nowcast(
     workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
     config['rate'],
   )  # fmt: skip
   return found
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+  """Gives the texts of the warnings about predictions, which are passed on."""
+  texts: list[str] = []
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', PredictionWarning)
+    yield texts
+  for warning in caught:
+    if issubclass(warning.category, PredictionWarning):
+      texts.append(str(warning.message))
+    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def prediction_path(workdir: str | Path, predictor: str, steps: int) -> Path:
@@ -166,7 +182,9 @@ def _remove_beyond(workdir: Path, predictor: str, steps: int) -> None:
       shutil.rmtree(path)
 
 
-def _save(prediction: Prediction, batch_norm: str, known: str | None) -> None:
+def _save(
+  prediction: Prediction, batch_norm: str, known: str | None, warned: Sequence[str]
+) -> None:
   assert prediction.path is not None
   metadata = {
     'predictor': prediction.predictor,
@@ -175,6 +193,7 @@ def _save(prediction: Prediction, batch_norm: str, known: str | None) -> None:
     'test_accuracy': prediction.accuracy,
     'test_loss': prediction.loss,
     'batch_norm': batch_norm,
+    'warnings': list(warned),
   }
   if METHODS[prediction.predictor].leaf_fn is None:
     name = METHODS[prediction.predictor].shipped
@@ -214,13 +233,8 @@ def _by_predictor(found: Sequence[Prediction]) -> dict[str, list[Prediction]]:
 
 def kinds_report(trajectory: Trajectory) -> str:
   """A line for every leaf: path, shape and the kind it is predicted as."""
-  newest = trees.named_leaves(trajectory.newest)
-  kinds = trees.leaf_kinds(trajectory.newest)
-  width = max(len(path) for path in kinds)
-  lines = ['leaf'.ljust(width) + '  kind  shape']
-  for path, kind in kinds.items():
-    lines.append(f'{path.ljust(width)}  {kind:<4}  {tuple(np.shape(newest[path]))}')
-  return '\n'.join(lines)
+  newest = trajectory.newest
+  return trees.kinds_table(trees.named_leaves(newest), trees.leaf_kinds(newest))
 
 
 def report(found: Sequence[Prediction]) -> str:

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
-from know_jax import conditioned, trees
+from know_jax import conditioned, hdf5, trees
 from know_jax.errors import UserError, unknown_name
 from know_jax.known import HISTORY_LENGTH
 
@@ -51,6 +51,8 @@ _KERAS_LAYERS = {
 }
 _HIDDEN = {'squeeze': (64, 8), 'offset': (8, 64), 'amplitude': (8, 64), 'gate': (8, 64)}
 _HIDDEN |= {'project': (64, 32)}
+_MAX_NUMBERS = 2**20  # In a tensor; those of KNOWN have under 2**12.
+_MAX_BYTES = 2**26
 
 
 def load_known(path: str | Path | None = None, *, shipped: str = 'known') -> dict[str, Any]:
@@ -86,8 +88,25 @@ def _shipped(name: str) -> dict[str, Any]:
 @functools.cache
 def least_squares_coefficients() -> dict[str, tuple[float, ...]]:
   """The shipped coefficients of `least_squares`: kind -> those of d_0 .. d_3 and of theta^0."""
-  found = json.loads(LEAST_SQUARES.read_text())['coefficients']
+  from know_jax.files import read_sealed
+
+  found = read_sealed(LEAST_SQUARES, 'coefficients')['coefficients']
   return {kind: tuple(found[kind]) for kind in trees.KINDS}
+
+
+@functools.cache
+def trained_range(name: str) -> dict[str, tuple[float, float]]:
+  """What shipped weights were trained on: kind -> the largest weight and the largest difference.
+
+  Args:
+    name: as `shipped` of `load_known`.
+
+  Returns:
+    The differences are those from one stage to the next. Empty for parameters that see no raw
+    weights.
+  """
+  found = read_card(SHIPPED[name]).get('range', {})
+  return {kind: (entry['weight'], entry['difference']) for kind, entry in found.items()}
 
 
 def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, Any]) -> None:
@@ -103,6 +122,7 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
   }
   _check_theta(tensors, str(path))
   metadata = {'format': FORMAT, 'card': json.dumps(card, sort_keys=True)}
+  metadata['sha256'] = _checksum(tensors, metadata)
   safetensors.numpy.save_file(tensors, path, metadata)
 
 
@@ -118,7 +138,14 @@ def theta_digest(theta: Mapping[str, Any]) -> str:
 def read_card(path: str | Path | None = None) -> dict[str, Any]:
   """The card of a safetensors file of KNOWN; None for the shipped weights."""
   path = SHIPPED['known'] if path is None else Path(path).expanduser()
-  return json.loads(_read(path)[1].get('card', '{}'))
+  text = _read(path)[1].get('card', '{}')
+  try:
+    card = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path}: the card in the header is no JSON ({error}).') from error
+  if not isinstance(card, dict):
+    raise UserError(f'{path}: the card in the header is {type(card)}; wanted a JSON object.')
+  return card
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -127,18 +154,39 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       f'{path}: no such file; wanted a safetensors file of KNOWN, or a folder with '
       f'{", ".join(_KERAS_FILES.values())}.'
     )
+  if (size := path.stat().st_size) > _MAX_BYTES:
+    raise UserError(f'{path}: {size} bytes; wanted a file of KNOWN, of at most {_MAX_BYTES}.')
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       metadata = file.metadata() or {}
       tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (safetensors.SafetensorError, OSError, TypeError) as error:
+  # The library has an error of its own, and passes on those of NumPy for dtypes and shapes.
+  except Exception as error:
     raise UserError(f'{path}: not a readable safetensors file ({error}).') from error
   if metadata.get('format') != FORMAT:
     raise UserError(
       f'{path}: format {metadata.get("format")!r} in the header; wanted {FORMAT!r}, as '
       'bin/meta_train.py writes.'
     )
+  # Files written before there were checksums have none. One that is damaged still has three keys.
+  if unknown := metadata.keys() - {'format', 'card', 'sha256'}:
+    raise UserError(f'{path}: is damaged: {min(unknown)!r} in the header is no part of the format.')
+  if 'sha256' in metadata and (found := _checksum(tensors, metadata)) != metadata['sha256']:
+    raise UserError(
+      f'{path}: is damaged: it has the checksum {found}; wanted {metadata["sha256"]}, as in its '
+      'header.'
+    )
   return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+  """Of all that a file says: names, dtypes, shapes and bits of its tensors, format and card."""
+  shapes = {name: [leaf.dtype.str, list(leaf.shape)] for name, leaf in tensors.items()}
+  about = {key: value for key, value in metadata.items() if key != 'sha256'}
+  hashed = hashlib.sha256(json.dumps([about, shapes], sort_keys=True).encode())
+  for name in sorted(tensors):
+    hashed.update(tensors[name].tobytes())
+  return hashed.hexdigest()
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -148,11 +196,12 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _load_keras(folder: Path) -> dict[str, Any]:
-  try:
-    import h5py
-  except ImportError as error:
-    raise UserError(f'{folder}: reading the .h5 files needs h5py; pip install h5py.') from error
-  tensors = {}
+  wanted = {
+    f'{keras}/{keras}/{what}:0': f'{ours}/{what}'
+    for ours, keras in _KERAS_LAYERS.items()
+    for what in ('kernel', 'bias')
+  }
+  tensors: dict[str, np.ndarray] = {}
   for kind, name in _KERAS_FILES.items():
     path = folder / name
     if not path.is_file():
@@ -160,12 +209,10 @@ def _load_keras(folder: Path) -> dict[str, Any]:
         f'{path}: no such file; the folder must hold {", ".join(_KERAS_FILES.values())}.'
       )
     try:
-      with h5py.File(path, 'r') as file:
-        for ours, keras in _KERAS_LAYERS.items():
-          for what in ('kernel', 'bias'):
-            tensors[f'{kind}/{ours}/{what}'] = np.asarray(file[f'{keras}/{keras}/{what}:0'])
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+      found = hdf5.read_arrays(path, list(wanted), limit=_MAX_NUMBERS, sort='HDF5 (Keras)')
+    except UserError as error:
       raise UserError(f'{path}: not the Keras weights of KNOWN ({error}).') from error
+    tensors |= {f'{kind}/{ours}': found[keras].values for keras, ours in wanted.items()}
   _check_theta(tensors, str(folder))
   return _nest(tensors)
 

@@ -1,13 +1,16 @@
 """Stopping a run from outside: the exception of SIGTERM, and stretches that no signal breaks."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_SECONDS = 0.05
 
 
 class Terminated(BaseException):
@@ -26,6 +29,25 @@ def raise_terminated(signum: int, frame: FrameType | None) -> None:
   del frame
   signal.signal(signum, signal.SIG_IGN)
   raise Terminated
+
+
+def raise_again(unraisable: Any) -> None:
+  """A `sys.unraisablehook` for which no SIGTERM is lost.
+
+  Python drops what is raised while it collects garbage, as in `__del__`, or in a callback of C
+  code. A `Terminated` that was dropped there is raised a moment later.
+
+  Args:
+    unraisable: what `sys.unraisablehook` is called with.
+  """
+  if unraisable.exc_type is not Terminated:
+    sys.__unraisablehook__(unraisable)
+    return
+  signal.signal(signal.SIGTERM, raise_terminated)
+  # By another thread, because here it would be dropped as well.
+  again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+  again.daemon = True
+  again.start()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ KINDS = ('conv', 'fc', 'bias')
 KEEP = 'keep'
 
 _ATTENTION = ('query', 'key', 'value', 'out')
+# What a normalisation layer has beside its scale.
+_NORMALISATION = ('bias', 'mean', 'var')
 
 
 def path_string(key_path: tuple) -> str:
@@ -105,7 +107,8 @@ def leaf_kinds(tree: PyTree, kinds: KindFn | None = None) -> dict[str, str]:
     UserError: a leaf has no kind, or `kinds` returned something else; the leaf is named.
   """
   named = named_leaves(tree)
-  # A normalisation layer has a scale and no kernel; its shift is called bias like any other.
+  # A normalisation layer has a scale and no kernel; its shift is called bias like any other, and
+  # Flax NNX has its running statistics in no collection of their own.
   parents: dict[str, set[str]] = collections.defaultdict(set)
   for path in named:
     parent, _, name = path.removesuffix('/value').rpartition('/')
@@ -114,9 +117,9 @@ def leaf_kinds(tree: PyTree, kinds: KindFn | None = None) -> dict[str, str]:
   for path, leaf in named.items():
     kind = kinds(path, leaf) if kinds is not None else None
     if kind is None:
-      siblings = parents[path.removesuffix('/value').rpartition('/')[0]]
-      shift = 'scale' in siblings and 'kernel' not in siblings
-      kind = KEEP if shift else default_kind(path, leaf)
+      parent, _, name = path.removesuffix('/value').rpartition('/')
+      normalises = 'scale' in parents[parent] and 'kernel' not in parents[parent]
+      kind = KEEP if normalises and name in _NORMALISATION else default_kind(path, leaf)
     elif kind not in (*KINDS, KEEP):
       raise UserError(
         f'kinds({path!r}, leaf) returned {kind!r}; wanted one of {", ".join((*KINDS, KEEP))}, '
@@ -135,6 +138,20 @@ def leaf_kinds(tree: PyTree, kinds: KindFn | None = None) -> dict[str, str]:
       )
     found[path] = kind
   return found
+
+
+def kinds_table(leaves: dict[str, Any], kinds: dict[str, str]) -> str:
+  """A line for every leaf: path, kind and shape.
+
+  Args:
+    leaves: path -> array or anything else with a shape.
+    kinds: path -> kind, as `leaf_kinds` gives them.
+  """
+  width = max(len(path) for path in kinds)
+  lines = ['leaf'.ljust(width) + '  kind  shape']
+  for path, kind in kinds.items():
+    lines.append(f'{path.ljust(width)}  {kind:<4}  {tuple(leaves[path].shape)}')
+  return '\n'.join(lines)
 
 
 def check_same(reference: PyTree, other: PyTree, *, names: tuple[str, str]) -> None:

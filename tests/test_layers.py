@@ -11,17 +11,17 @@ PACKAGE = Path(__file__).parents[1] / 'know_jax'
 # A row's modules may import from the rows above and from those before them in their own row. `a/*`
 # stands for a folder, whose modules may import one another.
 ROWS = (
-  ('errors', 'version'),
+  ('errors', 'version', 'files', 'hdf5_child', 'hdf5'),
   ('trees', 'statistics'),
   ('trajectory', 'known', 'conditioned', 'augmentation', 'subsets'),
-  ('pretrained', 'predictors'),
+  ('guards', 'pretrained', 'predictors'),
   ('nowcast',),
   ('models/*',),
-  ('signals', 'files', 'cli'),
+  ('signals', 'cli'),
   ('data', 'batch_norm'),
   ('training', 'together'),
   ('checkpoints', 'run_record'),
-  ('plots',),
+  ('plots', 'weight_files', 'streaming'),
   ('forgetting', 'prediction', 'transfer', 'landscape', 'study/*', 'meta/*'),
 )
 ORDER = {name: place for place, name in enumerate(itertools.chain.from_iterable(ROWS))}

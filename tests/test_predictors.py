@@ -2,6 +2,8 @@
 
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
@@ -87,7 +89,8 @@ def largest_step(name, options, length, most=4):
 def check(name, options, leaves, length, rtol, atol, dtype):
   steps = largest_step(name, options, length)
   history = {path: leaf.astype(dtype) for path, leaf in make_history(leaves, length).items()}
-  found = know_jax.forecast(history, steps, predictor=name, **options).weights
+  # Random weights go far.
+  found = know_jax.forecast(history, steps, predictor=name, on_bad='ignore', **options).weights
   assert set(found) == set(history)
   for path, leaf in history.items():
     of_leaf = reference(name, path, leaves, options)
@@ -175,7 +178,7 @@ def test_all_predictors_are_referenced_here():
 
 def predict_scalar(values, steps, **options):
   history = {'bias': np.asarray(values, np.float32)}
-  return float(know_jax.predict(history, steps, **options)['bias'])
+  return float(know_jax.predict(history, steps, on_bad='ignore', **options)['bias'])
 
 
 # --- cases that can be worked out by hand ---------------------------------------------------------
@@ -253,6 +256,178 @@ def test_fits_keep_the_digits_of_a_small_movement_far_from_zero(name):
   options = {'regressor': 'index'} if name == 'linear_fit' else {}
   found = know_jax.predict(history, 2, predictor=name, **options)['bias']
   np.testing.assert_array_equal(found, last + 2 * 2.0**-17)
+
+
+# --- symmetries -----------------------------------------------------------------------------------
+# With histories of the shapes of the tests of numbers above, for which all is compiled already.
+# That permuting weights permutes predictions, and that coordinate-wise predictors split a leaf's
+# prediction with the leaf, is also in test_nowcast.py.
+
+OF_THE_WHOLE_LEAF = ('known', 'tsv')
+COORDINATE_WISE = [name for name in know_jax.PREDICTORS if name not in OF_THE_WHOLE_LEAF]
+# The paper's KNOWN has exponentials and biases: it knows how large a weight is.
+OF_DEGREE_ONE = [name for name in know_jax.PREDICTORS if name not in ('tsv', 'known_paper')]
+# Their coefficients sum to one.
+OF_DIFFERENCES = (
+  'persistence', 'linear_fit', 'log_fit', 'task_vector', 'magmax', 'consensus_ta', 'average', 'tsv'
+)  # fmt: skip
+seeds = st.integers(0, 10**6)
+
+
+def small_forecast(name, history):
+  # A leaf that moves too far would be kept as a whole.
+  options = {'on_bad': 'ignore'}
+  if name.startswith('known'):
+    options['theta'] = THETA if name == 'known_paper' else CONDITIONED
+  if name == 'least_squares':
+    options['coefficients'] = COEFFICIENTS
+  steps = largest_step(name, options, 5)
+  history = {path: leaf.astype(np.float32) for path, leaf in history.items()}
+  found = know_jax.forecast(history, steps, predictor=name, **options).weights
+  return {path: np.asarray(leaf) for path, leaf in found.items()}
+
+
+def orthogonal(rng, size):
+  return np.linalg.qr(rng.normal(size=(size, size)))[0]
+
+
+@pytest.mark.parametrize('name', COORDINATE_WISE)
+@hypothesis.given(seed=seeds)
+@hypothesis.settings(max_examples=5, deadline=None)
+def test_a_weight_is_predicted_from_its_own_history_alone(name, seed):
+  # Hence any part of a leaf is predicted as it is in the whole. Bit for bit, but for the control
+  # that reads the leaf's moments and finds no movement there.
+  rng = np.random.default_rng(seed)
+  history = make_history(SMALL, 5, seed)
+  untouched = {path: rng.random(leaf.shape[1:]) < 0.5 for path, leaf in history.items()}
+  other = {
+    path: np.where(untouched[path], leaf, leaf + rng.normal(size=leaf.shape))
+    for path, leaf in history.items()
+  }
+  wanted, found = small_forecast(name, history), small_forecast(name, other)
+  for path, mask in untouched.items():
+    rtol = 1e-6 if name == 'known_history_free' else 0
+    np.testing.assert_allclose(found[path][:, mask], wanted[path][:, mask], rtol=rtol, err_msg=path)
+
+
+@pytest.mark.parametrize('name', OF_DEGREE_ONE)
+@hypothesis.given(seed=seeds, power=st.integers(-4, 4))
+@hypothesis.settings(max_examples=5, deadline=None)
+def test_weights_moved_about_with_other_signs_and_scale_have_such_predictions(name, seed, power):
+  rng = np.random.default_rng(seed)
+  history = make_history(SMALL, 5, seed)
+  orders = {path: rng.permutation(leaf[0].size) for path, leaf in history.items()}
+  signs = {path: rng.choice([-1, 1], leaf[0].size) for path, leaf in history.items()}
+
+  def moved(path, leaf):
+    flat = leaf.reshape(len(leaf), -1)
+    return (2.0**power * signs[path] * flat[:, orders[path]]).reshape(leaf.shape)
+
+  wanted = small_forecast(name, history)
+  found = small_forecast(name, {path: moved(path, leaf) for path, leaf in history.items()})
+  rtol = 1e-4 if name == 'exp_fit' else 1e-5
+  for path, leaf in wanted.items():
+    atol = 2e-6 * 2.0**power
+    np.testing.assert_allclose(found[path], moved(path, leaf), rtol=rtol, atol=atol, err_msg=path)
+
+
+@pytest.mark.parametrize('name', OF_DIFFERENCES)
+@hypothesis.given(seed=seeds, shift=st.integers(-8, 8))
+@hypothesis.settings(max_examples=5, deadline=None)
+def test_shifting_all_stages_shifts_the_prediction(name, seed, shift):
+  # Multiples of 2**-12, so that float32 holds the shifted stages exactly.
+  history = {
+    path: np.round(leaf * 2**12) / 2**12 for path, leaf in make_history(SMALL, 5, seed).items()
+  }
+  wanted = small_forecast(name, history)
+  found = small_forecast(name, {path: leaf + shift for path, leaf in history.items()})
+  for path, leaf in wanted.items():
+    np.testing.assert_allclose(found[path], leaf + shift, rtol=1e-6, atol=1e-5, err_msg=path)
+
+
+@hypothesis.given(seed=seeds)
+@hypothesis.settings(max_examples=3, deadline=None)
+def test_rotating_rows_and_columns_rotates_the_prediction_of_tsv(seed):
+  # Permutations and reflections of either among them: singular values do not see them.
+  rng = np.random.default_rng(seed)
+  history = make_history(LARGE, 3, seed)
+  turns = {
+    path: [orthogonal(rng, size) for size in matrix]
+    for path, (_, _, matrix) in LARGE.items()
+    if matrix
+  }
+
+  def rotated(path, leaf):
+    if path not in turns:
+      return leaf
+    rows, columns = turns[path]
+    matrices = leaf.reshape(len(leaf), len(rows), len(columns))
+    return (rows @ matrices @ columns).reshape(leaf.shape)
+
+  with jax.enable_x64(True):
+    forecast = functools.partial(know_jax.forecast, steps=2, predictor='tsv', on_bad='ignore')
+    wanted = forecast(history).weights
+    found = forecast({path: rotated(path, leaf) for path, leaf in history.items()}).weights
+    for path, leaf in wanted.items():
+      # The nearer two singular values are, the less do the vectors beside them hold still.
+      np.testing.assert_allclose(
+        found[path], rotated(path, np.asarray(leaf)), atol=1e-9, err_msg=path
+      )
+
+
+def test_tsv_sees_which_weights_share_a_row_or_a_column():
+  history = make_history(LARGE, 3)
+  order = np.random.default_rng(0).permutation(40 * 29)
+
+  def moved(leaf):
+    return leaf.reshape(len(leaf), -1)[:, order].reshape(leaf.shape)
+
+  with jax.enable_x64(True):
+    forecast = functools.partial(know_jax.forecast, steps=2, predictor='tsv', on_bad='ignore')
+    wanted = np.asarray(forecast(history).weights['head/kernel'])
+    shuffled = history | {'head/kernel': moved(history['head/kernel'])}
+    found = np.asarray(forecast(shuffled).weights['head/kernel'])
+  assert np.abs(found - moved(wanted)).max() > 0.01
+
+
+@hypothesis.given(seed=seeds)
+@hypothesis.settings(max_examples=5, deadline=None)
+def test_rotating_all_weights_of_a_leaf_rotates_the_prediction_of_known(seed):
+  # It sees the leaf's second moments only. Permutations are rotations of this sort.
+  rng = np.random.default_rng(seed)
+  history = make_history(KINDS, 7, seed)
+  turns = {path: orthogonal(rng, leaf[0].size) for path, leaf in history.items()}
+
+  def rotated(path, leaf):
+    return (leaf.reshape(len(leaf), -1) @ turns[path]).reshape(leaf.shape)
+
+  with jax.enable_x64(True):
+    theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), CONDITIONED)
+    forecast = functools.partial(know_jax.forecast, steps=4, theta=theta, on_bad='ignore')
+    wanted = forecast(history).weights
+    found = forecast({path: rotated(path, leaf) for path, leaf in history.items()}).weights
+  for path, leaf in wanted.items():
+    np.testing.assert_allclose(
+      found[path], rotated(path, np.asarray(leaf)), rtol=1e-9, atol=1e-10, err_msg=path
+    )
+
+
+@hypothesis.given(seed=seeds)
+@hypothesis.settings(max_examples=5, deadline=None)
+def test_known_splits_a_leaf_into_parts_that_have_moved_alike(seed):
+  rng = np.random.default_rng(seed)
+  part = make_history(ONE, 5, seed)['head/kernel'].reshape(5, 12)
+  # A rotation keeps the moments: the parts have those of the whole.
+  first, rest = (leaf.reshape(5, 4, 3) for leaf in (part, part @ orthogonal(rng, 12)))
+  history = {
+    'whole': {'kernel': np.concatenate([first, rest], axis=1)},
+    'first': {'kernel': first},
+    'rest': {'kernel': rest},
+  }
+  history = jax.tree.map(lambda leaf: leaf.astype(np.float32), history)
+  found = know_jax.predict(history, 2, theta=CONDITIONED)
+  parts = np.concatenate([found['first']['kernel'], found['rest']['kernel']])
+  np.testing.assert_allclose(parts, found['whole']['kernel'], rtol=1e-4, atol=1e-5)
 
 
 # --- options --------------------------------------------------------------------------------------

@@ -284,6 +284,7 @@ def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dic
     predictor=arm.predictor,
     rate=run.about['config']['rate'],
     kinds=lambda path, leaf: kinds[path],
+    on_bad='ignore',  # Predictors are compared as they are.
     **arm.options,
   )
   return {path: np.asarray(leaf) for path, leaf in found.items()}

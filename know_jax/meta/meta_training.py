@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from know_jax import checkpoints, conditioned, known, training
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import digest, read_lines, write_sealed
+from know_jax.files import digest, read_lines, remove_tree, write_sealed
 from know_jax.meta import mat
 from know_jax.meta.windows import Windows, sample_windows, split_runs
 from know_jax.plots import plot_learning_curves
@@ -155,6 +155,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
   record.update(runs=parts)
   if 'validation_error' in record:
+    remove_tree(_resume_path(workdir))
     return record
 
   state = _train(config, workdir, train, validation)
@@ -178,13 +179,17 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
       'environment': source['environment'],
     },
     'training': {'config': config, 'runs': parts, 'environment': record['environment']},
-    'validation_error': {k: float(v) for k, v in state.best_ratio.items()},
-    'step': {k: int(v) for k, v in state.best_step.items()},
+    # A state that was restored has its kinds in another order.
+    'validation_error': {kind: float(state.best_ratio[kind]) for kind in KINDS},
+    'step': {kind: int(state.best_step[kind]) for kind in KINDS},
   }
+  if config['architecture'] == 'paper':  # It sees raw weights: which were ordinary ones?
+    card['range'] = range_of(train)
   save_known(workdir / 'known.safetensors', state.best_theta, card)
   write_sealed(workdir / 'least_squares.json', {'coefficients': coefficients})
   plot_learning_curves(workdir / 'learning_curves.png', read_lines(workdir / 'metrics.jsonl'))
   record.update(validation_error=card['validation_error'], steps=int(state.step))
+  remove_tree(_resume_path(workdir))
   return record
 
 
@@ -267,6 +272,10 @@ def check_config(config: Mapping[str, Any]) -> None:
   training.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
 
 
+def _resume_path(workdir: Path) -> Path:
+  return workdir / 'resume'
+
+
 def _train(
   config: Mapping[str, Any], workdir: Path, train: Windows, validation: Windows
 ) -> MetaState:
@@ -286,7 +295,7 @@ def _train(
     best_ratio=blank,
     best_step={kind: np.int64(0) for kind in KINDS},
   )
-  resume = workdir / 'resume'
+  resume = _resume_path(workdir)
   losses: list[float] = []
   if checkpoints.exists(resume):
     leaves = checkpoints.restore(resume)['leaves']
@@ -296,6 +305,7 @@ def _train(
     losses = checkpoints.read_metadata(resume)['losses']
 
   def save() -> None:
+    log.sync()
     leaves = jax.tree.leaves(jax.device_get(state))
     tree = {'leaves': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}}
     checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
@@ -401,6 +411,19 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
       scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
       normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)
     found[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
+  return found
+
+
+def range_of(windows: Windows) -> dict[str, dict[str, float]]:
+  """The largest weight, and difference from one stage to the next, of what was trained on: by kind.
+
+  Args:
+    windows: of the runs trained on.
+  """
+  found = {}
+  for kind, weights in windows.weights.items():
+    largest = {'weight': weights, 'difference': np.diff(weights, axis=-1)}
+    found[kind] = {name: float(np.abs(values).max()) for name, values in largest.items()}
   return found
 
 

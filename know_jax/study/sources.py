@@ -195,6 +195,7 @@ class Run:
       theta=None if arm.theta is None else theta_of(arm.theta),
       rate=arm.rate,
       kinds=only,
+      on_bad='ignore',  # Predictors are compared as they are.
       **dict(arm.options),
     )
 
