@@ -1,23 +1,31 @@
-# Everything runs in .venv, which the first target that needs it makes.
+# Everything runs in $(VENV), which the first target that needs it makes: with what pyproject.toml
+# allows, and the versions that the file CONSTRAINTS pins, if it is given.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+CONSTRAINTS ?=
+BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: help venv demo test study-smoke lint types clean
+.PHONY: help venv demo test fast-tests test-newest test-oldest test-reliability study-smoke lint \
+  types clean
 
 help:
 	@echo 'make demo   forget, nowcast and transfer on the embedded digits (about 2 minutes)'
 	@echo 'make test   lint, type check, the fast test suite and the smoke study'
-	@echo 'make clean  remove .venv, the demo and caches'
+	@echo 'make test-newest, make test-oldest'
+	@echo '            the same, and the fast test suite alone, on the versions that .ci/*.txt pin'
+	@echo 'make test-reliability   kill, corrupt and fuzz in full (under 20 minutes)'
+	@echo 'make clean  remove virtual environments, the demo and caches'
 
-# The stamp is newer than pyproject.toml if and only if what it asks for is installed.
-.venv/stamp: pyproject.toml
+# The stamp is newer than what it depends on if and only if what that asks for is installed.
+$(VENV)/stamp: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; found " + sys.version)'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
-	touch .venv/stamp
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]' \
+	  $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $(VENV)/stamp
 
-venv: .venv/stamp
+venv: $(VENV)/stamp
 
 demo: venv
 	$(BIN)/python bin/forget.py --workdir=$(DEMO) --config=configs/forget_digits.py
@@ -33,8 +41,23 @@ types: venv
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(MAKE) fast-tests
 	$(MAKE) study-smoke
+
+fast-tests: venv
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+# On the newest and on the oldest versions that are known to work, as .ci/run does; how the lock
+# files are made again stands in them. No lint and no types on the oldest: tools change their minds.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.ci/newest.txt
+
+test-oldest:
+	$(MAKE) fast-tests VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt
+
+# In full: what `make test` has in a short form.
+test-reliability: venv
+	$(BIN)/python -m pytest --thorough --numprocesses=2 --dist=worksteal tests/reliability
 
 # The whole transfer study, shrunk, and its report, in a folder that is thrown away.
 study-smoke: venv
@@ -44,4 +67,4 @@ study-smoke: venv
 	rm -r $$folder
 
 clean:
-	rm -rf .venv $(DEMO) workdir .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest $(DEMO) workdir .pytest_cache .mypy_cache .ruff_cache

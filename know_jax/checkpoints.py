@@ -39,6 +39,7 @@ from know_jax.files import (
   fsync_directory,
   hidden_sibling,
   locked,
+  memory_bytes,
   plain,
   read_sealed,
   reason,
@@ -136,7 +137,8 @@ def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
     home = _home(path)
     manifest = _read_manifest(path, home)
     _check_files(path, home, manifest['files'])
-    tree = _orbax_restore(path, home / _WEIGHTS, manifest['leaves'])
+    stored = sum(file['size'] for file in manifest['files'].values())
+    tree = _orbax_restore(path, home / _WEIGHTS, manifest['leaves'], stored)
   _check_leaves(path, tree, manifest['leaves'], checksums=True)
   if like is not None:
     trees.check_same(like, tree, names=('the tree wanted', f'checkpoint {path}'))
@@ -166,6 +168,23 @@ def weights_digest(path: str | os.PathLike) -> str:
   path = _absolute(path)
   with _os_errors(f'cannot read checkpoint {path}'):
     return digest(_read_manifest(path, _home(path))['leaves'])
+
+
+def verify(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+  """Compares every file of a checkpoint with its manifest, for readers of parts of its `weights/`.
+
+  Returns:
+    The files: name -> `size` and `sha256`.
+
+  Raises:
+    UserError: as in `restore`, as far as the files go.
+  """
+  path = _absolute(path)
+  with _os_errors(f'cannot read checkpoint {path}'):
+    home = _home(path)
+    files = _read_manifest(path, home)['files']
+    _check_files(path, home, files)
+  return files
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -407,7 +426,18 @@ def _read_manifest(path: Path, home: Path) -> dict[str, Any]:
     )
   if not _well_formed(manifest):
     raise UserError(f'checkpoint {path} has a malformed {_MANIFEST}.')
+  # All files are read to compare their checksums, so they must not be of any size.
+  size = sum(file['size'] for file in manifest['files'].values())
+  if size > (most := 2 * _size(manifest['leaves']) + 2**12 * len(manifest['leaves']) + 2**20):
+    raise UserError(f'checkpoint {path} has files of {size} bytes; wanted at most {most}.')
   return manifest
+
+
+def _size(leaves: dict[str, dict[str, Any]]) -> int:
+  """The bytes of the leaves that a manifest describes."""
+  return sum(
+    math.prod(leaf['shape']) * np.dtype(leaf['dtype']).itemsize for leaf in leaves.values()
+  )
 
 
 def _well_formed(manifest: dict[str, Any]) -> bool:
@@ -418,7 +448,9 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
     return (
       isinstance(manifest['metadata'], dict)
       and all(
-        all(map(is_count, leaf['shape'])) and isinstance(leaf['dtype'] + leaf['sha256'], str)
+        all(map(is_count, leaf['shape']))
+        and isinstance(leaf['sha256'], str)
+        and np.dtype(leaf['dtype']).name == leaf['dtype']
         for leaf in manifest['leaves'].values()
       )
       and all(
@@ -426,7 +458,7 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
         for file in manifest['files'].values()
       )
     )
-  except (KeyError, TypeError, AttributeError):
+  except (KeyError, TypeError, AttributeError, ValueError, SyntaxError):
     return False
 
 
@@ -479,25 +511,47 @@ def _orbax_save(path: Path, directory: Path, tree: PyTree) -> None:
     raise UserError(f'Orbax cannot write {path}: {_first_line(error)}') from error
 
 
-def _orbax_restore(path: Path, directory: Path, wanted: dict[str, dict[str, Any]]) -> PyTree:
+def _orbax_restore(
+  path: Path, directory: Path, wanted: dict[str, dict[str, Any]], stored: int
+) -> PyTree:
   import orbax.checkpoint as ocp
 
-  size = sum(math.prod(leaf['shape']) for leaf in wanted.values())
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if size > memory:
-    raise UserError(f'checkpoint {path} holds {size} numbers; this machine has {memory} bytes.')
+  if (size := _size(wanted)) > (memory := memory_bytes()):
+    raise UserError(f'checkpoint {path} holds {size} bytes; this machine has {memory}.')
   try:
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
       # Shapes first: reading allocates what they say.
-      _check_leaves(
-        path, checkpointer.metadata(directory).item_metadata.tree, wanted, checksums=False
-      )
-      return checkpointer.restore(directory)
+      described = checkpointer.metadata(directory).item_metadata.tree
+      _check_leaves(path, described, wanted, checksums=False)
+      _check_chunks(path, described, stored)
+      tree = checkpointer.restore(directory)
+    for name, leaf in trees.named_leaves(tree).items():
+      if not isinstance(leaf, np.ndarray):
+        raise UserError(
+          f'checkpoint {path} is damaged: leaf {name!r} is of {type(leaf)}; wanted an array.'
+        )
+    return tree
   except UserError:
     raise
   except Exception as error:
     # Every file is as it was written, so this is Orbax: say an older version than that which wrote.
     raise UserError(f'Orbax cannot read {path}: {_first_line(error)}') from error
+
+
+def _check_chunks(path: Path, described: PyTree, stored: int) -> None:
+  """Refuses chunks larger than their leaf, and more of them than there are bytes in the files.
+
+  TensorStore takes memory for a whole chunk at a time, and for every chunk there is; where there is
+  none left the process ends.
+  """
+  for name, leaf in trees.named_leaves(described).items():
+    shape, chunk = leaf.shape, leaf.storage.chunk_shape
+    fits = all(0 < c <= max(s, 1) for s, c in zip(shape, chunk, strict=True))
+    if not fits or math.prod(-(-s // c) for s, c in zip(shape, chunk, strict=True)) > stored:
+      raise UserError(
+        f'checkpoint {path} is damaged: leaf {name!r} of shape {list(shape)} is in chunks of '
+        f'{list(chunk)}.'
+      )
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,6 @@ A workdir holds `record.json` (config, versions, subset sizes, accuracies), `met
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from know_jax import checkpoints, training
 from know_jax.augmentation import Augmentation
 from know_jax.data import Dataset, load_dataset, mean_image
 from know_jax.errors import UserError
+from know_jax.files import remove_tree
 from know_jax.models import build_model
 from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
 from know_jax.subsets import check_subsets, nested_subsets
@@ -410,7 +410,7 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
     start, seconds_before = Checkpoint(state, tuple(metadata['sums'])), metadata['seconds']
   else:
     # What a kill left of the stage before, maybe half removed, and so nothing that `save` replaces.
-    shutil.rmtree(resume, ignore_errors=True)
+    remove_tree(resume)
   epoch_before = int(start.state.step) * plan['epochs'] // plan['steps']
   began = time.monotonic()
 
@@ -471,7 +471,7 @@ def _keep_stage(run: _Run, state: TrainState, seconds: float) -> None:
   checkpoints.save(path, state.variables, metadata=summary, overwrite=True)
   stages = [*run.record.get('stages', []), {**summary, 'train_seconds': seconds}]
   run.record.update(stages=stages)
-  shutil.rmtree(_resume_path(run.workdir), ignore_errors=True)
+  remove_tree(_resume_path(run.workdir))
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:

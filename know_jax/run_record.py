@@ -123,7 +123,14 @@ class RunRecord:
     self._content = content
 
   @classmethod
-  def open(cls, workdir: str | os.PathLike, config: dict[str, Any], *, kind: str) -> 'RunRecord':
+  def open(
+    cls,
+    workdir: str | os.PathLike,
+    config: dict[str, Any],
+    *,
+    kind: str,
+    flag: str = '--workdir',
+  ) -> 'RunRecord':
     """Begins a run in a workdir, or goes on with the one that is there.
 
     Where a run goes on in another environment (a new version, another device), that is added to
@@ -133,6 +140,7 @@ class RunRecord:
       workdir: the directory; made if missing.
       config: JSON data, as from `config_dict`.
       kind: what the run does: 'forget', 'transfer', ...
+      flag: the option that gave the workdir, for errors.
 
     Returns:
       The record, with what an earlier part of the run wrote.
@@ -155,7 +163,7 @@ class RunRecord:
         raise UserError(
           f'workdir {workdir} holds a run with another config. '
           + '; '.join(differences)
-          + '. Give another --workdir, or the config found there.'
+          + f'. Give another {flag}, or the config found there.'
         )
       here = environment()
       resumed = record['resumed_in']
@@ -190,6 +198,10 @@ class RunRecord:
         f'record {path} has format {content.get("format")!r}, version '
         f'{content.get("version")!r}; wanted {FORMAT!r}, version {VERSION}.'
       )
+    header = {'config': dict, 'environment': dict, 'resumed_in': list}
+    for name, wanted in header.items():
+      if not isinstance(content.get(name), wanted):
+        raise UserError(f'record {path} is malformed: its {name} is no {wanted.__name__}.')
     if content.get('kind') != kind:
       raise UserError(
         f'workdir {workdir} holds a run of another kind: found {content.get("kind")!r}, wanted '
@@ -389,7 +401,13 @@ class _Lines:
 
 @contextlib.contextmanager
 def progress(
-  total: int, desc: str, unit: str, *, initial: int = 0, show: bool = True
+  total: int,
+  desc: str,
+  unit: str,
+  *,
+  initial: float = 0,
+  show: bool = True,
+  scale: bool = False,
 ) -> Iterator[Bar]:
   """A progress bar on stderr with rate and time left.
 
@@ -399,6 +417,7 @@ def progress(
     unit: what is counted, as in 'step'.
     initial: units done before, which the rate leaves out.
     show: False: count in silence.
+    scale: whether large numbers are shown as 1.23M.
 
   Yields:
     The bar, with `update(n=1)` and `set_postfix(name=value)`, which the next update shows. Where
@@ -412,6 +431,7 @@ def progress(
     desc=desc,
     unit=f' {unit}',
     initial=initial,
+    unit_scale=scale,
     disable=not show,
     mininterval=_BAR_SECONDS[terminal],
     maxinterval=10.0,

@@ -20,7 +20,8 @@ def nested_subsets(
   The sizes are |D^i| = floor(rate |D^(i-1)| + 1/2). All subsets are beginnings of one random order
   of the examples, so each is a uniformly random subset of the one before, and more phases or
   another split into phases never reshuffles. The result is a function of the arguments only: the
-  order comes from integer arithmetic on the key's bits, the same on every machine and device.
+  order comes from integer arithmetic on the key's bits, the same on every machine, number of
+  devices and setting of JAX.
 
   With `stratified`, the order is such that every beginning of it, of n examples out of N, holds
   floor(n N_k / N) or ceil(n N_k / N) of the N_k examples of class k, so that the shares of the
@@ -28,7 +29,8 @@ def nested_subsets(
   `_stratified_order`.
 
   Args:
-    key: one typed key, `jax.random.key(seed)`.
+    key: one typed key of JAX's default generator, `jax.random.key(seed)`; others give other numbers
+      on other hardware.
     labels: [N] integers; the classes where `stratified`, else only their number counts.
     rate: the sampling rate r, between 0 and 1, both excluded.
     phases: how many sets, D^0 included; at least 1.
@@ -49,11 +51,18 @@ def nested_subsets(
     )
   if key.shape != ():
     raise UserError(f'key has shape {key.shape}; wanted one key, of shape ().')
+  if (generator := str(jax.random.key_impl(key))) != 'threefry2x32':
+    raise UserError(
+      f'key is of the generator {generator!r}; wanted threefry2x32, whose numbers are the same on '
+      'every machine: leave jax_default_prng_impl alone.'
+    )
   if not 0 < rate < 1:
     raise UserError(f'rate is {rate}; wanted a number between 0 and 1, both excluded.')
   if phases < 1:
     raise UserError(f'phases is {phases}; wanted 1 or more.')
-  order = np.asarray(jax.random.permutation(key, labels.size))
+  # A flag of JAX's (JAX_THREEFRY_PARTITIONABLE) would give other subsets.
+  with jax.threefry_partitionable(True):
+    order = np.asarray(jax.random.permutation(key, labels.size))
   if stratified:
     order = _stratified_order(order, labels)
   sizes = [labels.size]

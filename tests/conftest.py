@@ -1,5 +1,6 @@
 """Settings of the whole suite: eight simulated devices, no files of the user's touched."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -14,6 +15,35 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 ).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--thorough', action='store_true', help='tests/reliability in full: make test-reliability'
+  )
+
+
+@pytest.fixture(scope='session')
+def thorough(request) -> bool:
+  """Whether the tests of reliability run in full, or in the short form of `make test`."""
+  return request.config.getoption('--thorough')
+
+
+@pytest.fixture
+def tally(record_property):
+  """`tally(what, count)` adds to a number that is printed after the last test."""
+  return lambda what, count=1: record_property('tally', (what, count))
+
+
+def pytest_terminal_summary(terminalreporter):
+  totals: collections.Counter[str] = collections.Counter()
+  for report in terminalreporter.getreports('passed'):
+    for name, value in report.user_properties:
+      if name == 'tally':
+        what, count = value
+        totals[what] += count
+  for what, count in sorted(totals.items()):
+    terminalreporter.write_line(f'{what}: {count}')
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -221,6 +221,11 @@ def test_metadata_that_is_not_json_is_refused_by_name(tmp_path):
 
 # -- damage is found -----------------------------------------------------------------------------
 
+WAYS = (
+  *('flip', 'truncate', 'delete', 'swap', 'append'),
+  *('zero', 'stray', 'double', 'foreign', 'rename'),
+)
+
 
 @pytest.fixture(scope='module')
 def intact(tmp_path_factory):
@@ -234,12 +239,12 @@ def damaged(tmp_path, intact):
 
 
 def corrupt(rng: np.random.Generator, path: Path) -> str:
-  """Damages one file of a checkpoint at random; returns what was done and to which file."""
+  """Damages one file of a folder at random; returns what was done and to which file."""
   names = sorted(str(p.relative_to(path)) for p in path.rglob('*') if p.is_file())
   name = names[rng.integers(len(names))]
   file = path / name
   data = bytearray(file.read_bytes())
-  way = ('flip', 'truncate', 'delete', 'swap', 'append', 'zero', 'stray')[rng.integers(7)]
+  way = WAYS[rng.integers(len(WAYS))]
   if way == 'flip' and data:
     data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
   elif way == 'truncate' and data:
@@ -249,14 +254,20 @@ def corrupt(rng: np.random.Generator, path: Path) -> str:
   elif way == 'zero' and any(data):
     first = next(i for i, byte in enumerate(data) if byte)
     data[first : first + 512] = bytes(len(data[first : first + 512]))
-  elif way == 'swap':
-    others = [other for other in names if (path / other).read_bytes() != data]
+  elif way == 'swap' and (others := [n for n in names if (path / n).read_bytes() != data]):
     other = path / others[rng.integers(len(others))]
     data = bytearray(other.read_bytes())
     other.write_bytes(file.read_bytes())
+  elif way == 'double' and data:
+    data *= 2
+  elif way == 'foreign':
+    data = bytearray(rng.bytes(len(data) + 1))
   elif way == 'stray':
     name += 'x'
     file = path / name
+  elif way == 'rename':
+    file.rename(path / f'{name}x')
+    return f'rename {name}'
   else:
     file.unlink()
     return f'delete {name}'
@@ -326,7 +337,7 @@ def reseal(path: Path, change) -> None:
     (lambda m: m['leaves'].pop('step'), "leaf 'step' is in its weights, not in its manifest"),
     (lambda m: m['leaves'].update(new=m['leaves']['step']), "leaf 'new' is in its manifest, not"),
     (lambda m: m['leaves']['step'].update(shape=[1]), r"leaf 'step' has shape \[\]; wanted \[1\]"),
-    (lambda m: m['leaves']['step'].update(shape=[2**50]), 'numbers; this machine has'),
+    (lambda m: m['leaves']['step'].update(shape=[2**50]), 'bytes; this machine has'),
     (lambda m: m['leaves']['step'].update(dtype='int64'), "leaf 'step' has dtype int32; wanted"),
     (lambda m: m['leaves']['step'].update(sha256='0'), "leaf 'step' has sha256 .*; wanted 0, as"),
     (lambda m: m['files'].update({'../x': {'size': 1, 'sha256': ''}}), r"'../x' is missing"),

@@ -245,6 +245,20 @@ cli.run(main)
     ),
     (
       """
+      class Late:  # Python drops what is raised in here.
+        def __del__(self):
+          wait()
+      late = Late()
+      del late
+      print('went on')
+      time.sleep(30)
+      print('never stopped')
+      """,
+      signal.SIGTERM,
+      (143, 'went on\n', 'script.py: terminated.\n'),
+    ),
+    (
+      """
       absl.logging.info('noise')
       logging.getLogger('orbax').info('noise')
       jax.jit(lambda x: x + 1)(1.0).block_until_ready()

@@ -1,6 +1,7 @@
 """The meta-dataset: what is drawn, what is kept, and that nothing is made twice."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_the_smallest_subset_always_fills_a_batch(number):
   key = jax.random.key(run.seed)
   subsets = nested_subsets(key, labels, rate=run.rate, phases=7, stratified=True)
   assert len(subsets[-1]) >= run.batch_size
+
+
+def test_the_workdir_of_a_finished_run_is_removed_after_a_kill(collected, tmp_path):
+  shutil.copytree(collected[0], tmp_path / 'meta')
+  # Killed after the run's file was written; another worker, at the other run, is alive.
+  workdirs = [tmp_path / 'meta' / 'running' / f'0000{number}' for number in (0, 1)]
+  for workdir in workdirs:
+    workdir.mkdir(parents=True)
+  with locked(tmp_path / 'meta' / 'runs' / '00001.claim'):
+    collect.run(tiny_config(), tmp_path / 'meta')
+  assert [workdir.exists() for workdir in workdirs] == [False, True]
 
 
 def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):

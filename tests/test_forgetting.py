@@ -302,6 +302,22 @@ def test_a_half_removed_resume_checkpoint_does_no_harm(monkeypatch, finished, tm
   assert_same_run(tmp_path, finished)
 
 
+def test_what_a_killed_save_left_is_gone_at_the_end(monkeypatch, finished, tmp_path):
+  with monkeypatch.context() as context, sigterm_raises():
+    stop_at_steps(context, (20,))
+    with pytest.raises(Terminated):
+      forget(tmp_path)
+  # Between the two renames of a save, and within that of another.
+  (tmp_path / 'resume').rename(tmp_path / '.resume.previous')
+  (tmp_path / '.resume.saving-0123').mkdir()
+  (tmp_path / '.resume.lock').touch()
+  forget(tmp_path)
+  assert_same_run(tmp_path, finished)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'metrics.jsonl', 'record.json', 'stages', 'tensorboard',
+  ]  # fmt: skip
+
+
 def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
   saved, metrics_safe = [], []
   real_save, real_write, real_sync = checkpoints.save, MetricsLog.write, MetricsLog.sync

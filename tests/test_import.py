@@ -1,11 +1,17 @@
 """What `import know_jax` needs and brings in, each in a fresh interpreter."""
 
 import importlib.metadata
+import itertools
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +62,25 @@ assert not loaded(), loaded()
 print('done')
 """)
   assert out == 'done\n'
+
+
+def pins(lock):
+  lines = (ROOT / '.ci' / lock).read_text().splitlines()
+  found = (Requirement(line) for line in lines if not line.startswith('#'))
+  return {canonicalize_name(pin.name): str(pin.specifier).removeprefix('==') for pin in found}
+
+
+def test_the_lower_bounds_are_the_versions_that_are_tested():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  extras = project['optional-dependencies'].values()
+  wanted = [Requirement(line) for line in itertools.chain(project['dependencies'], *extras)]
+  oldest, newest = pins('oldest.txt'), pins('newest.txt')
+  assert len(wanted) > 20
+  for requirement in wanted:
+    name = canonicalize_name(requirement.name)
+    # One bound each, written as the oldest lock file has it.
+    assert requirement.specifier == SpecifierSet(f'>={oldest[name]}'), name
+    assert Version(oldest[name]) <= Version(newest[name]), name
 
 
 def train_modules():

@@ -1,6 +1,6 @@
 """The authors' published meta-datasets: both orders of axes, and files that are not as they say."""
 
-import builtins
+import sys
 
 import h5py
 import numpy as np
@@ -202,13 +202,13 @@ def with_nan(shape, dtype=np.float32, value=np.nan):
 @pytest.mark.parametrize(
   ('value', 'message'),
   [
-    (None, 'is missing; wanted ConvWeights, FCWeights, Bias'),
+    (None, r'is missing\.'),
     (soft, 'is a link to elsewhere'),
     (outside, 'is a link to elsewhere'),
     (raw_outside, 'keeps its values in other files'),
     (virtual, 'keeps its values in other files'),
     (lambda file, name: file.create_group(name), 'is a group'),
-    (huge, r'has shape \(7, 1152921504606846976\); wanted at most 4194304 weights of 7 stages'),
+    (huge, r'has shape \(7, 1152921504606846976\); wanted at most 29360128 numbers'),
     (huge_chunks, r'has chunks of shape \(7, 33554432\)'),
     (lambda file, name: file.create_dataset(name, dtype='f4', shape=None), 'has no values'),
     (np.zeros((4, 7), np.int32), 'has dtype int32; wanted real single or double'),
@@ -257,13 +257,6 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_without_h5py_it_says_what_to_install(tmp_path, monkeypatch):
   path = write(tmp_path / NAME, arrays())
-  real = builtins.__import__
-
-  def without(name, *args, **kwargs):
-    if name == 'h5py':
-      raise ImportError(name)
-    return real(name, *args, **kwargs)
-
-  monkeypatch.setattr(builtins, '__import__', without)
+  monkeypatch.setitem(sys.modules, 'h5py', None)
   with pytest.raises(UserError, match=r'needs h5py; pip install h5py'):
     mat.read_mat(path)

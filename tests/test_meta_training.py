@@ -22,7 +22,7 @@ from know_jax.files import read_sealed, write_sealed
 from know_jax.meta import collect, meta_training
 from know_jax.meta.windows import SPAN, sample_windows, split_runs
 from know_jax.pretrained import load_known, read_card
-from know_jax.run_record import RunRecord, config_dict
+from know_jax.run_record import MetricsLog, RunRecord, config_dict
 from know_jax.signals import Terminated
 from know_jax.trees import KINDS
 
@@ -361,7 +361,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     meta_training.run(config, synthetic_runs, tmp_path)
   assert checkpoints.exists(tmp_path / 'resume')
   monkeypatch.setattr(meta_training, 'draw_batch', draw)
-  meta_training.run(config, synthetic_runs, tmp_path)
+  record = meta_training.run(config, synthetic_runs, tmp_path)
   for name in ('known.safetensors', 'metrics.jsonl'):
     wanted, found = (workdir / name).read_bytes(), (tmp_path / name).read_bytes()
     if name.endswith('jsonl'):
@@ -370,6 +370,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(
       a, b = safetensors.numpy.load(wanted), safetensors.numpy.load(found)
       for leaf in a:
         np.testing.assert_array_equal(a[leaf], b[leaf])
+  assert list(record['validation_error']) == list(KINDS)
+  assert not (tmp_path / 'resume').exists()
 
 
 def test_bad_settings_are_named(synthetic_runs, tmp_path):
@@ -430,6 +432,31 @@ def test_early_stopping_stops_wherever_a_training_was_interrupted(
     meta_training.run(config, synthetic_runs, tmp_path / 'cut')
   monkeypatch.setattr(meta_training, 'draw_batch', draw)
   assert meta_training.run(config, synthetic_runs, tmp_path / 'cut')['steps'] == whole['steps']
+
+
+def test_metrics_are_durable_before_the_save_that_counts_on_them(
+  synthetic_runs, tmp_path, monkeypatch
+):
+  done, real_write, real_sync = [], MetricsLog.write, MetricsLog.sync
+
+  def write(log, *args, **options):
+    done.append('write')
+    real_write(log, *args, **options)
+
+  def sync(log):
+    done.append('sync')
+    real_sync(log)
+
+  def save(path, tree, **options):
+    done.append('save')
+
+  monkeypatch.setattr(MetricsLog, 'write', write)
+  monkeypatch.setattr(MetricsLog, 'sync', sync)
+  monkeypatch.setattr(checkpoints, 'save', save)
+  config = tiny_config()
+  config.steps, config.save_every_seconds = 20, 0.0
+  meta_training.run(config, synthetic_runs, tmp_path)
+  assert done[-4:-1] == ['write', 'sync', 'save']
 
 
 def test_a_training_that_is_never_finite_is_an_error(synthetic_runs, tmp_path):

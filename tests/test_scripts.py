@@ -1,117 +1,25 @@
 """The scripts, end to end as a user runs them, on one device: results, kills, mistakes."""
 
-import json
-import os
-import random
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from runs import SIZES, STEPS, assert_same_bits
-from test_run_record import events_of
+from processes import ROOT, Kill, Scripts
 
 from know_jax import checkpoints, forgetting, pretrained
 from know_jax.files import read_lines
 from know_jax.run_record import RunRecord
 
-ROOT = Path(__file__).parent.parent
-
-# As in test_cli.py: importing takes seconds, so one process does it and forks for every script.
-DRIVER = """
-import glob, json, os, pathlib, runpy, signal, sys, time, traceback, warnings
-import matplotlib.figure, orbax.checkpoint, sklearn.datasets, tensorboardX
-from know_jax import cli, prediction, transfer
-
-cli._CACHE_SECONDS = 0.0
-
-def lines(pattern):
-  return sum(pathlib.Path(path).read_bytes().count(b'\\n') for path in glob.glob(pattern))
-
-for line in sys.stdin:
-  task = json.loads(line)
-  pid = os.fork()
-  if not pid:
-    for name, fd in (('out', 1), ('err', 2)):
-      os.dup2(os.open(os.path.join(task['cwd'], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    os.chdir(task['cwd'])
-    sys.argv = task['argv']
-    sys.stdin.close()
-    warnings.simplefilter('default')
-    code = 99  # cli.run never returns.
-    try:
-      runpy.run_path(sys.argv[0], run_name='__main__')
-    except SystemExit as stop:
-      code = stop.code or 0
-    except BaseException:
-      traceback.print_exc()
-      code = 1
-    sys.stdout.flush()
-    os._exit(code)
-  done = 0
-  if task['kill']:
-    signum, path, count, delay = task['kill']
-    while not done and lines(path) < count:
-      time.sleep(0.002)
-      done, status = os.waitpid(pid, os.WNOHANG)
-    if not done:
-      time.sleep(delay)
-      os.kill(pid, signum)
-  if not done:
-    _, status = os.waitpid(pid, 0)
-  print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-class Scripts:
-  """Runs the scripts of bin/ in processes of their own, which share compiled programs."""
-
-  def __init__(self, folder):
-    self.folder = folder
-    env = {key: value for key, value in os.environ.items() if key != 'JAX_COMPILATION_CACHE_DIR'}
-    env |= {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
-      'XDG_CACHE_HOME': str(folder / 'cache'),
-    }
-    self.env = env
-    self.driver = subprocess.Popen(
-      [sys.executable, '-W', 'ignore', '-c', DRIVER],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env=env,
-    )
-
-  def run(self, script, *args, kill=None):
-    """Returns exit code, stdout and stderr.
-
-    `kill`: (signal, pattern, lines, seconds): the signal is sent so many seconds after the file
-    that the pattern matches has so many lines.
-    """
-    task = {
-      'argv': [str(ROOT / 'bin' / script), *map(str, args)],
-      'cwd': str(self.folder),
-      'kill': kill and [int(kill[0]), str(kill[1]), *kill[2:]],
-    }
-    print(json.dumps(task), file=self.driver.stdin, flush=True)
-    code = int(self.driver.stdout.readline())
-    out, err = ((self.folder / name).read_text() for name in ('out', 'err'))
-    assert 'Warning' not in err
-    return code, out, err
-
 
 @pytest.fixture(scope='module')
 def scripts(tmp_path_factory):
-  scripts = Scripts(tmp_path_factory.mktemp('scripts'))
-  yield scripts
-  scripts.driver.stdin.close()
-  scripts.driver.wait()
-  scripts.driver.stdout.close()
+  with Scripts(tmp_path_factory.mktemp('scripts')) as scripts:
+    yield scripts
 
 
-# `runs.small_config`, as flags; saves are so frequent that every run has some to resume from.
+# `runs.small_config`, as flags.
 SMALL = (
   '--config.train_examples=625',
   '--config.rate=0.4',
@@ -120,7 +28,6 @@ SMALL = (
   '--config.epochs=2',
   '--config.batch_size=16',
   '--config.lr=0.01',
-  '--config.save_every_seconds=0.1',
 )
 QUICK = ('--config.seeds=2', '--config.warmup_epochs=1', '--config.epochs=1')
 
@@ -186,52 +93,11 @@ def whole(scripts):
   return workdir
 
 
-def test_a_run_killed_at_random_points_ends_with_the_same_bits(scripts, whole):
-  workdir = scripts.folder / 'killed'
-  metrics = workdir / 'metrics.jsonl'
-  rng = random.Random()  # Not seeded: when a signal arrives cannot be repeated anyway.
-  command = ('forget.py', f'--workdir={workdir}', *SMALL)
-  # Before the first epoch is done or in it; and soon after the first and the third.
-  for place, lines, longest in (
-    (workdir / 'record.json', 1, 0.5),
-    (metrics, 1, 0.1),
-    (metrics, 3, 0.1),
-  ):
-    delay = rng.uniform(0.0, longest)
-    code, _, err = scripts.run(*command, kill=(signal.SIGKILL, place, lines, delay))
-    assert code == -signal.SIGKILL, err
-  code, out, err = scripts.run('nowcast.py', f'--workdir={workdir}', '--predictor=shrink')
-  assert (code, out) == (2, '')
-  assert re.fullmatch(r'nowcast\.py: .*killed: [1-4] of 5 stages are done; run bin/.*\n', err)
-  code, _, err = scripts.run(*command, kill=(signal.SIGTERM, metrics, 7, 0.0))
-  assert code == 143, err
-  assert err.endswith('forget.py: terminated.\n')
-  assert 'Traceback' not in err
-  code, _, err = scripts.run(*command)
-  assert code == 0, err
-
-  for stage in range(5):
-    found, wanted = (forgetting.restore_stage(run, stage) for run in (workdir, whole))
-    assert_same_bits(found, wanted)
-  assert metrics.read_bytes() == (whole / 'metrics.jsonl').read_bytes()
-  assert len(read_lines(metrics)) == 2 * len(STEPS)
-  assert events_of(workdir / 'tensorboard') == events_of(whole / 'tensorboard')
-  records = [RunRecord.read(run, forgetting.KIND) for run in (workdir, whole)]
-  assert records[0]['config'] == records[1]['config']
-  assert records[0]['subset_sizes'] == SIZES
-  for mine, other in zip(*(record['stages'] for record in records), strict=True):
-    assert {**mine, 'train_seconds': 0} == {**other, 'train_seconds': 0}
-  assert sorted(path.name for path in workdir.iterdir()) == [
-    'metrics.jsonl', 'record.json', 'stages', 'tensorboard',
-  ]  # fmt: skip
-  assert sorted(path.name for path in (workdir / 'stages').iterdir()) == list('01234')
-
-
 def test_a_killed_transfer_has_every_row_once(scripts, whole):
   command = ('transfer.py', f'--workdir={whole}', *QUICK)
-  results = whole / 'transfer' / '*' / 'results.jsonl'
-  code, _, err = scripts.run(*command, kill=(signal.SIGKILL, results, 2, 0.0))
-  assert code == -signal.SIGKILL, err
+  results = str(whole / 'transfer' / '*' / 'results.jsonl')
+  done = scripts.process(*command, kill=Kill(signal.SIGKILL, path=results, lines=2))
+  assert done.code == -signal.SIGKILL, done.err
   (path,) = whole.glob('transfer/*/results.jsonl')
   first = read_lines(path)
   assert 2 <= len(first) < 4

@@ -1,5 +1,11 @@
+import hashlib
 import itertools
+import json
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -133,17 +139,71 @@ def test_subsets_are_the_same_on_every_machine():
   assert stratified[3].tolist() == [9, 10, 12, 17, 31]
 
 
-def test_subsets_do_not_depend_on_the_device():
+# (examples, classes, rate, phases, stratified, seed) -> SHA-256 of the indices, stage by stage.
+DRAWN = {
+  (1, 1, 0.5, 3, False, 0): 'cffb57f282df1536',
+  (97, 5, 0.3, 6, False, 1): 'd76a88f1acd7633a',
+  (240, 12, 0.61803, 5, True, 2): 'a28cc6262eeb6d34',
+  (1000, 3, 0.9, 20, False, 123456789): '85460b51591751db',
+  (50000, 100, 0.5, 5, False, 0): 'e4e02ad4c54f0cc1',
+  (50000, 100, 0.5, 5, True, 0): '72202e757965cbc2',
+}
+
+
+def digest(size, classes, rate, phases, stratified, seed):
+  labels = np.arange(size) * 7 % classes
+  key = jax.random.key(seed)
+  subsets = nested_subsets(key, labels, rate=rate, phases=phases, stratified=stratified)
+  lines = (' '.join(map(str, subset.tolist())) for subset in subsets)
+  return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+
+
+def test_subsets_are_those_that_were_drawn_before():
+  # Written down on a machine with one CPU device; here are eight.
+  assert {case: digest(*case) for case in DRAWN} == DRAWN
+
+
+def test_subsets_are_the_same_with_one_device_and_other_settings():
+  cases = list(DRAWN)[1:3]
+  source = f"""
+import jax, json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_subsets import digest
+assert len(jax.devices()) == 1
+print(json.dumps([digest(*case) for case in {cases!r}]))
+"""
+  settings = {'XLA_FLAGS': '', 'JAX_THREEFRY_PARTITIONABLE': '0', 'JAX_ENABLE_X64': '1'}
+  done = subprocess.run(
+    [sys.executable, '-c', source], env=os.environ | settings, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout) == [DRAWN[case] for case in cases]
+
+
+@hypothesis.given(
+  rate=st.floats(0.01, 0.99),
+  phases=st.integers(2, 7),
+  stratified=st.booleans(),
+  seed=st.integers(0, 2**32 - 1),
+)
+@hypothesis.settings(max_examples=15, deadline=None)
+def test_subsets_do_not_depend_on_where_the_key_is(rate, phases, stratified, seed):
   devices = jax.devices()
-  if len(devices) < 2:
-    pytest.skip('one device only')
-  labels = shuffled_labels([30, 30])
-  on = []
-  for device in (devices[0], devices[-1]):
-    with jax.default_device(device):
-      on.append(nested_subsets(jax.random.key(5), labels, rate=0.5, phases=4))
-  for a, b in zip(*on, strict=True):
-    np.testing.assert_array_equal(a, b)
+  assert len(devices) == 8
+  everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ('x',)), jax.sharding.PartitionSpec())
+  drawn = [
+    nested_subsets(
+      jax.device_put(jax.random.key(seed), place),
+      shuffled_labels([50, 30, 17]),
+      rate=rate,
+      phases=phases,
+      stratified=stratified,
+    )
+    for place in (devices[0], devices[-1], everywhere)
+  ]
+  for first, *others in zip(*drawn, strict=True):
+    for other in others:
+      np.testing.assert_array_equal(first, other)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +219,7 @@ def test_subsets_do_not_depend_on_the_device():
     ({'key': 3}, 'key is int'),
     ({'key': np.zeros(2, np.uint32)}, 'dtype uint32'),
     ({'key': jax.random.split(jax.random.key(0))}, r'key has shape \(2,\)'),
+    ({'key': jax.random.key(0, impl='rbg')}, "generator 'rbg'; wanted threefry2x32"),
   ],
 )
 def test_bad_arguments(change, message):

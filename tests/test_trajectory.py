@@ -1,7 +1,10 @@
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_trees import moved, pytrees
 
 from know_jax import Trajectory, UserError
 from know_jax.trajectory import stacked_length
@@ -36,6 +39,60 @@ def test_slices_are_trajectories():
   assert isinstance(part, Trajectory)
   assert_same(list(part), stages()[1:3])
   assert_same(list(trajectory[::-1]), stages()[::-1])
+
+
+histories = st.builds(
+  lambda tree, length: [moved(tree, t) for t in range(length)],
+  pytrees.filter(jax.tree.leaves),
+  st.integers(1, 3),
+)
+bounds = st.none() | st.integers(-5, 5)
+
+
+def in_numpy(history):
+  """The trajectory in NumPy arrays, whose slices JAX need not compile."""
+  return Trajectory(jax.tree.map(lambda *leaves: np.stack(leaves), *history))
+
+
+def same_weights(found, wanted):
+  """The same bits in the same dtypes, whether of JAX or NumPy."""
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@hypothesis.given(histories)
+@hypothesis.settings(max_examples=10, deadline=None)
+def test_stacking_taking_apart_and_stacking_again_changes_nothing(history):
+  trajectory = Trajectory.from_sequence(history)
+  same_weights(list(trajectory), history)
+  same_weights(Trajectory.from_sequence(list(trajectory)).weights, trajectory.weights)
+  assert len(trajectory) == len(history)
+
+
+@hypothesis.given(histories, bounds, bounds, bounds.filter(lambda step: step != 0))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_slices_are_those_of_the_list_of_stages(history, start, stop, step):
+  trajectory = in_numpy(history)
+  part = slice(start, stop, step)
+  wanted = history[part]
+  if not wanted:
+    with pytest.raises(UserError, match='the history is empty'):
+      len(trajectory[part])
+    return
+  same_weights(list(trajectory[part]), wanted)
+  same_weights(trajectory[part].newest, wanted[-1])
+  # A slice of a slice.
+  same_weights(list(trajectory[part][::-2]), wanted[::-2])
+
+
+@hypothesis.given(histories)
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_reversal_is_its_own_inverse_and_that_of_the_stages(history):
+  trajectory = in_numpy(history)
+  same_weights(trajectory[::-1][::-1].weights, trajectory.weights)
+  same_weights(Trajectory.from_sequence(history[::-1]).weights, trajectory[::-1].weights)
 
 
 @pytest.mark.parametrize('index', [4, -5])

@@ -1,3 +1,5 @@
+import re
+
 import flax.core
 import flax.linen as nn
 import hypothesis
@@ -135,6 +137,12 @@ def test_a_leaf_of_unknown_kind_is_named():
     trees.leaf_kinds(tree)
 
 
+def test_what_stands_beside_a_scale_is_not_kept_in_silence():
+  tree = {'norm': {'scale': struct(3), 'mean': struct(3), 'gate': struct(3, 2)}}
+  with pytest.raises(UserError, match=r"'norm/gate' with shape \(3, 2\) has no known kind"):
+    trees.leaf_kinds(tree)
+
+
 def test_an_override_of_an_unknown_kind_is_an_error():
   with pytest.raises(
     UserError, match=r"kinds\('a/kernel', leaf\) returned 'dense'; wanted one of "
@@ -225,12 +233,118 @@ def test_names_follow_the_order_of_leaves_and_count_all_weights(tree):
     assert node is leaf
 
 
+def moved(tree, by):
+  """The tree with a number added to every weight, in the dtype of each."""
+  return jax.tree.map(lambda leaf: np.asarray(leaf + leaf.dtype.type(by)), tree)
+
+
 @hypothesis.given(pytrees, st.integers(1, 3))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_stacking_and_taking_apart_gives_the_same_trees(tree, count):
-  stages = [jax.tree.map(lambda leaf, t=t: leaf + leaf.dtype.type(t), tree) for t in range(count)]
+  stages = [moved(tree, t) for t in range(count)]
   stacked = trees.stack(stages)
   for t, stage in enumerate(stages):
     back = jax.tree.map(lambda leaf, t=t: np.asarray(leaf)[t], stacked)
     trees.check_same(stage, back, names=('before', 'after'))
     jax.tree.map(np.testing.assert_array_equal, stage, back)
+
+
+# Keys that may make two paths the same: 'a/b' beside 'a' above 'b', and '0' beside a list.
+slashed = st.recursive(
+  st.just(np.float32(0)),
+  lambda node: (
+    st.dictionaries(st.sampled_from(['a', 'b', 'a/b', '0', 'b/0', '']), node, max_size=4)
+    | st.lists(node, max_size=2)
+  ),
+  max_leaves=8,
+)
+
+
+@hypothesis.given(slashed)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_paths_are_unique_or_the_one_that_is_not_is_named(tree):
+  paths = trees.leaf_paths(tree)
+  assert len(paths) == len(jax.tree.leaves(tree))
+  twice = [path for n, path in enumerate(paths) if path in paths[:n]]
+  if not twice:
+    assert list(trees.named_leaves(tree)) == paths
+    return
+  for function in (trees.named_leaves, trees.leaf_kinds):
+    with pytest.raises(UserError, match=f'two leaves have the path {re.escape(repr(twice[0]))}'):
+      function(tree)
+
+
+named = st.recursive(
+  leaves,
+  lambda node: st.dictionaries(
+    st.sampled_from(['kernel', 'bias', 'scale', 'query', 'out', 'batch_stats', 'value', 'w']),
+    node,
+    min_size=1,
+    max_size=4,
+  ),
+  max_leaves=8,
+)
+
+
+@hypothesis.given(named, st.sampled_from([*trees.KINDS, trees.KEEP]))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_every_leaf_has_one_kind_or_the_first_without_one_is_named(tree, instead):
+  def otherwise(path, leaf):
+    """`instead` where the default rule is silent."""
+    if trees.default_kind(path, leaf) is None:
+      return instead
+    return None
+
+  kinds = trees.leaf_kinds(tree, otherwise)
+  assert list(kinds) == trees.leaf_paths(tree)
+  assert set(kinds.values()) <= {*trees.KINDS, trees.KEEP}
+  for path, leaf in trees.named_leaves(tree).items():
+    assert trees.is_floating(leaf) or kinds[path] == trees.KEEP
+  unknown = [
+    path for path, leaf in trees.named_leaves(tree).items() if not trees.default_kind(path, leaf)
+  ]
+  if unknown:
+    with pytest.raises(UserError, match=f'leaf {re.escape(repr(unknown[0]))} .*has no known kind'):
+      trees.leaf_kinds(tree)
+  else:
+    assert trees.leaf_kinds(tree) == kinds
+
+
+def change(tree, at, how):
+  """The tree with a leaf changed, or taken away, or None where that leaves it as it was."""
+  flat, structure = jax.tree.flatten(tree)
+  leaf = flat[at % len(flat)]
+  flat[at % len(flat)] = {
+    'nothing': leaf + leaf.dtype.type(1),
+    'shape': np.stack([leaf, leaf]),
+    'dtype': np.asarray(leaf).astype(np.float64),
+    'deeper': {'z': leaf},
+    'container': (leaf,),
+    'missing': None,
+  }[how]
+  return jax.tree.unflatten(structure, flat)
+
+
+CHANGES = ('nothing', 'shape', 'dtype', 'deeper', 'container', 'missing')
+
+
+def complaint(reference, other):
+  try:
+    trees.check_same(reference, other, names=('A', 'B'))
+  except UserError as error:
+    return str(error)
+  return None
+
+
+@hypothesis.given(pytrees.filter(jax.tree.leaves), st.integers(0, 9), st.sampled_from(CHANGES))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_comparing_trees_is_symmetric_and_finds_any_difference(tree, at, how):
+  other = change(tree, at, how)
+  there, back = complaint(tree, other), complaint(other, tree)
+  assert (there is None) == (back is None) == (how == 'nothing')
+  assert complaint(tree, tree) is complaint(other, other) is None
+  if how in ('shape', 'dtype'):
+    # The same leaf, told from either side.
+    path = trees.leaf_paths(tree)[at % len(trees.leaf_paths(tree))]
+    assert there.startswith(f'leaf {path!r} has {how} ')
+    assert back.startswith(f'leaf {path!r} has {how} ')

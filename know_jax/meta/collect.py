@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,14 @@ from ml_collections.config_dict import placeholder
 
 from know_jax import forgetting, trees
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import digest, locked, read_sealed, write_atomic, write_sealed
+from know_jax.files import (
+  digest,
+  locked,
+  memory_bytes,
+  read_sealed,
+  write_atomic,
+  write_sealed,
+)
 from know_jax.models import MODELS
 from know_jax.run_record import RunRecord, config_dict, progress
 from know_jax.training import OPTIMIZERS, DivergedError
@@ -223,6 +231,7 @@ def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str
   steps = {n: _step_of(run_config(config, n)) if together > 1 else '' for n in numbers}
   with progress(len(numbers), 'collect', 'run') as bar:
     waiting = list(numbers)
+    _sweep(output)
     while waiting:
       # Runs that another worker holds come round again, in case it dies.
       number = waiting.pop(0)
@@ -235,6 +244,16 @@ def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str
       waiting = [other for other in waiting if other not in done]
       bar.update(len(done))
   return summary(output)
+
+
+def _sweep(output: Path) -> None:
+  """Removes the workdirs of finished runs: a worker was killed before it did."""
+  for workdir in (output / 'running').glob('[0-9]*'):
+    path = _about_path(output, int(workdir.name))
+    if path.exists():
+      # Without the claim, its worker is about to remove it itself.
+      with contextlib.suppress(TimeoutError), locked(_claim_path(path), wait_seconds=0.0):
+        shutil.rmtree(workdir, ignore_errors=True)
 
 
 def _step_of(settings: ConfigDict) -> str:
@@ -258,7 +277,7 @@ def _collect(
         if not path.exists():
           # Only the first is worth waiting for.
           wait_seconds = 0.0 if number != numbers[0] else 1.0
-          claims.enter_context(locked(path.with_suffix('.claim'), wait_seconds=wait_seconds))
+          claims.enter_context(locked(_claim_path(path), wait_seconds=wait_seconds))
       except TimeoutError:
         if number == numbers[0]:
           return []
@@ -322,6 +341,10 @@ def _about_path(output: Path, number: int) -> Path:
   return output / 'runs' / f'{number:05d}.json'
 
 
+def _claim_path(about_path: Path) -> Path:
+  return about_path.with_suffix('.claim')
+
+
 def read_runs(output: str | Path) -> Iterator[Run]:
   """Reads the finished runs of a meta-dataset, in order of their numbers.
 
@@ -336,12 +359,51 @@ def read_runs(output: str | Path) -> Iterator[Run]:
     about = read_sealed(path, 'run')
     if about.get('format') != FORMAT:
       raise UserError(f'{path}: format {about.get("format")!r}; wanted {FORMAT!r}.')
+    if not _well_formed(about):
+      raise UserError(f'{path}: is malformed; wanted what bin/collect.py writes.')
+    if _about_path(folder.parent, about['number']) != path:
+      raise UserError(f'{path}: holds run {about["number"]}; wanted the run of its name.')
     yield Run(about['number'], about, None if 'diverged' in about else _read_weights(path, about))
+
+
+def _well_formed(about: Mapping[str, Any]) -> bool:
+  """Whether a run's JSON file has all that is read of it."""
+
+  def is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+  try:
+    config = about['config']
+    common = (
+      type(about['number']) is int
+      and about['number'] >= 0
+      and isinstance(config['model'], str)
+      and isinstance(config['dataset'], str)
+      and is_number(config['rate'])
+      and 0 < config['rate'] < 1
+    )
+    if 'diverged' in about:
+      return common
+    return (
+      common
+      and isinstance(about['weights_sha256'], str)
+      and all(kind in (*trees.KINDS, trees.KEEP) for kind in about['kinds'].values())
+      and len(about['stages']) > 0
+      and all(is_number(stage['test_accuracy']) for stage in about['stages'])
+      and all(is_number(about['pretrain_loss'][when]) for when in ('first', 'before', 'end'))
+    )
+  except (KeyError, TypeError, AttributeError):
+    return False
 
 
 def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
   file = path.with_suffix('.safetensors')
   try:
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+      raise UserError(f'{file}: is a link or a device; wanted a plain file.')
+    if status.st_size > (memory := memory_bytes()):
+      raise UserError(f'{file}: has {status.st_size} bytes; this machine has {memory}.')
     data = file.read_bytes()
   except OSError as error:
     raise UserError(
@@ -352,8 +414,25 @@ def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]
     raise UserError(
       f'{file}: sha256 {found[:12]}...; wanted {about["weights_sha256"][:12]}..., as in {path}.'
     )
-  # The library gives them in another order in every process.
-  return dict(sorted(safetensors.numpy.load(data).items()))
+  try:
+    # The library gives them in another order in every process.
+    weights = dict(sorted(safetensors.numpy.load(data).items()))
+  # The library has an error of its own, and passes on those of NumPy for dtypes and shapes.
+  except Exception as error:
+    raise UserError(f'{file}: not a readable safetensors file ({error}).') from error
+  if differing := sorted(weights.keys() ^ about['kinds'].keys()):
+    raise UserError(f'{file}: tensor {differing[0]!r} is only in one of it and {path}.')
+  stages = len(about['stages'])
+  for name, leaf in weights.items():
+    predicted = about['kinds'][name] != trees.KEEP
+    if leaf.shape[:1] != (stages,) or not leaf.size or (predicted and leaf.dtype != np.float32):
+      raise UserError(
+        f'{file}: tensor {name!r} is {leaf.dtype}{list(leaf.shape)}; wanted float32, of {stages} '
+        'stages, not empty.'
+      )
+    if not np.isfinite(leaf).all():
+      raise UserError(f'{file}: tensor {name!r} holds NaN or infinity.')
+  return weights
 
 
 def forgot(about: Mapping[str, Any]) -> bool:

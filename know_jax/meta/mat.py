@@ -19,7 +19,6 @@ The hyper-parameters are in the file's name, of which those are kept that can be
 """
 
 import collections
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from know_jax import hdf5
 from know_jax.errors import UserError
 from know_jax.files import digest
 from know_jax.meta import collect
@@ -91,10 +91,6 @@ def read_mat(path: str | Path, *, number: int = 0, rate: float | None = None) ->
       set are named. Or the name tells no rate between 0 and 1, and none is given.
   """
   path = Path(path).expanduser()
-  try:
-    import h5py
-  except ImportError as error:
-    raise UserError(f'{path}: reading .mat files needs h5py; pip install h5py.') from error
   if not path.is_file():
     raise UserError(f'{path}: no such file; wanted a .mat file of a meta-dataset.')
   config = {'stages': STAGES, **name_fields(path.stem), **({} if rate is None else {'rate': rate})}
@@ -103,22 +99,18 @@ def read_mat(path: str | Path, *, number: int = 0, rate: float | None = None) ->
       f'{path}: the sampling rate is {config.get("rate", "not in the name")}; wanted one between 0 '
       "and 1, in the file's name as in `_r0.5_`, or as `rate`."
     )
-  try:
-    with path.open('rb') as raw:
-      marked = raw.read(10) == b'MATLAB 7.3'
-    with h5py.File(path, 'r') as file:
-      # Everything is looked at before anything is read: shapes may be chosen to fill the memory.
-      found = {name: _dataset(h5py, file, name, f'{path}: {name}') for name in DATASETS}
-      marked = marked or any('MATLAB_class' in data.attrs for data in found.values())
-      by_column = _by_column(found['ConvWeights'].shape, marked, f'{path}: ConvWeights')
-      for name, data in found.items():
-        _check_axes(name, data.shape, by_column, f'{path}: {name}')
-      weights = {name: _read(data, by_column, f'{path}: {name}') for name, data in found.items()}
-  except UserError:
-    raise
-  # What h5py raises for the ways in which a file can be damaged.
-  except (OSError, KeyError, RuntimeError, TypeError, ValueError, MemoryError) as error:
-    raise UserError(f'{path}: not a readable HDF5 (MATLAB v7.3) file ({error}).') from error
+  found = hdf5.read_arrays(
+    path, list(DATASETS), limit=MAX_WEIGHTS * STAGES, sort='HDF5 (MATLAB v7.3)'
+  )
+  with path.open('rb') as raw:
+    marked = raw.read(10) == b'MATLAB 7.3'
+  marked = marked or any('MATLAB_class' in data.attributes for data in found.values())
+  by_column = _by_column(found['ConvWeights'].values.shape, marked, f'{path}: ConvWeights')
+  for name, data in found.items():
+    _check_axes(name, data.values.shape, by_column, f'{path}: {name}')
+  weights = {
+    name: _oldest_first(data.values, by_column, f'{path}: {name}') for name, data in found.items()
+  }
   about = {
     'format': FORMAT,
     'number': number,
@@ -217,35 +209,6 @@ def name_fields(stem: str) -> dict[str, Any]:
   return fields
 
 
-def _dataset(h5py: Any, file: Any, name: str, what: str) -> Any:
-  """A data set whose values lie in the file itself, with numbers and a size that can be read."""
-  link = file.get(name, getlink=True) if name in file.keys() else None  # noqa: SIM118
-  if link is None:
-    raise UserError(f'{what}: is missing; wanted {", ".join(DATASETS)} in the file.')
-  # Links are not followed: they may lead to other files.
-  if not isinstance(link, h5py.HardLink):
-    raise UserError(f'{what}: is a link to elsewhere; wanted the data set itself.')
-  data = file[name]
-  if not isinstance(data, h5py.Dataset):
-    raise UserError(f'{what}: is a group (sparse, or a struct); wanted a full array.')
-  if data.is_virtual or data.external:
-    raise UserError(f'{what}: keeps its values in other files; wanted them in the file itself.')
-  if data.dtype.kind != 'f' or data.dtype.itemsize not in (4, 8):
-    raise UserError(f'{what}: has dtype {data.dtype}; wanted real single or double numbers.')
-  if data.shape is None:
-    raise UserError(f'{what}: has no values (a null data space); wanted an array.')
-  limit = MAX_WEIGHTS * STAGES
-  # A chunk is read as a whole, however little of it the data set has.
-  for part, shape in (('shape', data.shape), ('chunks of shape', data.chunks or ())):
-    # `math.prod` counts in Python's integers, which do not overflow.
-    if math.prod(map(int, shape)) > limit:
-      raise UserError(
-        f'{what}: has {part} {tuple(shape)}; wanted at most {MAX_WEIGHTS} weights of {STAGES} '
-        'stages.'
-      )
-  return data
-
-
 def _by_column(shape: tuple[int, ...], marked: bool, what: str) -> bool:
   """Whether the axes are reversed, as in a file that MATLAB wrote, by the shape of the kernels."""
   if len(shape) == 4 and shape[:2] == KERNEL and shape[3] == STAGES:
@@ -273,9 +236,8 @@ def _check_axes(name: str, shape: tuple[int, ...], by_column: bool, what: str) -
     )
 
 
-def _read(data: Any, by_column: bool, what: str) -> np.ndarray:
+def _oldest_first(values: np.ndarray, by_column: bool, what: str) -> np.ndarray:
   """The values as float32, stages first, then the other axes as MATLAB shows them."""
-  values = data[()]
   values = np.moveaxis(values.T if by_column else values, -1, 0)
   # Doubles beyond the range of float32 become infinite, and are named below.
   with np.errstate(over='ignore'):

@@ -97,7 +97,7 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
     seed: decides which, together with the run's number.
 
   Raises:
-    UserError: no run is left, or one lacks a kind of leaf or has too few stages.
+    UserError: no run is left, or one lacks a kind of leaf, has too few stages or too large weights.
   """
   numbers: list[int] = []
   rates: list[float] = []
@@ -118,11 +118,17 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
       found, row = _draw(leaves, per_run, rng)
       weights[kind].append(found)
       rows[kind].append(row + len(moments[kind]))
-      moments[kind] += [
-        leaf_moments(leaf[start : start + HISTORY_LENGTH])
-        for leaf in leaves
-        for start in range(len(leaf) - SPAN + 1)
-      ]
+      for path, leaf in zip(paths, leaves, strict=True):
+        of_leaf = [
+          leaf_moments(leaf[start : start + HISTORY_LENGTH])
+          for start in range(len(leaf) - SPAN + 1)
+        ]
+        if not np.isfinite(of_leaf).all():
+          raise UserError(
+            f'run {run.about.get("file", run.number)}: the weights of leaf {path!r} are so large '
+            'that their squares overflow.'
+          )
+        moments[kind] += of_leaf
   if not numbers:
     raise UserError('no finished run is left to draw weights from; wanted at least one.')
   return Windows(
@@ -138,7 +144,8 @@ def leaf_moments(history: np.ndarray) -> np.ndarray:
   """The mean second moments of a leaf's differences and newest weights: `[S, ...]` -> `[S, S]`."""
   flat = history.reshape(len(history), -1).astype(np.float64)
   v = conditioned.host_basis(flat)
-  return (v @ v.T / max(flat.shape[1], 1)).astype(np.float32)
+  with np.errstate(over='ignore'):  # Infinite, where float32 cannot hold them.
+    return (v @ v.T / max(flat.shape[1], 1)).astype(np.float32)
 
 
 def _draw(

@@ -95,11 +95,15 @@ def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
   Raises:
     UserError: the file is missing, or is no such table; the first wrong thing is named.
   """
+  if path.exists() and not path.is_file():
+    raise UserError(f'{path} is a folder or a device; wanted a file.')
   try:
     with path.open(newline='') as file:
       lines = list(csv.reader(file))
   except OSError as error:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error
+  except (csv.Error, UnicodeError) as error:
+    raise UserError(f'{path} is no table of comma-separated values ({error}).') from error
   if not lines or lines[0] != list(columns):
     found = ','.join(lines[0]) if lines else 'nothing'
     raise UserError(f'{path} has the columns {found}; wanted {",".join(columns)}.')
@@ -111,10 +115,11 @@ def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
     for (name, kind), cell in zip(columns.items(), line, strict=True):
       try:
         row[name] = math.nan if cell == '' and kind is not str else kind(cell)
+        if name == 'curve':
+          read_curve(cell)
       except ValueError as error:
-        raise UserError(
-          f'{path}: line {number} has {name} {cell!r}; wanted {kind.__name__}.'
-        ) from error
+        wanted = 'epoch:accuracy ...' if name == 'curve' else kind.__name__
+        raise UserError(f'{path}: line {number} has {name} {cell!r}; wanted {wanted}.') from error
     rows.append(row)
   return rows
 
