@@ -3,13 +3,19 @@
     python bin/nowcast.py --workdir=W --steps 3 --predictor=known,shrink,task_vector
 
 Every predicted weight becomes a checkpoint, predictions/<predictor>/<step> in the workdir. Without
---workdir, ./workdir is used, as by bin/forget.py.
+--workdir, ./workdir is used, as by bin/forget.py. Or from files, however large, oldest first:
+
+    python bin/nowcast.py --history=OLDEST,...,NEWEST --output=DIR
+
+each a safetensors file, an index of several, a folder with either, or an Orbax checkpoint. Then
+DIR/<predictor>/<step> holds safetensors files; the same command goes on with what a kill left.
 """
 
 from absl import flags
 
-from know_jax import cli, forgetting, prediction
+from know_jax import cli, forgetting, prediction, streaming, trees
 from know_jax.batch_norm import BATCH_NORM_POLICIES
+from know_jax.guards import ON_BAD
 from know_jax.nowcast import PREDICTORS
 
 cli.define_workdir()
@@ -26,20 +32,35 @@ _BATCHES = flags.DEFINE_integer(
 _KNOWN = flags.DEFINE_string(
   'known', None, 'Parameters of KNOWN: a safetensors file or a folder of .h5 files; else shipped.'
 )
+_ON_BAD = flags.DEFINE_enum('on_bad', 'keep', list(ON_BAD), 'Leaves with a bad prediction.')
+_HISTORY = flags.DEFINE_list('history', None, 'Files with the stages, oldest first.')
+flags.DEFINE_string('output', None, 'With --history: folder for the predictions.')
+_RATE = flags.DEFINE_float('rate', 0.5, 'With --history: sampling rate of the stages.')
+_KINDS = flags.DEFINE_list('kinds', [], "With --history: 'regex=kind' where names do not tell it.")
+_MEMORY = flags.DEFINE_integer('memory', 1024, 'With --history: MiB for what is taken whole (tsv).')
 
 
 def main() -> None:
+  predictors = list(PREDICTORS) if _PREDICTOR.value == ['all'] else _PREDICTOR.value
+  if _HISTORY.value is not None:
+    cli.refuse('workdir', 'batch_norm', 'recalibration_batches', because='--history is given')
+    output = cli.require('output', because='--history is given')
+    job = streaming.prepare(
+      _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
+      kinds=streaming.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
+      on_bad=_ON_BAD.value,
+    )  # fmt: skip
+    print(trees.kinds_table(job.leaves, job.kinds))
+    streaming.write(job, output)
+    return
+  cli.refuse('output', 'rate', 'kinds', 'memory', because='no --history is given')
   workdir = cli.workdir()
   trajectory, _ = forgetting.load_trajectory(workdir)
   print(prediction.kinds_report(trajectory))
   found = prediction.run(
-    workdir,
-    predictors=list(PREDICTORS) if _PREDICTOR.value == ['all'] else _PREDICTOR.value,
-    steps=_STEPS.value,
-    batch_norm=_BATCH_NORM.value,
-    recalibration_batches=_BATCHES.value,
-    known=_KNOWN.value,
-  )
+    workdir, predictors=predictors, steps=_STEPS.value, batch_norm=_BATCH_NORM.value,
+    recalibration_batches=_BATCHES.value, known=_KNOWN.value, on_bad=_ON_BAD.value,
+  )  # fmt: skip
   print(f'\nBatchNorm after prediction: {_BATCH_NORM.value}\n')
   print(prediction.report(found))
   print(f'\ncheckpoints and picture (nowcast.png) in {workdir / "predictions"}')

@@ -84,6 +84,13 @@ def refuse(*names: str, because: str) -> None:
       raise UserError(f'--{name} means nothing where {because}.')
 
 
+def require(name: str, *, because: str) -> Any:
+  """The value of a flag; a `UserError` if it has none."""
+  if not flags.FLAGS[name].value:
+    raise UserError(f'--{name} is needed where {because}.')
+  return flags.FLAGS[name].value
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
   """Runs a script: parses its flags, calls `main()`, and exits.
 

@@ -1,5 +1,6 @@
 """predict and forecast: check the history, route its leaves by kind, apply a predictor."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -287,8 +288,9 @@ class _Plan:
     predicted = [self.history.leaves[i] for i in self.predicted]
     on_host = self.job.predictor != 'tsv' and _is_on_host(predicted, self.theta)
     if on_host:
-      # Now, also where the caller is traced and the history is a constant of the trace.
-      with jax.ensure_compile_time_eval():
+      # Now, also where the caller is traced and the history is a constant of the trace. Elsewhere
+      # it would have every small operation compiled.
+      with jax.ensure_compile_time_eval() if _is_traced() else contextlib.nullcontext():
         found, health = _run_on_host(predicted, self.theta, self.job, steps)
     else:
       found, health = _run(predicted, self.theta, self.job, steps)
@@ -307,6 +309,11 @@ class _Plan:
     for i, leaf in zip(self.predicted, found, strict=True):
       leaves[i] = leaf
     return leaves
+
+
+def _is_traced() -> bool:
+  """Whether operations are recorded now, and not done."""
+  return isinstance(jnp.add(0, 0), jax.core.Tracer)
 
 
 def _plan(
