@@ -6,7 +6,8 @@
 
 The same command runs on after a kill; several processes may share a workdir. --dry_run only says
 how much there is to do, and how long it takes at the rate measured so far. --report writes tables
-and plots from results.csv and timings.csv alone. Without --config, configs/study_smoke.py.
+and plots from results.csv and timings.csv alone; of several workdirs on one page with --studies,
+and beside it the report of each. Without --config, configs/study_smoke.py.
 """
 
 from pathlib import Path
@@ -14,15 +15,23 @@ from pathlib import Path
 from absl import flags
 
 from know_jax import cli
-from know_jax.study import report, runner
+from know_jax.errors import UserError
+from know_jax.study import report, runner, summary
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'study_smoke.py')
 _DRY_RUN = cli.define_dry_run('Only say how much there is to do.')
 _REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown file, with plots.')
+_STUDIES = flags.DEFINE_list('studies', None, 'With --report: workdirs of several, on one page.')
 
 
 def main() -> None:
+  if _STUDIES.value:
+    cli.refuse('workdir', 'config', 'dry_run', because='--studies are given')
+    if not _REPORT.value:
+      raise UserError('--studies need --report, the Markdown file to write.')
+    print(summary.write(_STUDIES.value, _REPORT.value))
+    return
   workdir = cli.workdir()
   if _REPORT.value:
     print(report.write(workdir, _REPORT.value))

@@ -20,7 +20,7 @@ from know_jax.errors import UserError
 from know_jax.files import append_line, locked, read_lines
 from know_jax.nowcast import PREDICTORS
 from know_jax.run_record import config_dict
-from know_jax.study import analysis, arms, design, report, results, runner, tables
+from know_jax.study import analysis, arms, design, report, results, runner, summary, tables
 from know_jax.study import sources as study_sources
 from know_jax.study.results import COLUMNS, TIMING_COLUMNS
 
@@ -848,3 +848,72 @@ def test_histories_stand_beside_the_papers(monkeypatch):
   text = tables.ablations([*lines, NAIVE], NAIVE)[-1]
   assert '| task_vector S=2 | 2 | 50.00 | 92.69 ± 0.09 |' in text
   assert '| task_vector S=3 | 3 | 50.00 |              |' in text
+
+
+# --- several studies on one page ------------------------------------------------------------------
+
+
+def write_study(folder, gains, faster=None):
+  """A results.csv with made-up accuracies: arm -> points above naive, for two source seeds."""
+  rows = []
+  naive = {'arm': 'persistence', 'predictor': 'persistence', 'step': 0}
+  made = [({**naive, 'group': 'main'}, 0.0)]
+  for (arm, step), gain in gains.items():
+    predictor = 'shrink' if arm.startswith('shrink') else arm
+    option = 'c=0.5' if arm.startswith('shrink c') else ''
+    made.append(
+      ({'group': 'main', 'arm': arm, 'predictor': predictor, 'step': step, 'option': option}, gain)
+    )
+  for scale, gain in (faster or {}).items():
+    made.append(({**naive, 'group': 'learning rate', 'arm': f'x{scale}', 'lr_scale': scale}, gain))
+  for about, gain in made:
+    for source, transfer_seed in itertools.product(range(2), range(3)):
+      about = {'option': '', 'kinds': '', 'curve': '', 'weights': '', 'lr_scale': 1.0} | about
+      accuracy = 0.5 + 0.1 * source + 0.01 * transfer_seed + gain / 100
+      rows.append(
+        dict.fromkeys(COLUMNS, 1)
+        | {'history': 5, 'rate': 0.5, 'batch_norm': 'keep', 'amount': 1.0, 'weight_norm': 1.0}
+        | {'source': 'a', 'target': 'b', 'model': folder.name, 'multiple': 2.0 ** about['step']}
+        | {'source_seed': source, 'transfer_seed': transfer_seed, 'accuracy': accuracy, **about}
+      )
+  folder.mkdir(parents=True)
+  results.write_table(folder / results.RESULTS, COLUMNS, rows)
+  results.write_table(folder / results.TIMINGS, TIMING_COLUMNS, [])
+  return folder
+
+
+def test_several_studies_on_one_page(tmp_path):
+  first = write_study(
+    tmp_path / 'first',
+    {('known', 1): 1.0, ('known', 2): 2.0, ('extra', 0): 0.5, ('shrink', 1): 3.0},
+    faster={2.0: 1.5, 3.0: 4.0, 0.5: -1.0},
+  )
+  second = write_study(tmp_path / 'second', {('known', 1): -0.5, ('shrink c=0.5', 1): -2.0})
+  answer = summary.write([first, second], tmp_path / 'all.md')
+  text = (tmp_path / 'all.md').read_text()
+  assert answer in text
+  rows = [
+    [cell.strip() for cell in row.split('|')[1:-1]] for row in text.splitlines() if '|' in row
+  ]
+  # Constant differences have intervals of no width; the best step is +2 and -0.5, by construction.
+  assert rows[2:] == [
+    ['[a to b, first](all_first.md)', '2 x 3', '56.00', '+2.00 (+2.00 to +2.00)',
+     '-1.00 (-1.00 to -1.00)', '+1.50 (+1.50 to +1.50)', '+3.00 (+3.00 to +3.00)',
+     '+4.00 (+4.00 to +4.00) at 3 times'],
+    ['[a to b, second](all_second.md)', '2 x 3', '56.00', '-0.50 (-0.50 to -0.50)',
+     '+1.50 (+1.50 to +1.50)', '', '-2.00 (-2.00 to -2.00)', ''],
+  ]  # fmt: skip
+  assert (
+    'the best step of KNOWN changes accuracy by -0.50 to +2.00 points over 2 studies: in 1 the '
+    '95 % interval lies above zero, in 1 below, and in 0 it includes zero. Against the best'
+  ) in answer
+  assert 'by -1.00 to +1.50 points over 2 studies: in 1 the' in answer
+  assert 'by +1.50 to +1.50 points over 1 studies: in 1 the' in answer
+  for name in ('first', 'second'):
+    alone = report.write(tmp_path / name, tmp_path / 'alone.md')
+    assert alone in (tmp_path / f'all_{name}.md').read_text()
+
+
+def test_studies_of_one_name_are_refused(tmp_path):
+  with pytest.raises(UserError, match="two studies are called 'a'"):
+    summary.write([tmp_path / 'x' / 'a', tmp_path / 'y' / 'a'], tmp_path / 'all.md')

@@ -9,6 +9,7 @@ from know_jax.errors import UserError
 from know_jax.files import reason
 from know_jax.study import pictures, tables
 from know_jax.study.analysis import (
+  Comparison,
   Line,
   compare,
   cross_chosen,
@@ -37,13 +38,9 @@ def write(workdir: str | Path, path: str | Path) -> str:
     UserError: there are no results, they lack naive transfer, or a file cannot be written.
   """
   workdir, path = Path(workdir).expanduser(), Path(path).expanduser()
-  lines = lines_of(read_table(workdir / RESULTS, COLUMNS))
+  lines, main, naive = read_lines(workdir)
   timings = read_table(workdir / TIMINGS, TIMING_COLUMNS)
-  if not lines:
-    raise UserError(f'{workdir / RESULTS} has no rows yet; run the study first.')
   amounts = list(dict.fromkeys(line.amount for line in lines if line.group == MAIN))
-  naive = naive_line(lines, amounts[0])
-  main = [line for line in lines if line.group == MAIN and line.amount == amounts[0]]
   answer = answer_text(main, naive)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +65,20 @@ def write(workdir: str | Path, path: str | Path) -> str:
   return answer
 
 
+def read_lines(workdir: Path) -> tuple[list[Line], list[Line], Line]:
+  """What a workdir has: all lines, the main ones of the first amount, and naive transfer.
+
+  Raises:
+    UserError: there are no results, or they lack naive transfer.
+  """
+  lines = lines_of(read_table(workdir / RESULTS, COLUMNS))
+  if not lines:
+    raise UserError(f'{workdir / RESULTS} has no rows yet; run the study first.')
+  amount = next(line.amount for line in lines if line.group == MAIN)
+  main = [line for line in lines if line.group == MAIN and line.amount == amount]
+  return lines, main, naive_line(lines, amount)
+
+
 def _title(lines: Sequence[Line], naive: Line) -> str:
   row = naive.first
   sources = len({source for source, _ in naive.rows})
@@ -89,6 +100,31 @@ def _title(lines: Sequence[Line], naive: Line) -> str:
   )
 
 
+def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
+  """KNOWN, its best step chosen by the other source seeds, against what it must beat.
+
+  Args:
+    main: the main lines of one amount.
+    naive: that of naive transfer among them.
+
+  Returns:
+    'naive transfer', 'shrink' (the best strength and step, chosen likewise) and 'equal compute' ->
+    the paired difference; what the study lacks is left out.
+  """
+  known = cross_chosen([line for line in main if line.arm == 'known'])
+  rivals = {
+    'naive transfer': naive,
+    'shrink': cross_chosen([line for line in main if line.predictor == 'shrink']),
+    'equal compute': cross_chosen([line for line in main if line.arm == 'extra']),
+  }
+  found = {
+    name: compare(differences(known, to_line(rival)))
+    for name, rival in rivals.items()
+    if known is not None and rival is not None
+  }
+  return {name: comparison for name, comparison in found.items() if comparison is not None}
+
+
 def answer_text(main: Sequence[Line], naive: Line) -> str:
   """What KNOWN gains against naive transfer, shrink and equal compute, in a sentence each.
 
@@ -96,22 +132,16 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
     main: the main lines of one amount.
     naive: that of naive transfer among them.
   """
-  steps = [line for line in main if line.arm == 'known']
-  known = cross_chosen(steps)
-  if known is None:
+  found = against_rivals(main, naive)
+  if not found:
     return 'The study has no `known` that never diverged among its main arms.'
+  steps = [line for line in main if line.arm == 'known']
   shrinks = [line for line in main if line.predictor == 'shrink']
-  rivals = {
-    'naive transfer': naive,
-    f'the best of {len(shrinks)} ways to shrink, chosen likewise': cross_chosen(shrinks),
-    'extra training of equal compute': cross_chosen([x for x in main if x.arm == 'extra']),
+  names = {
+    'naive transfer': 'naive transfer',
+    'shrink': f'the best of {len(shrinks)} ways to shrink, chosen likewise',
+    'equal compute': 'extra training of equal compute',
   }
-  compared = {
-    name: compare(differences(known, to_line(rival)))
-    for name, rival in rivals.items()
-    if rival is not None
-  }
-  found = {name: comparison for name, comparison in compared.items() if comparison is not None}
   corrected = statistics.holm([comparison.p_exact for comparison in found.values()])
   lines = [
     f'KNOWN below is the best of {", ".join(line.title for line in steps)}, for each source seed '
@@ -120,8 +150,8 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
   for (name, comparison), holm in zip(found.items(), corrected, strict=True):
     verdict = 'excludes' if comparison.excludes_zero else 'includes'
     lines.append(
-      f'- Against {name}, it changes accuracy by {comparison.mean:+.2f} points (95 % interval '
-      f'{comparison.low:+.2f} to {comparison.high:+.2f}, which {verdict} zero; exact p '
+      f'- Against {names[name]}, it changes accuracy by {comparison.mean:+.2f} points (95 % '
+      f'interval {comparison.low:+.2f} to {comparison.high:+.2f}, which {verdict} zero; exact p '
       f'{comparison.p_exact:.3f} over {comparison.sources} source seeds, with Holm {holm:.3f}).'
     )
   return '\n'.join(lines)
@@ -158,7 +188,24 @@ def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
       'move 1 / (1 - c) times as far, relative to themselves, in each step of Adam. What shrinking '
       'them gains has to be held against naive transfer at other learning rates.'
     )
+  if faster := at_other_rates(lines, naive):
+    sentences.append(
+      'Naive transfer at other learning rates gains '
+      + ', '.join(f'{tables.interval(found)} at {scale:g} times' for scale, found in faster.items())
+      + '.'
+    )
   return ['## Why', ' '.join(sentences)] if sentences else []
+
+
+def at_other_rates(lines: Sequence[Line], naive: Line) -> dict[float, Comparison]:
+  """What naive transfer gains at other learning rates: how many times the rate -> the gain."""
+  others = {
+    line.first['lr_scale']: compare(differences(line, to_line(naive)))
+    for line in lines
+    if line.predictor == 'persistence' and line.first['lr_scale'] != 1
+    if line.first['batch_norm'] == 'keep'
+  }
+  return {scale: found for scale, found in others.items() if found is not None}
 
 
 def _draw(main: Sequence[Line], naive: Line, path: Path) -> dict[str, str]:

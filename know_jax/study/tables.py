@@ -42,7 +42,8 @@ def published(table: int) -> list[dict[str, str]]:
     return list(csv.DictReader(file))
 
 
-def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+  """A Markdown table of cells of text, all columns but the first to the right."""
   body = list(body)
   widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
 
@@ -69,7 +70,8 @@ def _number(value: float, form: str) -> str:
   return format(value, form) if math.isfinite(value) else ''
 
 
-def _interval(found: Comparison | None) -> str:
+def interval(found: Comparison | None) -> str:
+  """A difference with its interval, as in `+0.25 (-0.18 to +0.67)`; empty for None."""
   return '' if found is None else f'{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})'
 
 
@@ -113,7 +115,7 @@ def accuracies(lines: Sequence[Line], amount: float) -> list[str]:
   header = ['arm', *headings.values(), *(f'paper {h}' for h in headings.values())]
   return [
     f'## Accuracy after transfer, {100 * amount:g} % of the source data',
-    _table(header, body),
+    table(header, body),
     'Mean ± standard deviation over all trainings; the paper: its table 1.',
   ]
 
@@ -137,15 +139,15 @@ def _tested_table(lines: Sequence[Line], naive: Line, sweep_in: Sequence[Line] |
   body = []
   for line, found, holm_exact, holm_t in _tested(lines, naive):
     cells = [
-      _label(line.title), str(found.pairs), _interval(found), f'{found.p_exact:.3f}',
+      _label(line.title), str(found.pairs), interval(found), f'{found.p_exact:.3f}',
       f'{holm_exact:.3f}', _number(found.p_t, '.3f'), _number(holm_t, '.3f'),
     ]  # fmt: skip
     if sweep_in:
       curved = line.predictor not in UNPREDICTED
       groups = differences(line, to_shrink_curve(line, sweep_in)) if curved else []
-      cells.append(_interval(compare(groups)))
+      cells.append(interval(compare(groups)))
     body.append(cells)
-  return _table(header, body)
+  return table(header, body)
 
 
 def comparisons(lines: Sequence[Line], amount: float) -> list[str]:
@@ -200,7 +202,7 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
         cross_chosen(of('shrink')),
       ]
       cells = [
-        '' if other is None else _interval(compare(differences(known, to_line(other))))
+        '' if other is None else interval(compare(differences(known, to_line(other))))
         for other in others
       ]
       body.append([f'{arm}, best step' if step is None else known.title, *cells])
@@ -209,7 +211,7 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
   header = ['arm', 'naive', 'BatchNorm reset', 'extra', 'history-free', 'average', 'shrink']
   return [
     '## KNOWN against its rivals',
-    _table(header, body),
+    table(header, body),
     'Paired differences with 95 % intervals, uncorrected. Best step, and of `shrink` always the '
     'best strength and step: for each source seed chosen by the others. `known_history_free` and '
     '`average` are at the same step.',
@@ -231,7 +233,7 @@ def starts(main: Sequence[Line]) -> list[str]:
   header = ['arm', 'accuracy', 'norm', 'error', 'conv', 'fc', 'bias']
   return [
     '## Before any further training',
-    _table(header, body),
+    table(header, body),
     'Accuracy on the source task; norm of the weights below the head over that of Theta^0; error '
     'in retrodicting Theta^0 from older stages over that of copying the newest of them, for all '
     'weights below the head and by kind (below 1: better than copying). Means over source seeds.',
@@ -264,7 +266,7 @@ def _history_table(lines: Sequence[Line]) -> str:
     ]
     body.append([arm, str(first['history']), *ours, *theirs])
   header = ['arm', 'S', *headings.values(), *(f'paper {h}' for h in headings.values())]
-  return _table(header, body) + '\n\nThe paper: its table 6.'
+  return table(header, body) + '\n\nThe paper: its table 6.'
 
 
 def times(timings: Sequence[Mapping[str, Any]], history: int) -> list[str]:
@@ -312,7 +314,7 @@ def times(timings: Sequence[Mapping[str, Any]], history: int) -> list[str]:
   header = ['part', 'seconds', 'of pre-training', 'paper, seconds', 'of pre-training']
   return [
     '## Time',
-    _table(header, body),
+    table(header, body),
     'Medians over runs. The paper: its table 7, with half of CIFAR-100, where pre-training and '
     'forgetting together take as long as pre-training on all of it.',
   ]

@@ -1,0 +1,104 @@
+"""Several studies on one page: the answer to whether predicting helps, and a report of each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from know_jax.errors import UserError
+from know_jax.files import reason
+from know_jax.study import report
+from know_jax.study.analysis import Comparison, compare, cross_chosen, differences, to_line
+from know_jax.study.tables import interval, table
+
+_RIVALS = {
+  'naive transfer': 'Against naive transfer, the best step of KNOWN changes accuracy',
+  'shrink': 'Against the best shrinking of the newest weights, it changes accuracy',
+  'equal compute': 'Against training the newest weights on for as long as forgetting took, it '
+  'changes accuracy',
+}
+
+
+def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
+  """Writes one page over several studies, and beside it the report of each.
+
+  Args:
+    workdirs: of studies, finished or not; the report of `W` is `<path's stem>_W.md`.
+    path: the Markdown file.
+
+  Returns:
+    The first section, the answer.
+
+  Raises:
+    UserError: as `report.write` does; also where two workdirs have one name.
+  """
+  path = Path(path).expanduser()
+  places = {Path(workdir).name: Path(workdir).expanduser() for workdir in workdirs}
+  if len(places) < len(workdirs):
+    names = [Path(workdir).name for workdir in workdirs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise UserError(f'two studies are called {twice!r}; wanted names that tell them apart.')
+  found, rows = {}, []
+  for name, workdir in places.items():
+    lines, main, naive = report.read_lines(workdir)
+    file = f'{path.stem}_{name}.md'
+    report.write(workdir, path.with_name(file))
+    found[name] = report.against_rivals(main, naive)
+    first = naive.first
+    shrunk = cross_chosen([line for line in main if line.predictor == 'shrink'])
+    best = None if shrunk is None else compare(differences(shrunk, to_line(naive)))
+    faster = report.at_other_rates(lines, naive)
+    fastest = max(faster, key=lambda scale: faster[scale].mean, default=None)
+    rows.append(
+      [
+        f'[{first["source"]} to {first["target"]}, {first["model"]}]({file})',
+        ' x '.join(str(len(set(seeds))) for seeds in zip(*naive.rows, strict=True)),
+        f'{100 * np.mean(naive.values()):.2f}',
+        *(interval(found[name].get(rival)) for rival in _RIVALS),
+        interval(best),
+        '' if fastest is None else f'{interval(faster[fastest])} at {fastest:g} times',
+      ]
+    )  # fmt: skip
+  answer = answer_text(found)
+  header = [
+    'study', 'seeds', 'naive, %', 'KNOWN to naive', 'KNOWN to shrink', 'KNOWN to equal compute',
+    'shrink to naive', 'naive at its best other learning rate',
+  ]  # fmt: skip
+  parts = [
+    '# Does predicting help transfer?',
+    answer,
+    table(header, rows),
+    'Differences of accuracy after transfer in points, paired, with 95 % bootstrap intervals over '
+    'source seeds and the transfers from each. Seeds: source runs x transfers from each. Steps of '
+    'KNOWN and strengths of shrink are chosen for each source seed by the other source seeds; the '
+    'best other learning rate is not, so that its gain is flattered a little. All arms, the tests '
+    "with corrected p, the paper's numbers, ablations, times and plots are in the reports of the "
+    'single studies.',
+  ]
+  try:
+    path.write_text('\n\n'.join(parts) + '\n')
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {reason(error)}.') from error
+  return answer
+
+
+def answer_text(found: Mapping[str, Mapping[str, Comparison]]) -> str:
+  """The answer over several studies, in a sentence for each rival.
+
+  Args:
+    found: study -> what `report.against_rivals` found.
+  """
+  sentences = []
+  for rival, start in _RIVALS.items():
+    compared = [study[rival] for study in found.values() if rival in study]
+    if not compared:
+      continue
+    means = sorted(comparison.mean for comparison in compared)
+    better = sum(comparison.low > 0 for comparison in compared)
+    worse = sum(comparison.high < 0 for comparison in compared)
+    sentences.append(
+      f'{start} by {means[0]:+.2f} to {means[-1]:+.2f} points over {len(compared)} studies: in '
+      f'{better} the 95 % interval lies above zero, in {worse} below, and in '
+      f'{len(compared) - better - worse} it includes zero.'
+    )
+  return ' '.join(sentences)
