@@ -117,6 +117,21 @@ def test_names_and_values_are_known(path):
     assert set(config['predictors']) <= set(PREDICTORS)
 
 
+@pytest.mark.parametrize(
+  ('name', 'variant'),
+  [('study_fashion_mnist', 'cnn'), ('study_cifar', 'cnn'), ('study_resnet18', 'short')],
+)
+def test_variants_are_studies_too(name, variant):
+  path = ROOT / 'configs' / f'{name}.py'
+  assert f':{variant}' in header(path)[0]
+  config = runpy.run_path(str(path))['get_config'](variant)
+  assert fields(config) == fields(design.default_config())
+  config = config_dict(config)
+  check_transfer(config['transfer'])
+  found = arms.arms_of(config, batch_norm=variant != 'cnn')
+  assert {'persistence', 'known', 'extra', 'shrink', 'task_vector'} <= {a.predictor for a in found}
+
+
 def test_the_demo_forgets_and_transfers_between_different_classes():
   source, target = (
     set(load(ROOT / 'configs' / f'{name}_digits.py').classes) for name in ('forget', 'transfer')
