@@ -95,7 +95,12 @@ def remove_tree(path: Path) -> None:
   prefix = hidden_sibling(path, '').name
   with contextlib.suppress(OSError), locked(path):
     beside = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]
-    for entry in (path, *beside):
+    if path.is_dir():
+      # Under another name first: a kill half-way leaves nothing that looks like a whole one.
+      doomed = hidden_sibling(path, 'removing')
+      shutil.rmtree(doomed, ignore_errors=True)
+      beside.append(path.rename(doomed))
+    for entry in beside:
       # Not the lock, which is a file.
       shutil.rmtree(entry, ignore_errors=True)
 

@@ -6,7 +6,6 @@ checkpoint for every step n = 1..steps, whose metadata say what it is and how it
 
 import contextlib
 import dataclasses
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from know_jax import checkpoints, forgetting, nowcast, training, trees
 from know_jax.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
 from know_jax.data import to_device_input
 from know_jax.errors import UserError, unknown_name
+from know_jax.files import remove_tree
 from know_jax.guards import PredictionWarning
 from know_jax.plots import plot_nowcast
 from know_jax.predictors import METHODS
@@ -179,7 +179,7 @@ def prediction_path(workdir: str | Path, predictor: str, steps: int) -> Path:
 def _remove_beyond(workdir: Path, predictor: str, steps: int) -> None:
   for path in prediction_path(workdir, predictor, 1).parent.glob('[0-9]*'):
     if path.name.isdigit() and int(path.name) > steps:
-      shutil.rmtree(path)
+      remove_tree(path)
 
 
 def _save(

@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from know_jax import conditioned, hdf5, trees
 from know_jax.errors import UserError, unknown_name
+from know_jax.files import read_sealed, reason, write_atomic
 from know_jax.known import HISTORY_LENGTH
 
 FORMAT = 'know_jax.known/1'
@@ -88,8 +89,6 @@ def _shipped(name: str) -> dict[str, Any]:
 @functools.cache
 def least_squares_coefficients() -> dict[str, tuple[float, ...]]:
   """The shipped coefficients of `least_squares`: kind -> those of d_0 .. d_3 and of theta^0."""
-  from know_jax.files import read_sealed
-
   found = read_sealed(LEAST_SQUARES, 'coefficients')['coefficients']
   return {kind: tuple(found[kind]) for kind in trees.KINDS}
 
@@ -116,6 +115,9 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
     path: the file to write.
     theta: kind -> Flax parameters of one network; the kinds may be of different sorts.
     card: what the weights are and where they come from; JSON-able, kept in the file's header.
+
+  Raises:
+    UserError: theta is not of the networks, or the file cannot be written; an old one is intact.
   """
   tensors = {
     name: np.array(leaf, np.float32, order='C') for name, leaf in trees.named_leaves(theta).items()
@@ -123,7 +125,19 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
   _check_theta(tensors, str(path))
   metadata = {'format': FORMAT, 'card': json.dumps(card, sort_keys=True)}
   metadata['sha256'] = _checksum(tensors, metadata)
-  safetensors.numpy.save_file(tensors, path, metadata)
+  data = _with_sorted_header(safetensors.numpy.save(tensors, metadata))
+  try:
+    write_atomic(Path(path), data)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {reason(error)}.') from error
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+  """A safetensors file whose bytes are the same in every process: the library shuffles metadata."""
+  end = 8 + int.from_bytes(data[:8], 'little')
+  header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(',', ':')).encode()
+  header += b' ' * (-len(header) % 8)
+  return len(header).to_bytes(8, 'little') + header + data[end:]
 
 
 def theta_digest(theta: Mapping[str, Any]) -> str:

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import h5py
@@ -48,6 +49,23 @@ def test_theta_and_card_come_back_as_they_were_saved(history_length, tmp_path):
   assert_same(found, theta)
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
   assert pretrained.read_card(tmp_path / 'a.safetensors') == CARD
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+  theta = references.random_theta()
+  for name, given in (('a', theta), ('b', dict(reversed(theta.items())))):
+    pretrained.save_known(tmp_path / name, given, CARD)
+  data = (tmp_path / 'a').read_bytes()
+  assert (tmp_path / 'b').read_bytes() == data
+  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
+  # The library would shuffle these from process to process.
+  assert list(header['__metadata__']) == ['card', 'format', 'sha256']
+
+
+def test_where_weights_cannot_be_written_it_says_so(tmp_path):
+  theta = references.random_theta()
+  with pytest.raises(UserError, match=r'cannot write .*/none/a: No such file or directory'):
+    pretrained.save_known(tmp_path / 'none' / 'a', theta, {})
 
 
 def test_what_init_theta_makes_can_be_saved(tmp_path):

@@ -23,8 +23,36 @@ def _axes(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
   figure.savefig(path, dpi=110, metadata={'Software': None})
 
 
-def _style(i: int) -> dict[str, Any]:
-  return {'color': f'C{i % 10}', 'marker': MARKERS[i % len(MARKERS)], 'markersize': 5}
+def _style(i: int, arm: str) -> dict[str, Any]:
+  """KNOWN stands out; of the others no two look alike."""
+  from matplotlib import colormaps
+
+  if arm.partition(' ')[0] == 'known':
+    return {'color': 'black', 'marker': 'o', 'markersize': 6, 'linewidth': 2, 'zorder': 3}
+  # Ten strong colours, then ten pale ones.
+  color = colormaps['tab20'](2 * i % 20 + i // 10 % 2)
+  return {'color': color, 'marker': MARKERS[i % len(MARKERS)], 'markersize': 5, 'linewidth': 1}
+
+
+def _show_gains(axes: Any) -> None:
+  """An axis on which a gain of half a point can be seen beside a loss of twenty."""
+  axes.axhline(0.0, color='grey', linewidth=0.8)
+  axes.set_yscale('symlog', linthresh=4, linscale=2)
+  axes.yaxis.set_major_formatter('{x:+g}')
+  ticks = (-40, -20, -10, -4, -2, -1, 0, 1, 2, 4, 10, 20, 40)
+  low, high = axes.get_ylim()
+  axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+
+
+def _scale_x(axes: Any) -> None:
+  """A logarithmic axis with plain numbers."""
+  from matplotlib.ticker import LogLocator, NullFormatter
+
+  axes.set_xscale('log')
+  low, high = axes.get_xlim()
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+  axes.xaxis.set_major_formatter('{x:g}')
+  axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def gains_by_step(
@@ -38,14 +66,15 @@ def gains_by_step(
     title: of the picture.
   """
   with _axes(path, title, 'multiple of the data', 'points over naive transfer') as axes:
-    axes.axhline(0.0, color='black', linewidth=0.8)
     for i, (arm, points) in enumerate(series.items()):
       # Side by side, so that intervals do not hide one another.
       x = [multiple * (1 + 0.012 * (i - len(series) / 2)) for multiple, *_ in points]
       mean = [p[1] for p in points]
       errors = [[max(p[1] - p[2], 0.0) for p in points], [max(p[3] - p[1], 0.0) for p in points]]
-      axes.errorbar(x, mean, errors, label=arm, linewidth=1, capsize=2, **_style(i))
+      axes.errorbar(x, mean, errors, label=arm, capsize=2, **_style(i, arm))
     axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('x{x:g}')
+    _show_gains(axes)
 
 
 def accuracy_by_step(
@@ -62,8 +91,9 @@ def accuracy_by_step(
   with _axes(path, title, 'multiple of the data', 'accuracy on the source task, %') as axes:
     for i, (arm, points) in enumerate(series.items()):
       x, y = zip((1.0, start), *points, strict=True)
-      axes.plot(x, y, label=arm, linewidth=1, **_style(i))
+      axes.plot(x, y, label=arm, **_style(i, arm))
     axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('x{x:g}')
 
 
 def learning_curves(
@@ -79,7 +109,7 @@ def learning_curves(
   with _axes(path, title, 'epoch of fine-tuning', 'accuracy on the target task, %') as axes:
     for i, (arm, points) in enumerate(series.items()):
       x, y = zip(*points, strict=True)
-      axes.plot(x, [100 * value for value in y], label=arm, linewidth=1, **_style(i))
+      axes.plot(x, [100 * value for value in y], label=arm, **_style(i, arm))
 
 
 def scatter(
@@ -88,10 +118,8 @@ def scatter(
   x: str,
   title: str,
   curve: Sequence[tuple[float, float]] = (),
-  *,
-  log: bool = False,
 ) -> None:
-  """Draws the gain of predictions against something else of theirs.
+  """Draws the gain of predictions against something else of theirs, positive, by its logarithm.
 
   Args:
     path: the PNG file to write.
@@ -99,15 +127,14 @@ def scatter(
     x: what x is.
     title: of the picture.
     curve: (x, gain) of the shrink sweep, drawn as a line.
-    log: whether x is on a logarithmic axis.
   """
   with _axes(path, title, x, 'points over naive transfer') as axes:
-    axes.axhline(0.0, color='black', linewidth=0.8)
     if curve:
       axes.plot(*zip(*curve, strict=True), '-o', color='grey', markersize=3, label='shrink sweep')
     arms = dict.fromkeys(arm for arm, _, _ in points)
     for i, name in enumerate(arms):
       x_values, gains = zip(*((at, gain) for arm, at, gain in points if arm == name), strict=True)
-      axes.plot(x_values, gains, linewidth=0.5, label=name, **_style(i))
-    if log and points:
-      axes.set_xscale('log')
+      axes.plot(x_values, gains, label=name, **{**_style(i, name), 'linewidth': 0.5})
+    if points:
+      _scale_x(axes)
+    _show_gains(axes)

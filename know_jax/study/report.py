@@ -239,7 +239,7 @@ def _draw(main: Sequence[Line], naive: Line, path: Path) -> dict[str, str]:
   title = 'Retrodiction error and gain'
   label = 'error in retrodiction / error of copying'
   points = _points(predicted, naive, 'retrodiction')
-  pictures.scatter(place(title, 'retrodiction'), points, label, title, log=True)
+  pictures.scatter(place(title, 'retrodiction'), points, label, title)
   title = 'Weight norm and gain, with the shrink curve'
   sweep = _points([line for line in main if is_sweep(line)], naive, 'weight_norm')
   curve_points = sorted([(1.0, 0.0), *((norm, gain) for _, norm, gain in sweep)])
