@@ -24,9 +24,9 @@ from know_jax.trajectory import Trajectory, check_stages, stacked_length
 BLOCK = 8192
 """Weights that KNOWN takes at a time: its temporaries (64 features each) stay in the cache."""
 
-_SMALL = 1 << 17
-_BATCH = 1 << 20
-"""Leaves of fewer than `_SMALL` weights are copied together, at most `_BATCH` weights at a time,
+SMALL = 1 << 17
+BATCH = 1 << 20
+"""Leaves of fewer than `SMALL` weights are copied together, at most `BATCH` weights at a time,
 into one run of blocks: a loop for each leaf would take long to compile."""
 
 
@@ -83,8 +83,8 @@ def predict(
       differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind, or
       a name or option is unknown; afterwards, if a prediction is bad and `on_bad` is 'raise'.
   """
-  steps = _check_steps(steps, least=0)
-  plan = _plan(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
+  steps = check_steps(steps, least=0)
+  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
   history = plan.history
   if steps == 0:
     return history.unflatten([history.newest(i) for i in range(len(history.leaves))])
@@ -113,8 +113,8 @@ def forecast(
   Raises:
     UserError: as `predict` does; also for steps = 0.
   """
-  steps = _check_steps(steps, least=1)
-  plan = _plan(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
+  steps = check_steps(steps, least=1)
+  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
   history = plan.history
   predicted = plan.run(tuple(range(1, steps + 1)))
   leaves = [
@@ -138,7 +138,12 @@ def max_steps(predictor: str, history_length: int, **options: Any) -> int | None
   return max(n for n in range(history_length + 1) if n == 0 or needs(n, options) <= history_length)
 
 
-def _check_steps(steps: Any, least: int) -> int:
+def check_steps(steps: Any, least: int) -> int:
+  """A number of steps as an integer.
+
+  Raises:
+    UserError: it is none, or less than `least`.
+  """
   try:
     steps = operator.index(steps)
   except TypeError as error:
@@ -251,7 +256,7 @@ def _is_finite(leaf: Any) -> bool:
 # longer than the prediction.
 def _all_finite_on_host(array: np.ndarray) -> bool:
   flat = array.reshape(-1)
-  return all(np.isfinite(flat[i : i + _BATCH]).all() for i in range(0, flat.size, _BATCH))
+  return all(np.isfinite(flat[i : i + BATCH]).all() for i in range(0, flat.size, BATCH))
 
 
 @jax.jit
@@ -316,7 +321,7 @@ def _is_traced() -> bool:
   return isinstance(jnp.add(0, 0), jax.core.Tracer)
 
 
-def _plan(
+def plan_of(
   params_history: Any,
   steps: int,
   predictor: str,
@@ -326,6 +331,13 @@ def _plan(
   on_bad: str,
   options: dict[str, Any],
 ) -> _Plan:
+  """Checks everything that `predict` checks, and computes nothing.
+
+  The arguments are those of `predict`; leaves may be `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    UserError: as `predict` does before it computes.
+  """
   guards.check_on_bad(on_bad)
   options = check_options(predictor, options)
   if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
@@ -378,7 +390,7 @@ def _check_length(
     return
   needed = method.needs(steps, options)
   if method.leaf_fn is None and predictor != 'known_history_free':
-    needed = max((_history_length(params) for params in theta.values()), default=needed)
+    needed = max((known_history_length(params) for params in theta.values()), default=needed)
   if length >= needed:
     return
   reach = max_steps(predictor, length, **options)
@@ -389,7 +401,7 @@ def _check_length(
   )
 
 
-def _history_length(params: Any) -> int:
+def known_history_length(params: Any) -> int:
   """S, the number of stages that the parameters of one kind of leaf read."""
   module = conditioned if conditioned.is_conditioned(params) else known
   return module.history_length(params)
@@ -500,7 +512,7 @@ def _run_on_host(
 ) -> tuple[list[jax.Array], np.ndarray | None]:
   """What `_run` computes, in rows of fixed size: no shape of a leaf is ever compiled for.
 
-  The leaves of a kind form one long row of weights, cut into rows of `_BATCH` or, at its end,
+  The leaves of a kind form one long row of weights, cut into rows of `BATCH` or, at its end,
   `BLOCK` weights, whatever the borders of leaves.
   """
   views = [
@@ -546,7 +558,7 @@ def _run_on_host(
           flat[:, start:stop] = part[wanted]
         if params is not None and watched:
           newest = row[-1:, place : place + stop - start]
-          residual = _residuals_on_host(np.concatenate([newest, part]))
+          residual = residuals_on_host(np.concatenate([newest, part]))
           health[i, :, 1] = np.maximum(health[i, :, 1], residual[wanted])
   if not watched or not leaves:
     return [jnp.asarray(leaf) for leaf in found], None
@@ -554,17 +566,17 @@ def _run_on_host(
   for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
     health[i, :, 0], health[i, :, 2] = _movement_on_host(view, found[i])
     if info.kind in limits:
-      health[i, :, 3] = _outside_on_host(_window(view, theta[info.kind], job), limits[info.kind])
+      health[i, :, 3] = outside_on_host(_window(view, theta[info.kind], job), limits[info.kind])
     if (bad := guards.is_bad(health[i])).any():
       found[i][bad] = view[-1]
   return [jnp.asarray(leaf) for leaf in found], health
 
 
 def _chunks(size: int) -> Iterator[slice]:
-  return (slice(start, start + _SMALL) for start in range(0, size, _SMALL))
+  return (slice(start, start + SMALL) for start in range(0, size, SMALL))
 
 
-def _residuals_on_host(path: np.ndarray) -> np.ndarray:
+def residuals_on_host(path: np.ndarray) -> np.ndarray:
   """The largest residual up to each step, of weights `[1 + steps, N]` from the newest stage on."""
   return np.maximum.accumulate(np.abs(np.diff(path, axis=0)).max(1, initial=0.0))
 
@@ -593,7 +605,7 @@ def _largest_on_host(stage: np.ndarray) -> float:
   return max(map(float, parts), default=0.0)
 
 
-def _outside_on_host(window: Sequence[np.ndarray], limits: tuple[float, float]) -> float:
+def outside_on_host(window: Sequence[np.ndarray], limits: tuple[float, float]) -> float:
   """`_outside` for NumPy arrays."""
   weight = max(_largest_on_host(stage) for stage in window)
   difference = max(
@@ -622,7 +634,7 @@ def _conditioned_on_host(
   moments = np.zeros((padded, length, length), dtype)
   for leaf, window in enumerate(windows):
     moments[leaf] = _moments_on_host(window, dtype)
-  found, outside = jax.device_get(_coefficients(params, moments, job.rate, steps))
+  found, outside = jax.device_get(leaf_coefficients(params, moments, job.rate, steps))
   for leaf, coefficients in enumerate(found[: len(windows)]):
     stages = [stage.reshape(-1) for stage in windows[leaf]]
     flat = out[leaf].reshape(len(steps), -1)
@@ -648,7 +660,7 @@ def _moments_on_host(window: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _coefficients(
+def leaf_coefficients(
   params: Any, moments: jax.Array, rate: jax.Array | float, steps: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
   """The stages' coefficients for many leaves, and how far outside the meta-dataset they are.
@@ -667,7 +679,7 @@ def _rows(
   left, total = 0, sum(sizes)
   queue = [(i, 0, size) for i, size in zip(members, sizes, strict=True) if size]
   while left < total:
-    width = _BATCH if total - left >= _BATCH else BLOCK
+    width = BATCH if total - left >= BATCH else BLOCK
     place, parts = 0, []
     while queue and place < width:
       i, start, size = queue.pop(0)
@@ -712,13 +724,13 @@ def _run_known(
       whole.setdefault(info.kind, []).append(i)
     elif sharding is not None:
       found[i], residuals[i] = _known_sharded(run, theta[info.kind], window, sharding)
-    elif math.prod(window[0].shape) < _SMALL:
+    elif math.prod(window[0].shape) < SMALL:
       small.setdefault(info.kind, []).append(i)
     else:
       found[i], residuals[i] = run(theta[info.kind], window)
   for kind, indices in whole.items():
     moments = [_moments(windows[i], job.shardings[i]) for i in indices]
-    coefficients, far = _coefficients(theta[kind], jnp.stack(moments), job.rate, steps)
+    coefficients, far = leaf_coefficients(theta[kind], jnp.stack(moments), job.rate, steps)
     for place, i in enumerate(indices):
       found[i] = _combine(coefficients[place], windows[i], job.shardings[i])
       if job.predictor != 'known_history_free':
@@ -741,7 +753,7 @@ def _outside(window: Any, limits: tuple[float, float]) -> jax.Array:
 
 def _window(leaf: Any, params: Any, job: _Job) -> Any:
   """What KNOWN reads of a leaf's history: its newest stages, or copies of the newest one."""
-  length = _history_length(params)
+  length = known_history_length(params)
   return (leaf[-1],) * length if job.predictor == 'known_history_free' else leaf[-length:]
 
 
@@ -767,7 +779,7 @@ def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
   batches: list[list[int]] = [[]]
   total = 0
   for i, size in zip(indices, sizes, strict=True):
-    if total + size > _BATCH and batches[-1]:
+    if total + size > BATCH and batches[-1]:
       batches.append([])
       total = 0
     batches[-1].append(i)
@@ -829,7 +841,7 @@ def _combine(coefficients: jax.Array, window: Any, sharding: NamedSharding | Non
 
   def combine(coefficients: jax.Array, window: Any) -> jax.Array:
     *older, newest = _in_float32(window)
-    if newest.size < _SMALL:  # Fewer operations to compile, for a copy of the stages.
+    if newest.size < SMALL:  # Fewer operations to compile, for a copy of the stages.
       differences = jnp.stack([stage - newest for stage in older])
       moved = jnp.tensordot(
         coefficients[:, :-1], differences, 1, precision=jax.lax.Precision.HIGHEST
@@ -882,15 +894,15 @@ def _leaf_moments(window: Any) -> jax.Array:
       block = jnp.stack(block)
     return conditioned.second_moments(block.astype(width))
 
-  whole = size - size % _SMALL
+  whole = size - size % SMALL
   tail = jax.tree.map(lambda x: x[..., whole:], stages)
   # Made from the input, the sums have its mapped axes, which a loop in shard_map must carry.
   total = sums(tail)
 
   def body(index: jax.Array, total: jax.Array) -> jax.Array:
-    return total + sums(_block(stages, index * _SMALL, _SMALL))
+    return total + sums(_block(stages, index * SMALL, SMALL))
 
-  return jax.lax.fori_loop(0, whole // _SMALL, body, total) if whole else total
+  return jax.lax.fori_loop(0, whole // SMALL, body, total) if whole else total
 
 
 def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

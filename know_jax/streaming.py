@@ -163,9 +163,9 @@ def _check_predictor(job: Job, predictor: str) -> None:
   stage = {path: np.zeros(1, dtype) for (_, dtype), path in first.items()}
   # Where all leaves are kept, the other arguments are looked at still.
   stage = stage or {'bias': np.zeros(1, np.float32)}
-  nowcast._plan(
+  nowcast.plan_of(
     [stage] * len(job.stages),
-    nowcast._check_steps(job.steps, least=1),
+    nowcast.check_steps(job.steps, least=1),
     predictor,
     _theta(job, predictor),
     job.rate,
@@ -553,7 +553,7 @@ def _history(job: Job, path: str, scratch: Path) -> Iterator[_LeafHistory]:
 
 
 def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) -> None:
-  for start, stop in history.slices(nowcast._BATCH):
+  for start, stop in history.slices(nowcast.BATCH):
     if trees.is_floating(history.leaf):
       history.read(start, stop)
     newest = history.readers[-1].read(start, stop)
@@ -574,11 +574,11 @@ def _predict_leaf(
     free = predictor == 'known_history_free'
     predict, outside = _conditioned(job, theta[history.kind], history, free, bar)
     health[:, 3] = outside
-    size, counted = nowcast._SMALL, 0.5  # The other half was counted with the moments.
+    size, counted = nowcast.SMALL, 0.5  # The other half was counted with the moments.
   else:
     predict = _by_forecast(job, predictor, theta, history)
     whole = predictor == 'tsv' and _is_matrix(history.leaf, history.kind)
-    size, counted = (history.leaf.size or 1) if whole else nowcast._BATCH, 1.0
+    size, counted = (history.leaf.size or 1) if whole else nowcast.BATCH, 1.0
   limits = {}
   if theta is not None and predictor != 'known_history_free' and _own_known(job, predictor) is None:
     limits = trained_range(METHODS[predictor].shipped)
@@ -593,10 +593,10 @@ def _predict_leaf(
     health[:, 2] = np.maximum(health[:, 2], np.abs(stages).max())
     if theta is not None and not is_conditioned:
       path = np.concatenate([stages[-1:], predicted])
-      health[:, 1] = np.maximum(health[:, 1], nowcast._residuals_on_host(path))
+      health[:, 1] = np.maximum(health[:, 1], nowcast.residuals_on_host(path))
       if history.kind in limits:
-        window = stages[-nowcast._history_length(theta[history.kind]) :]
-        outside = nowcast._outside_on_host(list(window), limits[history.kind])
+        window = stages[-nowcast.known_history_length(theta[history.kind]) :]
+        outside = nowcast.outside_on_host(list(window), limits[history.kind])
         health[:, 3] = np.maximum(health[:, 3], outside)
     for sink, values in zip(sinks, found, strict=True):
       sink.write(values)
@@ -661,7 +661,7 @@ def _conditioned(
 
   # As `nowcast._moments_on_host` and `_conditioned_on_host` do, to the bit.
   total = np.zeros((length, length))
-  for start, stop in history.slices(nowcast._SMALL):
+  for start, stop in history.slices(nowcast.SMALL):
     v = conditioned.host_basis(window(history.read(start, stop)))
     total += v @ v.T
     bar.update(0.5 * (stop - start))
@@ -669,7 +669,7 @@ def _conditioned(
   steps = tuple(range(1, job.steps + 1))
   coefficients, outside = (
     np.asarray(found)[0]
-    for found in jax.device_get(nowcast._coefficients(params, moments[None], job.rate, steps))
+    for found in jax.device_get(nowcast.leaf_coefficients(params, moments[None], job.rate, steps))
   )
 
   def predict(stages: np.ndarray) -> np.ndarray:

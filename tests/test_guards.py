@@ -122,7 +122,7 @@ def saturating(kind):
 
 
 @pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('size', [nowcast._SMALL // 3, nowcast._SMALL + 5])
+@pytest.mark.parametrize('size', [nowcast.SMALL // 3, nowcast.SMALL + 5])
 def test_a_saturated_residual_is_told(way, size):
   theta = THETA | {'bias': saturating('bias')}
   at_rest, saturated = np.full((5, size), 0.01, np.float32), np.zeros((5, size), np.float32)
@@ -324,7 +324,7 @@ def test_what_is_bad(numbers, bad):
 def test_health_on_the_host_and_on_the_device_agree():
   theta = references.random_theta()
   history = history_of(**{'a/kernel': ramp(0.3, (4, 5)), 'b/kernel': ramp(2.0, (3, 3, 2, 2))})
-  plan = nowcast._plan(history, 2, 'known_paper', theta, 0.5, None, 'keep', {})
+  plan = nowcast.plan_of(history, 2, 'known_paper', theta, 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
   job = plan.job.__class__(**{**plan.job.__dict__, 'limits': (('fc', (1.0, 1.0)),)})
   with jax.ensure_compile_time_eval():

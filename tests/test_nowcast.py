@@ -337,7 +337,7 @@ def test_forecasts_and_trajectories_keep_the_sharding():
 @pytest.mark.parametrize('name', ['known', 'known_paper', 'known_history_free', 'linear_fit'])
 def test_no_weight_leaves_its_device(name, form):
   history, _ = sharded_history(*FORMS[form])
-  plan = nowcast._plan(history, 1, name, options_of(name).get('theta'), 0.5, None, 'keep', {})
+  plan = nowcast.plan_of(history, 1, name, options_of(name).get('theta'), 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
   hlo = nowcast._run.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=8' in hlo
@@ -468,8 +468,8 @@ def test_leaves_without_weights_and_scalars_are_no_trouble():
 def small_blocks(monkeypatch):
   """Blocks of 16 weights and runs of at most 40, so that small leaves take every path."""
   monkeypatch.setattr(nowcast, 'BLOCK', 16)
-  monkeypatch.setattr(nowcast, '_SMALL', 16)
-  monkeypatch.setattr(nowcast, '_BATCH', 40)
+  monkeypatch.setattr(nowcast, 'SMALL', 16)
+  monkeypatch.setattr(nowcast, 'BATCH', 40)
   nowcast._run.clear_cache()
   yield
   nowcast._run.clear_cache()
@@ -575,7 +575,7 @@ def test_blocks_of_sharded_leaves(small_blocks):
 
 
 def test_a_leaf_larger_than_the_real_block():
-  history = make_history(shapes={'a': {'kernel': (nowcast._SMALL + 1001, 1)}})
+  history = make_history(shapes={'a': {'kernel': (nowcast.SMALL + 1001, 1)}})
   assert_close(know_jax.predict(history, theta=THETA), plain_known(history, 1))
 
 

@@ -45,8 +45,8 @@ SHAPES = {
 
 def narrow_slices(monkeypatch):
   """So that small leaves have several slices."""
-  monkeypatch.setattr(nowcast, '_SMALL', 1 << 11)
-  monkeypatch.setattr(nowcast, '_BATCH', nowcast.BLOCK)
+  monkeypatch.setattr(nowcast, 'SMALL', 1 << 11)
+  monkeypatch.setattr(nowcast, 'BATCH', nowcast.BLOCK)
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def test_no_more_than_a_slice_is_read_at_once(tmp_path, monkeypatch):
     weight_files.Reader, 'read', lambda self, a, b: reads.append(b - a) or read(self, a, b)
   )
   run(save_all(tmp_path, make_history()), tmp_path / 'out', predictors=['known', 'log_fit'])
-  assert max(reads) == nowcast._BATCH < 250 * 40
+  assert max(reads) == nowcast.BATCH < 250 * 40
 
 
 def test_tsv_sees_matrices_whole_and_those_of_pytorch_alike(tmp_path):
@@ -280,7 +280,7 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_bytes(tmp_path, files, who
 DRIVER = """
 import json, os, runpy, signal, sys
 from know_jax import cli, nowcast, prediction, streaming, weight_files
-nowcast._SMALL, nowcast._BATCH = 1 << 11, nowcast.BLOCK
+nowcast.SMALL, nowcast.BATCH = 1 << 11, nowcast.BLOCK
 write, writes = weight_files.Sink.write, 0
 cli._CACHE_SECONDS = 0.0
 for line in sys.stdin:
