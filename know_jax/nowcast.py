@@ -333,7 +333,7 @@ def plan_of(
 ) -> _Plan:
   """Checks everything that `predict` checks, and computes nothing.
 
-  The arguments are those of `predict`; leaves may be `jax.ShapeDtypeStruct`s.
+  The arguments are those of `predict`.
 
   Raises:
     UserError: as `predict` does before it computes.

@@ -284,7 +284,7 @@ def test_a_half_removed_resume_checkpoint_does_no_harm(monkeypatch, finished, tm
   real = shutil.rmtree
 
   def remove_half(path, **options):
-    if path.name == 'resume' and path.exists():
+    if path.name == '.resume.removing' and path.exists():
       (path / 'manifest.json').unlink()
       raise Crash
     real(path, **options)
@@ -292,7 +292,7 @@ def test_a_half_removed_resume_checkpoint_does_no_harm(monkeypatch, finished, tm
   run_and_crash(
     monkeypatch, tmp_path, lambda context: context.setattr(shutil, 'rmtree', remove_half)
   )
-  assert (tmp_path / 'resume' / 'weights').is_dir()
+  assert (tmp_path / '.resume.removing' / 'weights').is_dir()
   with monkeypatch.context() as context, sigterm_raises():
     stop_at_steps(context, (3,))
     with pytest.raises(Terminated):

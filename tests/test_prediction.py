@@ -13,6 +13,7 @@ from runs import assert_close, assert_same_bits, forget, model_inputs, small_con
 import know_jax
 from know_jax import checkpoints, forgetting, known, prediction, pretrained, trees
 from know_jax.errors import UserError
+from know_jax.guards import PredictionWarning
 from know_jax.run_record import config_dict
 
 NAMES = ('known', 'linear_fit', 'shrink')
@@ -77,6 +78,7 @@ def test_every_prediction_is_there_once_and_says_what_it_is(predicted, known_fil
       'test_accuracy': p.accuracy,
       'test_loss': p.loss,
       'batch_norm': 'keep',
+      'warnings': [],
     } | ({'known': str(known_file)} if p.predictor == 'known' else {})
   assert sorted(path.name for path in (workdir / 'predictions').iterdir()) == [
     'known', 'linear_fit', 'nowcast.png', 'shrink',
@@ -250,11 +252,28 @@ def test_a_damaged_or_missing_stage_is_named(copy):
   assert snapshot(copy).keys() <= before.keys()
 
 
+def test_bad_predictions_are_kept_away_and_noted(copy, tmp_path):
+  theta = jax.tree.map(lambda leaf: leaf * 1000, known.init_theta(jax.random.key(0)))
+  pretrained.save_known(tmp_path / 'wild.safetensors', theta, {})
+  options = {'steps': 1, 'known': str(tmp_path / 'wild.safetensors')}
+  with pytest.warns(PredictionWarning, match='7 of 7 leaves have a bad prediction') as caught:
+    newest, shrunk, kept = prediction.run(copy, predictors=['shrink', 'known'], **options)
+  assert (kept.loss, kept.accuracy) == (newest.loss, newest.accuracy)
+  assert checkpoints.read_metadata(shrunk.path)['warnings'] == []
+  assert checkpoints.read_metadata(kept.path)['warnings'] == [str(w.message) for w in caught]
+  with pytest.raises(UserError, match='7 of 7 leaves have a bad prediction'):
+    prediction.run(copy, predictors=['known'], on_bad='raise', **options)
+
+
 def test_predictions_that_are_no_numbers_are_reported_as_such(copy, tmp_path):
   theta = jax.tree.map(lambda leaf: leaf * 1000, known.init_theta(jax.random.key(0)))
   pretrained.save_known(tmp_path / 'wild.safetensors', theta, {})
   found = prediction.run(
-    copy, predictors=['shrink', 'known'], steps=1, known=str(tmp_path / 'wild.safetensors')
+    copy,
+    predictors=['shrink', 'known'],
+    steps=1,
+    known=str(tmp_path / 'wild.safetensors'),
+    on_bad='ignore',
   )
   assert math.isnan(found[-1].loss)
   assert math.isnan(checkpoints.read_metadata(found[-1].path)['test_loss'])

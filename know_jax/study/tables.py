@@ -315,6 +315,7 @@ def times(timings: Sequence[Mapping[str, Any]], history: int) -> list[str]:
   return [
     '## Time',
     table(header, body),
-    'Medians over runs. The paper: its table 7, with half of CIFAR-100, where pre-training and '
-    'forgetting together take as long as pre-training on all of it.',
+    'Medians over runs, by the clock: other work on the machine counts. The paper: its table 7, '
+    'with half of CIFAR-100, where pre-training and forgetting together take as long as '
+    'pre-training on all of it.',
   ]
