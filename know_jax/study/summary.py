@@ -93,6 +93,9 @@ def answer_text(found: Mapping[str, Mapping[str, Comparison]]) -> str:
     compared = [study[rival] for study in found.values() if rival in study]
     if not compared:
       continue
+    if len(compared) == 1:
+      sentences.append(f'{start} by {interval(compared[0])} points.')
+      continue
     means = sorted(comparison.mean for comparison in compared)
     better = sum(comparison.low > 0 for comparison in compared)
     worse = sum(comparison.high < 0 for comparison in compared)
