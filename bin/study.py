@@ -15,7 +15,6 @@ from pathlib import Path
 from absl import flags
 
 from know_jax import cli
-from know_jax.errors import UserError
 from know_jax.study import report, runner, summary
 
 cli.define_workdir()
@@ -28,9 +27,7 @@ _STUDIES = flags.DEFINE_list('studies', None, 'With --report: workdirs of severa
 def main() -> None:
   if _STUDIES.value:
     cli.refuse('workdir', 'config', 'dry_run', because='--studies are given')
-    if not _REPORT.value:
-      raise UserError('--studies need --report, the Markdown file to write.')
-    print(summary.write(_STUDIES.value, _REPORT.value))
+    print(summary.write(_STUDIES.value, cli.require('report', because='--studies are given')))
     return
   workdir = cli.workdir()
   if _REPORT.value:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from know_jax.errors import UserError
 
@@ -111,18 +111,28 @@ def write_atomic(path: Path, data: bytes) -> None:
   Raises:
     OSError: it cannot be written, or another process is; the old content is intact.
   """
+  with locked(path), replacing(path) as file:
+    file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+  """Gives a file to write, which becomes `path`, durably, when the block ends without an error.
+
+  Raises:
+    OSError: it cannot be written; the old content is intact.
+  """
   temporary = hidden_sibling(path, 'tmp')
-  with locked(path):
-    try:
-      with temporary.open('wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-      temporary.replace(path)
-    except BaseException:
-      temporary.unlink(missing_ok=True)
-      raise
-    fsync_directory(path.parent)
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  fsync_directory(path.parent)
 
 
 def plain(value: Any, what: str) -> Any:

@@ -576,6 +576,13 @@ def _chunks(size: int) -> Iterator[slice]:
   return (slice(start, start + SMALL) for start in range(0, size, SMALL))
 
 
+def _read_chunks(window: Sequence[np.ndarray], dtype: Any) -> Iterator[tuple[slice, np.ndarray]]:
+  """The stages of a leaf, stretch by stretch `[S, N]`, in the dtype to compute in."""
+  stages = [stage.reshape(-1) for stage in window]
+  for part in _chunks(stages[0].size):
+    yield part, np.stack([stage[part].astype(dtype) for stage in stages])
+
+
 def residuals_on_host(path: np.ndarray) -> np.ndarray:
   """The largest residual up to each step, of weights `[1 + steps, N]` from the newest stage on."""
   return np.maximum.accumulate(np.abs(np.diff(path, axis=0)).max(1, initial=0.0))
@@ -607,11 +614,10 @@ def _largest_on_host(stage: np.ndarray) -> float:
 
 def outside_on_host(window: Sequence[np.ndarray], limits: tuple[float, float]) -> float:
   """`_outside` for NumPy arrays."""
-  weight = max(_largest_on_host(stage) for stage in window)
-  difference = max(
-    _largest_on_host(np.subtract(new, old, dtype=jnp.promote_types(new.dtype, jnp.float32)))
-    for old, new in itertools.pairwise(window)
-  )
+  weight = difference = 0.0
+  for _, stages in _read_chunks(window, jnp.promote_types(window[0].dtype, jnp.float32)):
+    weight = max(weight, float(np.abs(stages).max()))
+    difference = max(difference, float(np.abs(np.diff(stages, axis=0)).max()))
   return max(weight / limits[0], difference / limits[1])
 
 
@@ -636,27 +642,28 @@ def _conditioned_on_host(
     moments[leaf] = _moments_on_host(window, dtype)
   found, outside = jax.device_get(leaf_coefficients(params, moments, job.rate, steps))
   for leaf, coefficients in enumerate(found[: len(windows)]):
-    stages = [stage.reshape(-1) for stage in windows[leaf]]
     flat = out[leaf].reshape(len(steps), -1)
-    for part in _chunks(flat.shape[1]):
-      newest = stages[-1][part].astype(dtype)
-      older = np.stack([stage[part].astype(dtype) - newest for stage in stages[:-1]])
-      moved = coefficients[:, :-1] @ older + coefficients[:, -1:] * newest
+    for part, stages in _read_chunks(windows[leaf], dtype):
       with np.errstate(over='ignore'):
-        flat[:, part] = (newest + moved).astype(flat.dtype)
+        flat[:, part] = combine_on_host(coefficients, stages).astype(flat.dtype)
   free = job.predictor == 'known_history_free'
   return np.zeros(len(windows)) if free else outside[: len(windows)]
 
 
 def _moments_on_host(window: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
   """The second moments of one leaf, divided by its size: `[S, S]`."""
-  stages = [stage.reshape(-1) for stage in window]
-  total = np.zeros((len(stages), len(stages)))
-  for part in _chunks(stages[0].size):
-    history = np.stack([stage[part].astype(dtype) for stage in stages])
+  total = np.zeros((len(window), len(window)))
+  for _, history in _read_chunks(window, dtype):
     v = conditioned.host_basis(history)
     total += v @ v.T
-  return (total / max(stages[0].size, 1)).astype(dtype)
+  return (total / max(window[0].size, 1)).astype(dtype)
+
+
+def combine_on_host(coefficients: np.ndarray, stages: np.ndarray) -> np.ndarray:
+  """`_combine` for a stretch of weights: `[steps, S]` and `[S, N]` -> `[steps, N]`."""
+  newest = stages[-1]
+  differences = stages[:-1] - newest
+  return newest + (coefficients[:, :-1] @ differences + coefficients[:, -1:] * newest)
 
 
 @functools.partial(jax.jit, static_argnums=3)

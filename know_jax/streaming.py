@@ -659,7 +659,7 @@ def _conditioned(
   def window(stages: np.ndarray) -> np.ndarray:
     return stages[[-1] * length] if free else stages[-length:]
 
-  # As `nowcast._moments_on_host` and `_conditioned_on_host` do, to the bit.
+  # As `nowcast._moments_on_host` does, to the bit.
   total = np.zeros((length, length))
   for start, stop in history.slices(nowcast.SMALL):
     v = conditioned.host_basis(window(history.read(start, stop)))
@@ -673,8 +673,6 @@ def _conditioned(
   )
 
   def predict(stages: np.ndarray) -> np.ndarray:
-    *older, newest = window(stages)
-    differences = np.stack(older) - newest
-    return newest + (coefficients[:, :-1] @ differences + coefficients[:, -1:] * newest)
+    return nowcast.combine_on_host(coefficients, window(stages))
 
   return predict, 0.0 if free else float(outside)

@@ -28,7 +28,7 @@ import numpy as np
 
 from know_jax import checkpoints
 from know_jax.errors import UserError
-from know_jax.files import fsync_directory, hidden_sibling, reason
+from know_jax.files import reason, replacing
 
 DTYPES = {
   'F64': np.dtype(np.float64),
@@ -415,21 +415,12 @@ def writing(path: Path, leaves: Sequence[Leaf], metadata: Mapping[str, str]) -> 
     }  # fmt: skip
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  temporary = hidden_sibling(path, 'tmp')
-  try:
-    with temporary.open('wb') as file:
-      sink = Sink(file)
-      sink.write(len(text).to_bytes(8, 'little') + text)
-      yield sink
-      if sink.size != 8 + len(text) + end:
-        raise AssertionError(f'{path}: {sink.size} bytes written for {8 + len(text) + end}')
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-  fsync_directory(path.parent)
+  with replacing(path) as file:
+    sink = Sink(file)
+    sink.write(len(text).to_bytes(8, 'little') + text)
+    yield sink
+    if sink.size != 8 + len(text) + end:
+      raise AssertionError(f'{path}: {sink.size} bytes written for {8 + len(text) + end}')
 
 
 def file_order(leaves: Sequence[Leaf]) -> list[Leaf]:

@@ -207,7 +207,7 @@ def timeless(value: Any) -> str:
 @pytest.mark.parametrize('script', COMMANDS)
 def test_a_script_that_is_stopped_ends_with_the_same_bits(cast, thorough, tally, script):
   if not (thorough or script in SHORT):
-    pytest.skip('in full only')
+    pytest.skip('part of --thorough; its own tests have kills within the process')
   seed = int(os.environ.get('KILL_SEED', random.SystemRandom().randrange(10**6) * thorough))
   print(f'KILL_SEED={seed}')
   rng = random.Random(f'{seed} {script}')
