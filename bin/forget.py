@@ -3,20 +3,28 @@
     python bin/forget.py --workdir=W --config=configs/fashion_mnist_cnn.py --config.lr=2e-3
 
 Without --workdir, ./workdir is used; without --config, configs/forget_digits.py. The same command
-runs on after a kill.
+runs on after a kill. Several processes, on one machine or on many that share the workdir, train one
+run if each is started with
+
+    --coordinator=HOST:PORT --processes=N --process=I
+
+(I = 0, 1, ...; HOST:PORT of process 0), or with --coordinator=auto under Slurm and its like.
 """
 
 from pathlib import Path
 
-from know_jax import cli, forgetting
+from know_jax import cli, forgetting, processes
 
 cli.define_workdir()
+cli.define_processes()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'forget_digits.py')
 
 
 def main() -> None:
   workdir = cli.workdir()
   record = forgetting.run(_CONFIG.value, workdir)
+  if not processes.is_first():
+    return
   print(f'{"stage":>5} {"examples":>9} {"test accuracy":>14} {"test loss":>10} {"seconds":>8}')
   for stage in record['stages']:
     print(

@@ -8,6 +8,9 @@ manifest.json   format, shape, dtype and SHA-256 of every leaf, size and SHA-256
                 the caller's metadata, and the SHA-256 of all that
 ```
 
+Arrays that lie on several processes are written by them all, each its own shards; of such leaves
+plain Orbax wants a target to restore them to, unless the devices are those of the save.
+
 Orbax restores flipped bits and casts dtypes without a word, so nothing is handed to it before every
 file has the checksum that the manifest states, and nothing to the caller before every leaf has.
 The checksums find damage, not forgery: whoever can write the files can also write the manifest.
@@ -31,6 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from know_jax import trees
 from know_jax.errors import UserError
@@ -45,6 +49,7 @@ from know_jax.files import (
   reason,
   write_sealed,
 )
+from know_jax.processes import check_same, from_first, in_all
 from know_jax.signals import uninterrupted
 
 PyTree = Any
@@ -68,25 +73,28 @@ def save(
 
   Everything is written to a hidden directory beside `path`, made durable, and renamed. What a
   killed save left is removed by the next save of the same path. SIGINT and SIGTERM wait for the
-  end of the save.
+  end of the save. Of several processes all call it, with one tree and a path that all of them see;
+  each writes its shards of arrays that are spread over them, process 0 all else.
 
   Args:
     path: the directory to be made; its parents are made too.
     tree: nested dicts (string keys) of NumPy or JAX arrays of any shape but empty and any numeric
-      dtype, sharded or replicated over the devices of this process, or replicated over all.
-    metadata: JSON data (dicts, lists, strings, numbers, booleans, None) kept in the manifest.
+      dtype, sharded or replicated over devices of one process or of all.
+    metadata: JSON data (dicts, lists, strings, numbers, booleans, None) kept in the manifest; that
+      of process 0.
     overwrite: whether an existing checkpoint is replaced; else it is an error.
 
   Returns:
     The absolute path of the checkpoint.
 
   Raises:
-    UserError: the tree cannot be saved (the leaf is named), the path is taken, or the operating
-      system refuses (its reason is given). What was there before is intact.
+    UserError: the tree cannot be saved (the leaf is named), the path is taken, the operating system
+      refuses (its reason is given), or processes differ in the weights. What was there before is
+      intact.
   """
   path = _absolute(path)
-  leaves = _host_leaves(tree)
-  content = {
+  leaves = in_all(lambda: _host_leaves(tree))
+  content: dict[str, Any] = {
     'format': FORMAT,
     'version': VERSION,
     'leaves': {
@@ -97,27 +105,42 @@ def save(
     'metadata': metadata or {},
   }
   plain(content, 'checkpoint')  # An error in the metadata comes before any writing.
-  temporary = hidden_sibling(path, f'saving-{secrets.token_hex(4)}')
-  with _os_errors(f'cannot save checkpoint {path}'):
+  sums = {name: leaf['sha256'] for name, leaf in content['leaves'].items()}
+  check_same(sums, f'cannot save checkpoint {path}: the checksum of leaves')
+  stack = contextlib.ExitStack()
+
+  def lock() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path), uninterrupted():
-      _clean_up(path)
-      _check_free(path, overwrite)
-      try:
-        temporary.mkdir()
-        _check_space(temporary, leaves)
-        _orbax_save(path, temporary / _WEIGHTS, leaves)
-        content['files'] = _checksums(temporary)
-        _fsync_all(temporary)
-        write_sealed(temporary / _MANIFEST, content)
-        _commit(temporary, path)
-      finally:
-        _remove(temporary)
+    stack.enter_context(locked(path))
+
+  def begin() -> str:
+    _clean_up(path)
+    _check_free(path, overwrite)
+    temporary = hidden_sibling(path, f'saving-{secrets.token_hex(4)}')
+    stack.callback(_remove, temporary)
+    temporary.mkdir()
+    _check_space(temporary, leaves)
+    return temporary.name
+
+  def finish() -> None:
+    content['files'] = _checksums(temporary)
+    _fsync_all(temporary)
+    write_sealed(temporary / _MANIFEST, content)
+    _commit(temporary, path)
+
+  with _os_errors(f'cannot save checkpoint {path}'), stack:
+    from_first(lock)
+    with uninterrupted():
+      temporary = path.with_name(from_first(begin))
+      in_all(lambda: _orbax_save(path, temporary / _WEIGHTS, leaves))
+      from_first(finish)
   return path
 
 
 def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
   """Restores a tree that `save` wrote, bit for bit, with every file and leaf verified.
+
+  Of several processes all call it.
 
   Args:
     path: the checkpoint's directory.
@@ -126,7 +149,8 @@ def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
 
   Returns:
     Nested dicts of NumPy arrays: they keep 64-bit dtypes where JAX would narrow them, and are
-    tied to no device, so that the number of devices may differ from that at the time of saving.
+    tied to no device, so that the number of devices and of processes may differ from that at the
+    time of saving.
 
   Raises:
     UserError: the checkpoint is missing, foreign, of another format version, incomplete or
@@ -202,7 +226,7 @@ def exists(path: str | os.PathLike) -> bool:
 
 
 def _host_leaves(tree: PyTree) -> PyTree:
-  """The tree with NumPy arrays for leaves: a checkpoint of those is tied to no devices."""
+  """The tree with NumPy arrays for leaves, but for those that no process has all of."""
   if not isinstance(tree, dict):
     raise UserError(f'cannot save a tree of {type(tree)}; wanted nested dicts of arrays.')
   seen: dict[str, tuple[str, ...]] = {}
@@ -227,7 +251,7 @@ def _host_leaves(tree: PyTree) -> PyTree:
   return host
 
 
-def _host_leaf(leaf: Any, name: str) -> np.ndarray:
+def _host_leaf(leaf: Any, name: str) -> np.ndarray | jax.Array:
   if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
     raise UserError(
       f'leaf {name!r} is of {type(leaf)}; wanted a NumPy or JAX array, in nested dicts.'
@@ -242,11 +266,14 @@ def _host_leaf(leaf: Any, name: str) -> np.ndarray:
   if leaf.size == 0:
     raise UserError(f'leaf {name!r} is empty, of shape {leaf.shape}; Orbax keeps no empty arrays.')
   if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-    raise UserError(f'leaf {name!r} is spread over several processes; gather it before saving.')
+    return leaf
   return np.asarray(leaf)
 
 
-def _leaf_checksum(leaf: np.ndarray) -> str:
+def _leaf_checksum(leaf: np.ndarray | jax.Array) -> str:
+  if isinstance(leaf, jax.Array):
+    # One leaf at a time: nobody needs room for all of the model.
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
   # Bytes in row-major order; all platforms of JAX are little-endian. The view is needed because
   # bfloat16 and its like have no buffer interface.
   return hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)).hexdigest()
@@ -524,7 +551,10 @@ def _orbax_restore(
       described = checkpointer.metadata(directory).item_metadata.tree
       _check_leaves(path, described, wanted, checksums=False)
       _check_chunks(path, described, stored)
-      tree = checkpointer.restore(directory)
+    with _quiet(), ocp.PyTreeCheckpointer() as reader:
+      # Also what was saved from several devices, which need not be there.
+      host = ocp.RestoreArgs(restore_type=np.ndarray)
+      tree = reader.restore(directory, restore_args=jax.tree.map(lambda _: host, described))
     for name, leaf in trees.named_leaves(tree).items():
       if not isinstance(leaf, np.ndarray):
         raise UserError(

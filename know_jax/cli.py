@@ -14,6 +14,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from know_jax import processes
 from know_jax.errors import UserError, unknown_name
 from know_jax.files import reason
 from know_jax.guards import PredictionWarning
@@ -77,6 +78,28 @@ def workdir() -> Path:
   return path
 
 
+def define_processes() -> None:
+  """Defines `--coordinator`, `--processes` and `--process`; `run` connects the processes."""
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'For one run by several processes: HOST:PORT of process 0, the same in all; '
+    f"'{processes.DETECTED}' where a cluster (Slurm, ...) says by itself what the next two are.",
+  )
+  flags.DEFINE_integer('processes', None, 'With --coordinator: how many there are.', lower_bound=1)
+  flags.DEFINE_integer('process', None, 'With --coordinator: which this is, from 0.', lower_bound=0)
+
+
+def _connect() -> None:
+  values = flags.FLAGS
+  if 'coordinator' not in values:
+    return
+  if values.coordinator is None:
+    refuse('processes', 'process', because='no --coordinator is given')
+  else:
+    processes.start(values.coordinator, values.processes, values.process)
+
+
 def refuse(*names: str, because: str) -> None:
   """Raises a `UserError` if one of these flags is given on the command line."""
   for name in names:
@@ -112,6 +135,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     warnings.formatwarning = _format_warning
     enable_compilation_cache()
     try:
+      _connect()
       return main()
     except UserError as error:
       _exit(EXIT_USER_ERROR, str(error))

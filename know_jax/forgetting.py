@@ -27,9 +27,10 @@ from know_jax.data import Dataset, load_dataset, mean_image
 from know_jax.errors import UserError
 from know_jax.files import remove_tree
 from know_jax.models import build_model
+from know_jax.processes import check_same, from_first, in_all, is_first
 from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
 from know_jax.subsets import check_subsets, nested_subsets
-from know_jax.together import Job, fit_together
+from know_jax.together import Job, check_processes, fit_together
 from know_jax.training import AXIS, Checkpoint, DivergedError, Recipe, TrainState, named_key
 from know_jax.trajectory import Trajectory
 
@@ -162,10 +163,14 @@ def _draw(train: Dataset, examples: int, seed: int) -> Dataset:
 def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> RunRecord:
   """Runs all stages, or what is left of them, and returns the record.
 
+  Several processes (`processes.start`) train one run together: all call this with the same
+  arguments. It may be run on with other numbers of devices and processes.
+
   Args:
     config: the fields of `default_config`.
-    workdir: where everything is written; a workdir of the same config is run on.
-    show_progress: whether each stage shows its progress bar.
+    workdir: where everything is written; a workdir of the same config is run on. All processes must
+      see it; process 0 writes to it.
+    show_progress: whether each stage shows its progress bar (in process 0).
 
   Returns:
     The record, complete.
@@ -198,8 +203,8 @@ def run_together(
     For each the record, complete, or the error if it diverged.
 
   Raises:
-    UserError: a value does not fit, the configs have no compiled step in common, or a workdir
-      belongs to another config.
+    UserError: a value does not fit, the configs have no compiled step in common, a workdir belongs
+      to another config, or there are several processes.
   """
   return _run_all(configs, workdirs, how=how, show_progress=False)
 
@@ -245,8 +250,11 @@ def _run_all(
           f'{name} is {first[name]!r} in one run and {value!r} in another; wanted the same in all '
           'that train together.'
         )
+  check_processes(len(plain))
+  for config in plain:
+    check_same(config, 'config')
   # All are checked before the first writes.
-  opens = [_prepare(config) for config in plain]
+  opens = in_all(lambda: [_prepare(config) for config in plain])
   runs = [open_(Path(w).expanduser()) for open_, w in zip(opens, workdirs, strict=True)]
   results: list[RunRecord | DivergedError] = [run.record for run in runs]
   left = {i: run for i, run in enumerate(runs) if run.unfinished}
@@ -401,36 +409,54 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
   stage, config, workdir = run.stages_done, run.config, run.workdir
   plan, recipe = run.plans[stage], run.recipe
   epochs_before = sum(plan['epochs'] for plan in run.plans[:stage])
-  variables = restore_stage(workdir, stage - 1) if stage else _init(run.task, config)
+
+  def initial() -> Any:
+    return restore_stage(workdir, stage - 1) if stage else _init(run.task, config)
+
+  variables = in_all(initial)
   start, seconds_before = Checkpoint(training.create_state(variables, recipe)), 0.0
   resume = _resume_path(workdir)
-  metadata = checkpoints.read_metadata(resume) if checkpoints.exists(resume) else {}
+  metadata = from_first(
+    lambda: checkpoints.read_metadata(resume) if checkpoints.exists(resume) else {}
+  )
   if metadata.get('stage') == stage:
-    state = _from_tree(start.state, checkpoints.restore(resume))
+    state = _from_tree(start.state, in_all(lambda: checkpoints.restore(resume)))
     start, seconds_before = Checkpoint(state, tuple(metadata['sums'])), metadata['seconds']
   else:
     # What a kill left of the stage before, maybe half removed, and so nothing that `save` replaces.
-    remove_tree(resume)
+    from_first(lambda: remove_tree(resume))
   epoch_before = int(start.state.step) * plan['epochs'] // plan['steps']
   began = time.monotonic()
 
   def seconds() -> float:
     return seconds_before + time.monotonic() - began
 
-  with (
-    MetricsLog(workdir, resume_step=epochs_before + epoch_before) as log,
-    progress(
-      plan['epochs'], f'stage {stage}', 'epoch', initial=epoch_before, show=show_progress
-    ) as bar,
-  ):
+  with contextlib.ExitStack() as stack:
+    log: MetricsLog
+
+    def open_log() -> None:
+      nonlocal log
+      log = stack.enter_context(MetricsLog(workdir, resume_step=epochs_before + epoch_before))
+
+    from_first(open_log)
+    bar = stack.enter_context(
+      progress(
+        plan['epochs'],
+        f'stage {stage}',
+        'epoch',
+        initial=epoch_before,
+        show=show_progress and is_first(),
+      )
+    )
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-      log.write(epochs_before + epoch, stage=stage, epoch=epoch, **metrics)
+      step = epochs_before + epoch
+      from_first(lambda: log.write(step, stage=stage, epoch=epoch, **metrics))
       bar.set_postfix(loss=f'{metrics["loss"]:.3f}', accuracy=f'{metrics["accuracy"]:.3f}')
       bar.update(1)
 
     def save(checkpoint: Checkpoint) -> None:
-      log.sync()
+      from_first(lambda: log.sync())
       checkpoints.save(
         resume,
         _to_tree(checkpoint.state),
@@ -440,7 +466,7 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
 
     def on_trained(state: TrainState) -> None:
       train_seconds = seconds()
-      log.sync()
+      from_first(lambda: log.sync())
       _keep_stage(run, state, train_seconds)
 
     yield Job(
@@ -471,7 +497,7 @@ def _keep_stage(run: _Run, state: TrainState, seconds: float) -> None:
   checkpoints.save(path, state.variables, metadata=summary, overwrite=True)
   stages = [*run.record.get('stages', []), {**summary, 'train_seconds': seconds}]
   run.record.update(stages=stages)
-  remove_tree(_resume_path(run.workdir))
+  from_first(lambda: remove_tree(_resume_path(run.workdir)))
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:

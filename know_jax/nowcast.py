@@ -45,7 +45,8 @@ def predict(
 
   A pure function of arrays: works under `jit` (with `steps`, `predictor`, `rate`, `kinds` and
   options static), `grad` (for the history and theta) and `vmap`. Leaves sharded by a
-  `NamedSharding` keep their sharding, and KNOWN moves no weight between devices; under a `jit` of
+  `NamedSharding` keep their sharding, and KNOWN moves no weight between devices, be they of one
+  process or of several (each then calls this, with its part of the same arrays); under a `jit` of
   the caller's over a mesh with automatic axes XLA decides both. bfloat16 and float16 are computed
   in float32 and returned in their own dtype.
 
@@ -80,8 +81,9 @@ def predict(
 
   Raises:
     UserError: before anything is computed, if the history is too short for the step, its stages
-      differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind, or
-      a name or option is unknown; afterwards, if a prediction is bad and `on_bad` is 'raise'.
+      differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind or
+      lies on other devices than the rest, or a name or option is unknown; afterwards, if a
+      prediction is bad and `on_bad` is 'raise'.
   """
   steps = check_steps(steps, least=0)
   plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
@@ -89,7 +91,10 @@ def predict(
   if steps == 0:
     return history.unflatten([history.newest(i) for i in range(len(history.leaves))])
   return history.unflatten(
-    [history.newest(i) if leaf is None else leaf[0] for i, leaf in enumerate(plan.run((steps,)))]
+    [
+      history.newest(i) if leaf is None else _only_step(leaf)
+      for i, leaf in enumerate(plan.run((steps,)))
+    ]
   )
 
 
@@ -151,6 +156,12 @@ def check_steps(steps: Any, least: int) -> int:
   if steps < least:
     raise UserError(f'steps is {steps}; wanted at least {least}.')
   return steps
+
+
+def _only_step(leaf: jax.Array) -> jax.Array:
+  """A leaf of a prediction of one step, `[1, ...]`, without that axis."""
+  # On the host by NumPy, because JAX would compile an indexing for every shape.
+  return _as_jax(np.asarray(leaf)[0]) if _is_on_host([leaf], None) else leaf[0]
 
 
 def _repeat(leaf: Any, times: int) -> Any:
@@ -224,8 +235,7 @@ def _check_finite(history: _History) -> None:
     with jax.ensure_compile_time_eval():
       leaf_is_finite = _is_finite(history.leaves[i])
     if not leaf_is_finite:
-      stages = jax.device_get(history.leaves[i])
-      counts = [int((~np.isfinite(np.asarray(s, np.float64))).sum()) for s in stages]
+      counts = [_count_bad(stage) for stage in history.leaves[i]]
       stage = next(stage for stage, count in enumerate(counts) if count)
       size = math.prod(history.structs[i].shape)
       raise UserError(
@@ -239,6 +249,11 @@ def _is_finite(leaf: Any) -> bool:
   for array in jax.tree.leaves(leaf):
     if not isinstance(array, jax.Array):
       parts = [array]
+    elif not (array.is_fully_addressable or array.is_fully_replicated):
+      # All processes get the answer for all of it.
+      if not _all_finite(array):
+        return False
+      continue
     elif array.is_fully_replicated:
       parts = [array.addressable_data(0)]
     else:
@@ -257,6 +272,13 @@ def _is_finite(leaf: Any) -> bool:
 def _all_finite_on_host(array: np.ndarray) -> bool:
   flat = array.reshape(-1)
   return all(np.isfinite(flat[i : i + BATCH]).all() for i in range(0, flat.size, BATCH))
+
+
+def _count_bad(stage: Any) -> int:
+  """How many values are NaN or infinite."""
+  if isinstance(stage, jax.Array) and not stage.is_fully_addressable:
+    return int((~jnp.isfinite(stage)).sum())
+  return int((~np.isfinite(np.asarray(stage, np.float64))).sum())
 
 
 @jax.jit
@@ -298,6 +320,7 @@ class _Plan:
       with jax.ensure_compile_time_eval() if _is_traced() else contextlib.nullcontext():
         found, health = _run_on_host(predicted, self.theta, self.job, steps)
     else:
+      _check_devices(predicted, self.job)
       found, health = _run(predicted, self.theta, self.job, steps)
     if health is not None:
       about: dict[str, Any] = {
@@ -314,6 +337,27 @@ class _Plan:
     for i, leaf in zip(self.predicted, found, strict=True):
       leaves[i] = leaf
     return leaves
+
+
+def _check_devices(leaves: list[Any], job: _Job) -> None:
+  """Raises where leaves are bound to different devices; to none are traced and NumPy arrays."""
+  bound: dict[frozenset[jax.Device], str] = {}
+  for leaf, info in zip(leaves, job.leaves, strict=True):
+    for array in jax.tree.leaves(leaf):
+      if isinstance(array, jax.core.Tracer) or not getattr(array, 'committed', False):
+        continue
+      bound.setdefault(frozenset(array.devices()), info.path)
+      if len(bound) > 1:
+        (first, other), (where, there) = bound.values(), map(_named_devices, bound)
+        raise UserError(
+          f'leaf {other!r} lies on {there}, and {first!r} on {where}; wanted the same devices for '
+          'all leaves.'
+        )
+
+
+def _named_devices(devices: frozenset[jax.Device]) -> str:
+  names = sorted(str(device) for device in devices)
+  return names[0] if len(names) == 1 else f'{len(names)} devices ({names[0]}, ...)'
 
 
 def _is_traced() -> bool:
@@ -519,7 +563,7 @@ def _run_on_host(
     [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
     for leaf in leaves
   ]
-  found = [np.empty((len(steps), *view[-1].shape), view[-1].dtype) for view in views]
+  found = [_empty((len(steps), *view[-1].shape), view[-1].dtype) for view in views]
   watched = job.on_bad != 'ignore'
   health = np.zeros((len(leaves), len(steps), guards.FIELDS), np.float32)
   groups: dict[tuple[str, Any], list[int]] = {}
@@ -561,7 +605,7 @@ def _run_on_host(
           residual = residuals_on_host(np.concatenate([newest, part]))
           health[i, :, 1] = np.maximum(health[i, :, 1], residual[wanted])
   if not watched or not leaves:
-    return [jnp.asarray(leaf) for leaf in found], None
+    return _as_jax(found), None
   limits = dict(job.limits)
   for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
     health[i, :, 0], health[i, :, 2] = _movement_on_host(view, found[i])
@@ -569,7 +613,20 @@ def _run_on_host(
       health[i, :, 3] = outside_on_host(_window(view, theta[info.kind], job), limits[info.kind])
     if (bad := guards.is_bad(health[i])).any():
       found[i][bad] = view[-1]
-  return [jnp.asarray(leaf) for leaf in found], health
+  return _as_jax(found), health
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """An array of NumPy's that XLA can take as it is, which wants it to begin at a 64th byte."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _as_jax(arrays: Any) -> Any:
+  """NumPy arrays that nobody changes any more as JAX's, without a copy or a compilation."""
+  return jax.device_put(arrays, may_alias=True)
 
 
 def _chunks(size: int) -> Iterator[slice]:

@@ -26,6 +26,7 @@ from know_jax.files import (
   write_atomic,
   write_sealed,
 )
+from know_jax.processes import from_first, in_all
 from know_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ class RunRecord:
     """Begins a run in a workdir, or goes on with the one that is there.
 
     Where a run goes on in another environment (a new version, another device), that is added to
-    the record under `resumed_in`.
+    the record under `resumed_in`. Of several processes all call this and what changes the record,
+    with the same values; process 0 writes, and its record is that of all.
 
     Args:
       workdir: the directory; made if missing.
@@ -147,9 +149,21 @@ class RunRecord:
 
     Raises:
       UserError: the workdir holds a run of another kind or config (each differing field is
-        named), a damaged record, or cannot be written.
+        named), a damaged record, or cannot be written; or a process does not see it.
     """
     workdir = Path(workdir).expanduser()
+    content = from_first(lambda: cls._open(workdir, config, kind, flag)._content)
+
+    def check_seen() -> None:
+      if not (workdir / _RECORD).exists():
+        raise UserError(f'{workdir} has no {_RECORD}; wanted a folder that all processes share.')
+
+    in_all(check_seen)
+    return cls(workdir, content)
+
+  @classmethod
+  def _open(cls, workdir: Path, config: dict[str, Any], kind: str, flag: str) -> 'RunRecord':
+    """`open` in the process that writes."""
     config = restored(plain(config, 'config'))
     path = workdir / _RECORD
     try:
@@ -168,7 +182,7 @@ class RunRecord:
       here = environment()
       resumed = record['resumed_in']
       if here != (resumed[-1] if resumed else record['environment']):
-        record._write({**record._content, 'resumed_in': [*resumed, here]})
+        record._replace({**record._content, 'resumed_in': [*resumed, here]})
       return record
     content = {
       'format': FORMAT,
@@ -180,7 +194,7 @@ class RunRecord:
       'resumed_in': [],
     }
     record = cls(workdir, {})
-    record._write(content)
+    record._replace(content)
     return record
 
   @classmethod
@@ -231,9 +245,14 @@ class RunRecord:
     """
     if taken := _HEADER & values.keys():
       raise KeyError(f'{min(taken)!r} cannot be set.')
-    self._write({**self._content, **values})
 
-  def _write(self, content: dict[str, Any]) -> None:
+    def change() -> dict[str, Any]:
+      self._replace({**self._content, **values})
+      return self._content
+
+    self._content = from_first(change)
+
+  def _replace(self, content: dict[str, Any]) -> None:
     path = self.workdir / _RECORD
     # As it will be read: no list of the caller's is in it, and tuples are lists.
     content = restored(plain(content, 'record'))

@@ -91,7 +91,8 @@ def fit_together(
     For each job the trained state, or the error if it diverged; the others do not notice.
 
   Raises:
-    UserError: there is no such way, or the jobs' images differ in shape.
+    UserError: there is no such way, the jobs' images differ in shape, or there are several
+      jobs and several processes.
   """
   if how not in ('auto', *WAYS):
     raise unknown_name('way to train together', how, ('auto', *WAYS))
@@ -101,6 +102,7 @@ def fit_together(
   fit_job = functools.partial(_fit_job, model, recipe, batch_size)
   if len(jobs) == 1:
     return [fit_job(jobs[0], save_every_seconds)]
+  check_processes(len(jobs))
   courses = [
     Course(
       job.start, job.indices, epochs=job.epochs, batch_size=batch_size, lr=job.lr,
@@ -117,6 +119,16 @@ def fit_together(
   if how != 'one_by_one':
     return _Group(group_step(model, recipe, how), jobs, courses, fit_job).train(save_every_seconds)
   return [fit_job(job._replace(data=replicate(job.data)), save_every_seconds) for job in jobs]
+
+
+def check_processes(runs: int) -> None:
+  """Checks that several runs are not to be trained by several processes.
+
+  Raises:
+    UserError: they are.
+  """
+  if runs > 1 and (processes := jax.process_count()) > 1:
+    raise UserError(f'{runs} runs and {processes} processes; wanted one of either.')
 
 
 def _fit_job(

@@ -1,6 +1,7 @@
-"""Training on all local devices: state, pmapped train and eval steps, schedules, fit.
+"""Training on all devices of all processes: state, pmapped steps, schedules, fit.
 
-The only module that knows pmap. A step computes what one device would with the whole batch:
+The only module that knows pmap. Of what has an axis of devices, each process holds the rows of its
+own; those of process 0 come first. A step computes what one device would with the whole batch:
 gradients are averaged over devices, BatchNorm statistics are those of the global batch, and every
 random number belongs to an example's place in the batch, not to a device. What changes from step to
 step (learning rate, keys, example indices) is an argument of the compiled step, so that runs that
@@ -96,7 +97,7 @@ class Recipe:
 
 @flax.struct.dataclass
 class DeviceData:
-  """Images, labels and the mean image, a copy on every device: leaves `[devices, ...]`."""
+  """Images, labels and the mean image, a copy on every device: leaves `[local devices, ...]`."""
 
   images: Any
   labels: Any
@@ -117,7 +118,7 @@ def variables_dict(params: Any, batch_stats: Any) -> dict[str, Any]:
 
 
 def put_data(images: np.ndarray, labels: np.ndarray, mean: np.ndarray | None = None) -> DeviceData:
-  """Copies a data set to every local device, images as uint8.
+  """Copies a data set to every device of this process, images as uint8.
 
   Args:
     images: uint8 `[N, H, W, C]`.
@@ -166,15 +167,16 @@ def learning_rates(schedule: str, lr: float, total_steps: int) -> np.ndarray:
 
 
 def check_batch_size(batch_size: int, examples: int, what: str) -> None:
-  """Checks that batches split over the local devices and that the data fill at least one.
+  """Checks that batches split over the devices and that the data fill at least one.
 
   Raises:
     UserError: they do not; `what` names the data.
   """
-  devices = jax.local_device_count()
+  devices, processes = jax.device_count(), jax.process_count()
   if batch_size < 1 or batch_size % devices:
+    where = f' of {processes} processes' if processes > 1 else ''
     raise UserError(
-      f'batch_size is {batch_size}; wanted a positive multiple of the {devices} local devices.'
+      f'batch_size is {batch_size}; wanted a positive multiple of the {devices} devices{where}.'
     )
   if examples < batch_size:
     raise UserError(f'{what} has {examples} examples; wanted at least batch_size = {batch_size}.')
@@ -214,7 +216,8 @@ def fit(
 
   Each epoch visits a fresh permutation of `indices`, a function of `key` and the epoch; the last,
   incomplete batch is left out. From any checkpoint the result is, on the same machine, bit for bit
-  that of an uninterrupted training.
+  that of an uninterrupted training. Of several processes each must be given the same arguments; a
+  signal to one of them ends the training of all, after the same step.
 
   Args:
     model: a Flax module with BatchNorm axis `AXIS`.
@@ -223,7 +226,7 @@ def fit(
     indices: the examples to train on, int32 `[n]`, n >= batch_size.
     recipe: what the state was created with.
     epochs: how many epochs make the whole training.
-    batch_size: over all devices.
+    batch_size: over all devices of all processes.
     lr: the first learning rate.
     schedule: a name in `SCHEDULES`.
     key: decides order and augmentation.
@@ -232,7 +235,7 @@ def fit(
     show_after: epochs after which `show` is called with the number and the state, NumPy arrays.
     show: see `show_after`.
     save: called between steps at most every `save_every_seconds`, and before SIGINT or SIGTERM
-      ends the training.
+      ends the training; by all processes after the same step.
     save_every_seconds: see `save`.
 
   Returns:
@@ -240,6 +243,7 @@ def fit(
 
   Raises:
     DivergedError: the loss of an epoch is not finite, or a weight after the last one.
+    Terminated: another process got a signal.
   """
   course = Course(
     start, indices, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule, key=key,
@@ -248,12 +252,17 @@ def fit(
   step_fn = train_step(model, recipe)
   state = replicate(start.state)
   saved = time.monotonic()
+  wishes, all_stop = _Wishes(), False
+  stop: BaseException | None = None
 
-  def checkpoint() -> Checkpoint:
-    return Checkpoint(unreplicate(state), course.sums())
+  def save_now() -> None:
+    nonlocal saved
+    if save:
+      save(Checkpoint(unreplicate(state), course.sums()))
+      saved = time.monotonic()
 
-  try:
-    while course.done < course.total:
+  while course.done < course.total and not all_stop:
+    try:
       batch, rate = course.batch(), course.rate()
       # A signal in here waits until state, sums and what on_epoch wrote agree again.
       with uninterrupted():
@@ -261,17 +270,61 @@ def fit(
         course.count(metrics)
         if (epoch := course.ended_epoch()) in show_after:
           show(epoch, unreplicate(state))
-        unfinished = course.done < course.total
-        if save and unfinished and time.monotonic() - saved > save_every_seconds:
-          save(checkpoint())
-          saved = time.monotonic()
-  except (KeyboardInterrupt, Terminated):
-    if save:
-      save(checkpoint())
-    raise
+        due = time.monotonic() - saved > save_every_seconds
+        all_stop, due = wishes.agreed(stop is not None, due)
+        if all_stop or (due and course.done < course.total):
+          save_now()
+    except (KeyboardInterrupt, Terminated) as signal:
+      if jax.process_count() == 1:
+        save_now()
+        raise
+      # The others must hear of it before this process leaves.
+      stop = stop or signal
+  # What was wished during the last step, and since.
+  if not all_stop and any(wishes.agreed(stop is not None, False)[0] for _ in range(2)):
+    all_stop = True
+    save_now()
+  if all_stop:
+    raise stop or Terminated
   trained = unreplicate(state)
   check_finite(trained, lr)
   return trained
+
+
+class _Wishes:
+  """What some process wants done, told to all at the same step.
+
+  A process by itself learns it at once. Others learn it a step later, so that none has to wait for
+  a step to end before it begins the next.
+  """
+
+  def __init__(self) -> None:
+    self._told: Any = None
+
+  def agreed(self, *wishes: bool) -> tuple[bool, ...]:
+    """What is to be done now; to be called by every process after every step."""
+    if jax.process_count() == 1:
+      return wishes
+    rows = np.tile(np.array(wishes, np.int32), (jax.local_device_count(), 1))
+    heard, self._told = self._told, _count_wishes()(rows)
+    if heard is None:
+      return (False,) * len(wishes)
+    agreed = tuple(bool(count) for count in unreplicate(heard))
+    if any(agreed):
+      self._told = None  # Said before this was done, it may be settled by it.
+    return agreed
+
+
+@functools.cache
+def _count_wishes() -> Callable[..., Any]:
+  return jax.pmap(lambda x: jax.lax.psum(x, AXIS), AXIS)
+
+
+def _here(rows: np.ndarray) -> np.ndarray:
+  """The part of this process of `[steps, devices, ...]`: pmap counts devices process by process."""
+  devices = jax.local_device_count()
+  first = jax.process_index() * devices
+  return rows[:, first : first + devices]
 
 
 class Course:
@@ -308,13 +361,13 @@ class Course:
     self._batches: Any = None
 
   def batch(self) -> np.ndarray:
-    """The examples of the next step, `[devices, batch_size / devices]`."""
+    """This process's examples of the next step, `[local devices, batch_size / devices]`."""
     epoch, i = divmod(self.done, self._steps)
     if self._batches is None or i == 0:
       key = jax.random.fold_in(self._order_key, epoch)
       order = np.asarray(jax.random.permutation(key, self._indices))
       order = order[: self._steps * self._batch_size]
-      self._batches = order.reshape(self._steps, jax.local_device_count(), -1)
+      self._batches = _here(order.reshape(self._steps, jax.device_count(), -1))
     return self._batches[i]
 
   def ended_epoch(self) -> int:
@@ -387,21 +440,21 @@ def evaluate(
   Returns:
     `{'loss': ..., 'accuracy': ...}`; accuracy in [0, 1].
   """
-  size, devices = data.labels.shape[1], jax.local_device_count()
+  size, devices = data.labels.shape[1], jax.device_count()
   per_device = min(batch_size, -(-size // devices))
   batch = per_device * devices
   padded = np.arange(-(-size // batch) * batch, dtype=np.int32)
   replicated = replicate(variables)
-  sums = [
-    eval_step(model)(replicated, data, index) for index in padded.reshape(-1, devices, per_device)
-  ]
+  batches = _here(padded.reshape(-1, devices, per_device))
+  sums = [eval_step(model)(replicated, data, index) for index in batches]
+  # Each is over all devices of all processes.
   totals = np.sum([[float(x[0]) for x in s] for s in jax.device_get(sums)], axis=0)
   return {'loss': totals[0] / size, 'accuracy': totals[1] / size}
 
 
 @functools.lru_cache(maxsize=64)
 def train_step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
-  """The pmapped train step: (state, data, indices [devices, b], lr, key) -> state, metrics.
+  """The pmapped train step: (state, data, indices [local devices, b], lr, key) -> state, metrics.
 
   Metrics are the mean loss and accuracy of the global batch, before the update.
   """
@@ -413,8 +466,8 @@ def train_step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
 def group_step(model: nn.Module, recipe: Recipe, how: str) -> Callable[..., Any]:
   """The pmapped step of several runs: as `train_step`, with an axis of runs.
 
-  (states, data, indices [devices, runs, b], lrs [runs], keys [runs]) -> states, metrics. Leaves of
-  states, data and metrics are `[devices, runs, ...]`.
+  (states, data, indices [local devices, runs, b], lrs [runs], keys [runs]) -> states, metrics.
+  Leaves of states, data and metrics are `[local devices, runs, ...]`.
 
   Args:
     model: as in `fit`.
@@ -460,7 +513,7 @@ def _step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=64)
 def eval_step(model: nn.Module) -> Callable[..., Any]:
-  """The pmapped eval step: (variables, data, indices [devices, b]) -> sums of loss and correct.
+  """The pmapped eval step: (variables, data, indices [local devices, b]) -> sums of loss, correct.
 
   Indices beyond the end of the data are padding and count nothing.
   """
@@ -512,7 +565,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def replicate(tree: Any) -> Any:
-  """A copy of every leaf on every local device: leaves `[devices, ...]`, laid out as pmap wants."""
+  """A copy of every leaf on every device of this process, `[local devices, ...]`, for pmap."""
   devices = jax.local_device_count()
   stacked = jax.tree.map(
     lambda x: np.broadcast_to(x, (devices, *np.shape(x))), jax.device_get(tree)
@@ -527,7 +580,7 @@ def _identity() -> Callable[..., Any]:
 
 
 def unreplicate(tree: Any) -> Any:
-  """The copy of the first device, as NumPy arrays."""
+  """The copy of this process's first device, as NumPy arrays."""
   # The shard that lies there: indexing the whole would compile and run for every shape.
   first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
   # Copied, as the next step may be given its memory.

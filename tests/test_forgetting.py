@@ -368,8 +368,8 @@ def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
     ({'train_examples': -1}, 'train_examples is -1; wanted'),
     ({'image_size': (4, 4)}, 'images have shape (1, 4, 4, 1); wanted'),
     ({'batch_size': 48}, 'stage 3 (0 is the whole set) has 40 examples; wanted at least one batch'),
-    ({'batch_size': 0}, 'batch_size is 0; wanted a positive multiple of the 8 local devices'),
-    ({'batch_size': 12}, 'batch_size is 12; wanted a positive multiple of the 8 local devices'),
+    ({'batch_size': 0}, 'batch_size is 0; wanted a positive multiple of the 8 devices'),
+    ({'batch_size': 12}, 'batch_size is 12; wanted a positive multiple of the 8 devices'),
     (
       {'classes': (), 'stratified': False, 'rate': 0.12, 'stages': 3, 'batch_size': 8},
       'stage 2 (0 is the whole set) has 9 examples but none of class',

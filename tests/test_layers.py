@@ -17,7 +17,7 @@ ROWS = (
   ('guards', 'pretrained', 'predictors'),
   ('nowcast',),
   ('models/*',),
-  ('signals', 'cli'),
+  ('processes', 'signals', 'cli'),
   ('data', 'batch_norm'),
   ('training', 'together'),
   ('checkpoints', 'run_record'),

@@ -57,6 +57,7 @@ def one_device(monkeypatch):
   """Leaves the package one of the eight devices."""
   monkeypatch.setattr(jax, 'pmap', functools.partial(jax.pmap, devices=jax.devices()[:1]))
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   for name in ('train_step', 'eval_step', '_identity'):
     monkeypatch.setattr(training, name, functools.cache(getattr(training, name).__wrapped__))
 
@@ -347,7 +348,7 @@ def test_divergence_is_an_error(variables, data):
 @pytest.mark.parametrize(
   ('batch_size', 'examples', 'message'),
   [
-    (0, 96, 'batch_size is 0; wanted a positive multiple of the 8 local devices'),
+    (0, 96, 'batch_size is 0; wanted a positive multiple of the 8 devices'),
     (-8, 96, 'batch_size is -8; '),
     (12, 96, 'batch_size is 12; '),
     (96, 95, 'the subset has 95 examples; wanted at least batch_size = 96'),

@@ -324,7 +324,7 @@ def test_labelled_subsets_that_cannot_be_drawn(per_class, message):
     ),
     ({'labels_per_class': 500}, r'labels_per_class is 500, but class \d has \d+ training examples'),
     ({'labels_per_class': 3}, 'the labelled subset has 15 examples; wanted at least batch_size'),
-    ({'batch_size': 20}, 'batch_size is 20; wanted a positive multiple of the 8 local devices'),
+    ({'batch_size': 20}, 'batch_size is 20; wanted a positive multiple of the 8 devices'),
     ({'seeds': 0}, 'seeds is 0; wanted at least 1'),
     ({'epochs': -1}, 'epochs is -1; wanted at least 0'),
     ({'warmup_lr': -1.0}, 'the learning rate is -1.0; wanted'),
