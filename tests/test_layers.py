@@ -22,7 +22,7 @@ ROWS = (
   ('training', 'together'),
   ('checkpoints', 'run_record'),
   ('plots', 'weight_files', 'streaming'),
-  ('forgetting', 'prediction', 'transfer', 'landscape', 'study/*', 'meta/*'),
+  ('forgetting', 'prediction', 'transfer', 'landscape', 'study/*', 'meta/*', 'benchmark/*'),
 )
 ORDER = {name: place for place, name in enumerate(itertools.chain.from_iterable(ROWS))}
 # The package itself gathers the public names: it may import everything, nothing may import it.

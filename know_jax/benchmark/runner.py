@@ -1,0 +1,110 @@
+"""The whole benchmark: sections measured one after the other, and what is written of them."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from know_jax.benchmark import (
+  accelerator,
+  children,
+  predicting,
+  report,
+  streamed,
+  training_speed,
+)
+from know_jax.benchmark.goals import goals
+from know_jax.benchmark.machine import machine
+from know_jax.benchmark.settings import FULL, QUICK, Settings
+from know_jax.errors import UserError, unknown_name
+from know_jax.files import reason, write_atomic, write_sealed
+
+
+def _memory(settings: Settings, *, show: bool) -> dict[str, Any]:
+  entries = children.memory(settings, show=show)
+  return {'entries': entries, 'growth': children.growth(entries)}
+
+
+SECTIONS: dict[str, Callable[..., Any]] = {
+  'predict': predicting.measure,
+  'compile': children.compilation,
+  'memory': _memory,
+  'streaming': streamed.measure,
+  'training': training_speed.measure,
+  'gpu': accelerator.measure,
+}
+"""Name -> (settings, show) -> JSON data, in the order that they are measured."""
+
+_OF_LINUX = ('compile', 'memory', 'streaming')
+
+
+def run(
+  path: str | Path,
+  *,
+  only: Sequence[str] = (),
+  quick: bool = False,
+  show_progress: bool = True,
+) -> dict[str, Any]:
+  """Measures, and writes a Markdown file, JSON and a plot of the same name beside it.
+
+  Args:
+    path: the Markdown file.
+    only: names in `SECTIONS`; none: all.
+    quick: whether all sizes are small, to see that it runs.
+    show_progress: whether bars are shown.
+
+  Returns:
+    What the JSON file holds (sealed: see `files.write_sealed`): `machine`, `quick`, `seconds`,
+    `load_average_after`, `sections` and `goals`.
+
+  Raises:
+    UserError: before anything is measured, if a section is unknown or wants Linux, or `path` is no
+      Markdown file that can be written.
+  """
+  for name in only:
+    if name not in SECTIONS:
+      raise unknown_name('section', name, SECTIONS)
+  chosen = [name for name in SECTIONS if not only or name in only]
+  if not os.access('/proc/self/clear_refs', os.W_OK):
+    for name in _OF_LINUX:
+      if name in chosen:
+        others = ','.join(name for name in SECTIONS if name not in _OF_LINUX)
+        raise UserError(
+          f'section {name!r} reads memory from /proc, which is not there; wanted Linux, or '
+          f'--only={others}.'
+        )
+  path = Path(path).expanduser()
+  if path.suffix != '.md':
+    raise UserError(f'the output is {str(path)!r}; wanted a Markdown file, as in benchmark.md.')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+      raise UserError(f'cannot write in {path.parent}: permission denied.')
+  except OSError as error:
+    raise UserError(f'cannot write in {path.parent}: {reason(error)}.') from error
+  settings = QUICK if quick else FULL
+  about, began = machine(), time.perf_counter()
+  sections = {name: SECTIONS[name](settings, show=show_progress) for name in chosen}
+  found = {
+    'machine': about,
+    'quick': quick,
+    'seconds': time.perf_counter() - began,
+    'load_average_after': list(os.getloadavg()),
+    'sections': sections,
+    'goals': [goal._asdict() for goal in goals(sections)],
+  }
+  _write(path, found)
+  return found
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+  picture = path.with_suffix('.png') if 'memory' in found['sections'] else None
+  try:
+    write_sealed(path.with_suffix('.json'), found)
+    if picture:
+      report.draw(picture, found['sections']['memory'])
+    text = report.markdown(found, picture.name if picture else None)
+    write_atomic(path, text.encode())
+  except OSError as error:
+    raise UserError(f'cannot write in {path.parent}: {reason(error)}.') from error
