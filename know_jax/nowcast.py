@@ -1,5 +1,6 @@
 """predict and forecast: check the history, route its leaves by kind, apply a predictor."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -7,8 +8,9 @@ import itertools
 import math
 import numbers
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +23,23 @@ from know_jax.predictors import METHODS, Leaf, Method, check_options
 from know_jax.pretrained import load_known, parameter_shapes, trained_range
 from know_jax.trajectory import Trajectory, check_stages, stacked_length
 
+_T = TypeVar('_T')
+
 BLOCK = 8192
 """Weights that KNOWN takes at a time: its temporaries (64 features each) stay in the cache."""
+
+ROW_BLOCK = 2048
+"""The same where every processor takes blocks of its own, and has its own cache for them."""
 
 SMALL = 1 << 17
 BATCH = 1 << 20
 """Leaves of fewer than `SMALL` weights are copied together, at most `BATCH` weights at a time,
 into one run of blocks: a loop for each leaf would take long to compile."""
+
+_Parts = list[tuple[int, int, int, int]]
+
+ROW = 1 << 18
+"""Weights that a thread takes at a time on the host; of the last, shorter stretch `BLOCK`."""
 
 
 def predict(
@@ -301,6 +313,8 @@ class _Job:
   on_bad: str
   limits: tuple[tuple[str, tuple[float, float]], ...] = ()
   """Kind -> the largest weight and difference that KNOWN was trained on, where they are known."""
+  in_rows: bool = False
+  """Whether this is for one of the rows on the host, several of which run at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,8 +570,8 @@ def _run_on_host(
 ) -> tuple[list[jax.Array], np.ndarray | None]:
   """What `_run` computes, in rows of fixed size: no shape of a leaf is ever compiled for.
 
-  The leaves of a kind form one long row of weights, cut into rows of `BATCH` or, at its end,
-  `BLOCK` weights, whatever the borders of leaves.
+  The leaves of a kind form one long row of weights, cut into rows of `ROW` or, at its end, `BLOCK`
+  weights, whatever the borders of leaves. Each processor works on a row of its own.
   """
   views = [
     [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
@@ -571,9 +585,10 @@ def _run_on_host(
     dtype = jnp.promote_types(view[-1].dtype, jnp.float32)
     groups.setdefault((info.kind, dtype), []).append(i)
   for (kind, dtype), members in groups.items():
-    if METHODS[job.predictor].leaf_fn is None and conditioned.is_conditioned(theta[kind]):
+    params = theta[kind] if METHODS[job.predictor].leaf_fn is None else None
+    if params is not None and conditioned.is_conditioned(params):
       outside = _conditioned_on_host(
-        theta[kind],
+        params,
         [views[i] for i in members],
         dtype,
         job,
@@ -582,28 +597,15 @@ def _run_on_host(
       )
       health[members, :, 3] = outside[:, None]
       continue
-    row_job = dataclasses.replace(job, leaves=(Leaf('', kind),), shardings=(None,), on_bad='ignore')
-    params, taken = None, steps
-    if METHODS[job.predictor].leaf_fn is None:
-      params = {kind: theta[kind]}
-      # Residuals are the changes from step to step.
-      taken = tuple(range(1, max(steps) + 1)) if watched else steps
-    wanted = [taken.index(n) for n in steps]
-    for width, parts in _rows(members, [found[i][0].size for i in members]):
-      row = np.zeros((len(views[members[0]]), width), dtype)
-      for place, i, start, stop in parts:
-        for t, stage in enumerate(views[i]):
-          row[t, place : place + stop - start] = stage.reshape(-1)[start:stop]
-      (predicted,), _ = jax.device_get(_run([row], params, row_job, taken))
-      for place, i, start, stop in parts:
-        part = predicted[:, place : place + stop - start]
-        flat = found[i].reshape(len(steps), -1)
-        with np.errstate(over='ignore'):
-          flat[:, start:stop] = part[wanted]
-        if params is not None and watched:
-          newest = row[-1:, place : place + stop - start]
-          residual = residuals_on_host(np.concatenate([newest, part]))
-          health[i, :, 1] = np.maximum(health[i, :, 1], residual[wanted])
+    health[members, :, 1] = _rows_on_host(
+      params,
+      kind,
+      [views[i] for i in members],
+      dtype,
+      job,
+      steps,
+      [found[i] for i in members],
+    )
   if not watched or not leaves:
     return _as_jax(found), None
   limits = dict(job.limits)
@@ -736,14 +738,92 @@ def leaf_coefficients(
   return conditioned.stage_coefficients(found), outside
 
 
-def _rows(
-  members: Sequence[int], sizes: Sequence[int]
-) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
+def _rows_on_host(
+  params: Any,
+  kind: str,
+  views: Sequence[Sequence[np.ndarray]],
+  dtype: Any,
+  job: _Job,
+  steps: tuple[int, ...],
+  out: Sequence[np.ndarray],
+) -> np.ndarray:
+  """Predicts leaves of one kind in rows, by several threads.
+
+  Args:
+    params: parameters of one KNOWN, None for predictors without.
+    kind: the kind of the leaves.
+    views: for each leaf its stages, oldest first.
+    dtype: to compute in.
+    job: the prediction.
+    steps: the steps wanted, ascending.
+    out: for each leaf `[len(steps), ...]`, to be filled.
+
+  Returns:
+    The largest residual of each leaf up to each step, `[leaves, len(steps)]`; 0 where `job` does
+    not look at predictions.
+  """
+  watched = params is not None and job.on_bad != 'ignore'
+  # Residuals are the changes from step to step.
+  taken = tuple(range(1, max(steps) + 1)) if watched else steps
+  wanted = [taken.index(n) for n in steps]
+  theta = None if params is None else {kind: params}
+  row_job = dataclasses.replace(
+    job, leaves=(Leaf('', kind),), shardings=(None,), on_bad='ignore', in_rows=True
+  )
+
+  def run_row(width: int, parts: _Parts) -> list[tuple[int, np.ndarray]]:
+    row = np.zeros((len(views[0]), width), dtype)
+    for place, i, start, stop in parts:
+      for t, stage in enumerate(views[i]):
+        row[t, place : place + stop - start] = stage.reshape(-1)[start:stop]
+    (predicted,), _ = jax.device_get(_run([row], theta, row_job, taken))
+    found = []
+    for place, i, start, stop in parts:
+      part = predicted[:, place : place + stop - start]
+      with np.errstate(over='ignore'):
+        out[i].reshape(len(steps), -1)[:, start:stop] = part[wanted]
+      if watched:
+        newest = row[-1:, place : place + stop - start]
+        found.append((i, residuals_on_host(np.concatenate([newest, part]))[wanted]))
+    return found
+
+  residuals = np.zeros((len(views), len(steps)))
+  # What JAX is told for one thread alone, as by `jax.enable_x64`, others do not know.
+  threads = _processors() if dtype == np.float32 else 1
+  for found in _in_threads(run_row, list(_rows([view[-1].size for view in views])), threads):
+    for i, residual in found:
+      residuals[i] = np.maximum(residuals[i], residual)
+  return residuals
+
+
+def _processors() -> int:
+  """How many processors this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _in_threads(
+  function: Callable[..., _T], calls: Sequence[tuple[Any, ...]], threads: int
+) -> Iterator[_T]:
+  """What a function gives for each tuple of arguments, in their order, from so many threads."""
+  if min(len(calls), threads) < 2:
+    yield from (function(*arguments) for arguments in calls)
+    return
+  pool = concurrent.futures.ThreadPoolExecutor(threads)
+  try:
+    yield from pool.map(lambda arguments: function(*arguments), calls)
+  finally:
+    # After an error or Ctrl-C nothing new is begun.
+    pool.shutdown(cancel_futures=True)
+
+
+def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, _Parts]]:
   """Cuts leaves laid end to end into rows: width and, for each part, place, leaf, start, stop."""
   left, total = 0, sum(sizes)
-  queue = [(i, 0, size) for i, size in zip(members, sizes, strict=True) if size]
+  queue = [(i, 0, size) for i, size in enumerate(sizes) if size]
   while left < total:
-    width = BATCH if total - left >= BATCH else BLOCK
+    width = ROW if total - left >= ROW else BLOCK
     place, parts = 0, []
     while queue and place < width:
       i, start, size = queue.pop(0)
@@ -778,12 +858,12 @@ def _run_known(
     _outside(window, limits[info.kind]) if info.kind in limits else jnp.zeros(())
     for window, info in zip(windows, job.leaves, strict=True)
   ]
+  run = functools.partial(_known_leaf, steps=steps, block_size=ROW_BLOCK if job.in_rows else BLOCK)
   small: dict[str, list[int]] = {}
   whole: dict[str, list[int]] = {}
   for i, (window, info, sharding) in enumerate(
     zip(windows, job.leaves, job.shardings, strict=True)
   ):
-    run = functools.partial(_known_leaf, steps=steps)
     if conditioned.is_conditioned(theta[info.kind]):
       whole.setdefault(info.kind, []).append(i)
     elif sharding is not None:
@@ -801,7 +881,7 @@ def _run_known(
         outside[i] = far[place]
   for kind, indices in small.items():
     for batch in _batches(indices, [math.prod(windows[i][0].shape) for i in indices]):
-      joined = _known_batch(theta[kind], [windows[i] for i in batch], steps)
+      joined = _known_batch(run, theta[kind], [windows[i] for i in batch], steps)
       for i, parts in zip(batch, joined, strict=True):
         found[i], residuals[i] = parts
   return found, residuals, outside
@@ -852,12 +932,12 @@ def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _known_batch(
-  params: Any, windows: list[Any], steps: tuple[int, ...]
+  run: Callable[..., Any], params: Any, windows: list[Any], steps: tuple[int, ...]
 ) -> list[tuple[jax.Array, jax.Array]]:
   """KNOWN on several small leaves joined into one row of weights."""
   flat = [jnp.stack([stage.ravel() for stage in _in_float32(window)]) for window in windows]
   every = tuple(range(1, max(steps) + 1))
-  joined, _ = _known_leaf(params, jnp.concatenate(flat, axis=1), every)
+  joined, _ = run(params, jnp.concatenate(flat, axis=1), steps=every)
   splits = np.cumsum([leaf.shape[1] for leaf in flat])[:-1]
   wanted = jnp.asarray(steps) - 1
   found = []
@@ -969,13 +1049,16 @@ def _leaf_moments(window: Any) -> jax.Array:
   return jax.lax.fori_loop(0, whole // SMALL, body, total) if whole else total
 
 
-def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _known_leaf(
+  params: Any, window: Any, steps: tuple[int, ...], block_size: int
+) -> tuple[jax.Array, jax.Array]:
   """KNOWN on one leaf, block by block, so that the temporaries are those of one block.
 
   Args:
     params: Flax parameters of one KNOWN.
     window: S arrays `[...]` or one `[S, ...]`, oldest first.
     steps: the steps wanted, ascending.
+    block_size: how many weights are taken at a time.
 
   Returns:
     The predictions `[len(steps), ...]`, in the leaf's dtype, and the largest residual up to each
@@ -993,20 +1076,20 @@ def _known_leaf(params: Any, window: Any, steps: tuple[int, ...]) -> tuple[jax.A
     rolled = known.rollout(params, block, tuple(range(1, max(steps) + 1)))
     return rolled[wanted].astype(dtype), _residuals(block[-1], rolled)[wanted]
 
-  if size <= BLOCK:
+  if size <= block_size:
     out, residual = run(stages)
     return out.reshape(len(steps), *shape), residual
 
   def body(index: jax.Array, carry: Any) -> Any:
     out, residual = carry
     # The last block reaches back over the one before: it repeats some weights, and pads none.
-    start = jnp.minimum(index * BLOCK, size - BLOCK)
-    predicted, found = run(_block(stages, start, BLOCK))
+    start = jnp.minimum(index * block_size, size - block_size)
+    predicted, found = run(_block(stages, start, block_size))
     return jax.lax.dynamic_update_slice(out, predicted, (0, start)), jnp.maximum(residual, found)
 
   # Zeros made from the input have its mapped axes, which a loop in shard_map must carry.
   zero = 0 * jax.tree.leaves(stages)[0].ravel()[0]
   blank = jnp.zeros((len(steps), size), dtype) + zero
   nothing = jnp.zeros(len(steps), width) + jax.lax.stop_gradient(zero)
-  out, residual = jax.lax.fori_loop(0, -(-size // BLOCK), body, (blank, nothing))
+  out, residual = jax.lax.fori_loop(0, -(-size // block_size), body, (blank, nothing))
   return out.reshape(len(steps), *shape), residual

@@ -5,6 +5,8 @@ import logging
 import math
 import operator
 import re
+import threading
+import time
 
 import chex
 import flax.core
@@ -18,6 +20,7 @@ import references
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from runs import assert_same_bits
 
 import know_jax
 from know_jax import PREDICTORS, Trajectory, UserError, known, nowcast, trees
@@ -470,6 +473,8 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(nowcast, 'BLOCK', 16)
   monkeypatch.setattr(nowcast, 'SMALL', 16)
   monkeypatch.setattr(nowcast, 'BATCH', 40)
+  monkeypatch.setattr(nowcast, 'ROW', 40)
+  monkeypatch.setattr(nowcast, 'ROW_BLOCK', 12)
   nowcast._run.clear_cache()
   yield
   nowcast._run.clear_cache()
@@ -511,9 +516,8 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
 @hypothesis.given(st.lists(st.integers(0, 120), max_size=12))
 @hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_rows_hold_every_weight_once(small_blocks, sizes):
-  members = list(range(7, 7 + len(sizes)))
-  seen = {i: np.zeros(size, int) for i, size in zip(members, sizes, strict=True)}
-  for width, parts in nowcast._rows(members, sizes):
+  seen = [np.zeros(size, int) for size in sizes]
+  for width, parts in nowcast._rows(sizes):
     assert width in (16, 40)
     filled = np.zeros(width, int)
     for place, i, start, stop in parts:
@@ -521,8 +525,53 @@ def test_rows_hold_every_weight_once(small_blocks, sizes):
       filled[place : place + stop - start] += 1
     assert filled.max() == 1
     # Only the last row of all may have room left.
-    assert filled.all() or all(count.all() for count in seen.values())
-  assert all((count == 1).all() for count in seen.values())
+    assert filled.all() or all(count.all() for count in seen)
+  assert all((count == 1).all() for count in seen)
+
+
+def test_threads_give_the_same_bits(monkeypatch, small_blocks):
+  history = make_history(shapes=BLOCKS)
+  names = set()
+
+  def spy(*args):
+    names.add(threading.current_thread().name)
+    return residuals_on_host(*args)
+
+  residuals_on_host = nowcast.residuals_on_host
+  monkeypatch.setattr(nowcast, 'residuals_on_host', spy)
+  monkeypatch.setattr(nowcast, '_processors', lambda: 1)
+  wanted = know_jax.forecast(history, 3, theta=THETA)
+  assert names == {'MainThread'}
+  monkeypatch.setattr(nowcast, '_processors', lambda: 3)
+  found = know_jax.forecast(history, 3, theta=THETA)
+  assert len(names) > 2
+  for stage, other in zip(found, wanted, strict=True):
+    assert_same_bits(stage, other)
+
+
+def test_what_a_thread_raises_ends_the_rest():
+  begun = []
+
+  def fail_at_2(i):
+    begun.append(i)
+    if i == 2:
+      raise FloatingPointError('the third')
+    time.sleep(0.01)
+    return i
+
+  found = nowcast._in_threads(fail_at_2, [(i,) for i in range(200)], 2)
+  assert [next(found), next(found)] == [0, 1]
+  with pytest.raises(FloatingPointError, match='the third'):
+    next(found)
+  assert len(begun) < 20
+
+
+def test_float64_for_one_thread_stays_float64():
+  history = make_history(dtype=np.float64, shapes={'a': {'kernel': (3 * nowcast.BLOCK, 1)}})
+  with jax.enable_x64(True):
+    found = know_jax.predict(history, predictor='task_vector')
+  older, newest = (stage['a']['kernel'] for stage in history[-2:])
+  np.testing.assert_allclose(found['a']['kernel'], 2 * newest - older, rtol=0, atol=1e-14)
 
 
 SPILLING = {'a': {'kernel': (37, 1)}}
