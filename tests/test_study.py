@@ -885,7 +885,13 @@ def write_study(folder, gains, faster=None):
 def test_several_studies_on_one_page(tmp_path):
   first = write_study(
     tmp_path / 'first',
-    {('known', 1): 1.0, ('known', 2): 2.0, ('extra', 0): 0.5, ('shrink', 1): 3.0},
+    {
+      ('known', 1): 1.0,
+      ('known', 2): 2.0,
+      ('extra', 0): 0.5,
+      ('shrink', 1): 3.0,
+      ('scratch', 0): -4.0,
+    },
     faster={2.0: 1.5, 3.0: 4.0, 0.5: -1.0},
   )
   second = write_study(tmp_path / 'second', {('known', 1): -0.5, ('shrink c=0.5', 1): -2.0})
@@ -899,9 +905,9 @@ def test_several_studies_on_one_page(tmp_path):
   assert rows[2:] == [
     ['[a to b, first](all_first.md)', '2 x 3', '56.00', '+2.00 (+2.00 to +2.00)',
      '-1.00 (-1.00 to -1.00)', '+1.50 (+1.50 to +1.50)', '+3.00 (+3.00 to +3.00)',
-     '+4.00 (+4.00 to +4.00) at 3 times'],
+     '-4.00 (-4.00 to -4.00)', '+4.00 (+4.00 to +4.00) at 3 times'],
     ['[a to b, second](all_second.md)', '2 x 3', '56.00', '-0.50 (-0.50 to -0.50)',
-     '+1.50 (+1.50 to +1.50)', '', '-2.00 (-2.00 to -2.00)', ''],
+     '+1.50 (+1.50 to +1.50)', '', '-2.00 (-2.00 to -2.00)', '', ''],
   ]  # fmt: skip
   assert (
     'the best step of KNOWN changes accuracy by -0.50 to +2.00 points over 2 studies: in 1 the '

@@ -47,6 +47,8 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     first = naive.first
     shrunk = cross_chosen([line for line in main if line.predictor == 'shrink'])
     best = None if shrunk is None else compare(differences(shrunk, to_line(naive)))
+    scratch = next((line for line in main if line.predictor == 'scratch'), None)
+    untrained = None if scratch is None else compare(differences(scratch, to_line(naive)))
     faster = report.at_other_rates(lines, naive)
     fastest = max(faster, key=lambda scale: faster[scale].mean, default=None)
     rows.append(
@@ -56,13 +58,14 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
         f'{100 * np.mean(naive.values()):.2f}',
         *(interval(found[name].get(rival)) for rival in _RIVALS),
         interval(best),
+        interval(untrained),
         '' if fastest is None else f'{interval(faster[fastest])} at {fastest:g} times',
       ]
     )  # fmt: skip
   answer = answer_text(found)
   header = [
     'study', 'seeds', 'naive, %', 'KNOWN to naive', 'KNOWN to shrink', 'KNOWN to equal compute',
-    'shrink to naive', 'naive at its best other learning rate',
+    'shrink to naive', 'scratch to naive', 'naive at its best other learning rate',
   ]  # fmt: skip
   parts = [
     '# Does predicting help transfer?',
@@ -71,9 +74,10 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     'Differences of accuracy after transfer in points, paired, with 95 % bootstrap intervals over '
     'source seeds and the transfers from each. Seeds: source runs x transfers from each. Steps of '
     'KNOWN and strengths of shrink are chosen for each source seed by the other source seeds; the '
-    'best other learning rate is not, so that its gain is flattered a little. All arms, the tests '
-    "with corrected p, the paper's numbers, ablations, times and plots are in the reports of the "
-    'single studies.',
+    'best other learning rate is not, so that its gain is flattered a little. Where scratch (no '
+    'pre-training) beats naive transfer, pre-training does harm, and what undoes it helps. All '
+    "arms, the tests with corrected p, the paper's numbers, ablations, times and plots are in the "
+    'reports of the single studies.',
   ]
   try:
     path.write_text('\n\n'.join(parts) + '\n')
