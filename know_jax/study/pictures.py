@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from know_jax.plots import MARKERS, new_figure
 
 
@@ -39,18 +41,24 @@ def _show_gains(axes: Any) -> None:
   axes.axhline(0.0, color='grey', linewidth=0.8)
   axes.set_yscale('symlog', linthresh=4, linscale=2)
   axes.yaxis.set_major_formatter('{x:+g}')
-  ticks = (-40, -20, -10, -4, -2, -1, 0, 1, 2, 4, 10, 20, 40)
   low, high = axes.get_ylim()
+  inner = np.arange(-4, 4.5, 0.5 if high - low < 4 else 1)
+  ticks = (-40, -20, -10, *inner, 10, 20, 40)
   axes.set_yticks([tick for tick in ticks if low <= tick <= high])
 
 
 def _scale_x(axes: Any) -> None:
   """A logarithmic axis with plain numbers."""
-  from matplotlib.ticker import LogLocator, NullFormatter
+  from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
   axes.set_xscale('log')
   low, high = axes.get_xlim()
-  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+  if high < 4 * low:
+    # So narrow that powers of ten would leave it without a number.
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.minorticks_off()
+  else:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
   axes.xaxis.set_major_formatter('{x:g}')
   axes.xaxis.set_minor_formatter(NullFormatter())
 
