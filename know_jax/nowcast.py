@@ -38,7 +38,7 @@ into one run of blocks: a loop for each leaf would take long to compile."""
 
 _Parts = list[tuple[int, int, int, int]]
 
-ROW = 1 << 18
+ROW = 1 << 17
 """Weights that a thread takes at a time on the host; of the last, shorter stretch `BLOCK`."""
 
 

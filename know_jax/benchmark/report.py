@@ -136,7 +136,8 @@ def _memory(section: Mapping[str, Any]) -> Iterable[str]:
   yield '## Memory and cost by size'
   yield (
     'In processes of their own, on the host: resident memory at the peak of a call, less that '
-    'before it and less its outputs. The first call compiles; later ones do not.'
+    'before it and less its outputs. The first call compiles; later ones do not. Memory that the '
+    'process had freed goes back to the system before each.'
   )
   yield _table(
     (
@@ -191,8 +192,8 @@ def _training(section: Mapping[str, Any]) -> Iterable[str]:
   yield (
     f'`{section["model"]}` on {height} x {width} x {channels} images in memory, batches of '
     f'{section["batch_size"]}, Adam, float32, {section["images"]:,} images by one call of `fit`. '
-    f'know_jax runs on {section["devices"]} device(s), and turns bytes into centred numbers in '
-    'every step; Keras is given them ready, and runs with and without XLA.'
+    f'know_jax runs on {section["devices"]} device(s) (`--cpu_devices`), and turns bytes into '
+    'centred numbers in every step; Keras is given them ready, and runs with and without XLA.'
   )
   if section['keras_absent']:
     yield section['keras_absent']

@@ -48,6 +48,7 @@ class Settings:
     batch_size: images a step.
     train_steps: steps of an epoch.
     runs: trainings at once.
+    runs_repetitions: how often these are repeated.
     gpu_anywhere: whether what is for GPUs runs on any device, to see that it does.
     gpu_predicted: the network predicted three steps ahead on a GPU.
     gpu_weights: weights of the large model there, in bfloat16.
@@ -69,7 +70,7 @@ class Settings:
     Target('resnet18', (32, 32, 3)),
     Target('densenet', (32, 32, 3)),
   )
-  sizes: tuple[int, ...] = (10**5, 3 * 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8)
+  sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)
   sizes_plain: tuple[int, ...] = (10**5, 10**6)
   steps: tuple[int, ...] = (1, 3)
   size_seconds: float = 3.0
@@ -82,6 +83,7 @@ class Settings:
   batch_size: int = 128
   train_steps: int = 40
   runs: int = 4
+  runs_repetitions: int = 3
   gpu_anywhere: bool = False
   gpu_predicted: Target = dataclasses.field(
     default_factory=lambda: Target('resnet18', (32, 32, 3), repetitions=15)

@@ -60,7 +60,7 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     )
 
   ways = {way: several(way) for way in together.WAYS}
-  group = race(ways, target.repetitions, f'train {settings.runs} at once', show=show)
+  group = race(ways, settings.runs_repetitions, f'train {settings.runs} at once', show=show)
   return {
     'keras_absent': keras_rivals.absent(),
     'model': target.model,
