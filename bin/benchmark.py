@@ -1,6 +1,6 @@
 """Measures how fast know_jax predicts and trains here, beside other ways to do the same.
 
-    python bin/benchmark.py --cpu_devices=2 --output=docs/results/benchmark.md
+    python bin/benchmark.py --output=docs/results/benchmark.md
     python bin/benchmark.py --only=predict,memory --output=benchmark.md
 
 A quarter of an hour on 2 cores, which should have nothing else to do; JSON and a plot are written
@@ -13,7 +13,6 @@ from absl import flags
 from know_jax import cli
 from know_jax.benchmark import report, runner
 
-cli.define_cpu_devices()
 _OUTPUT = flags.DEFINE_string('output', 'benchmark.md', 'The Markdown file to write.')
 _ONLY = flags.DEFINE_list('only', [], f'Sections: {", ".join(runner.SECTIONS)}; else all.')
 _QUICK = flags.DEFINE_bool('quick', False, 'Small sizes, to see that it runs.')

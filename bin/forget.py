@@ -16,7 +16,6 @@ from pathlib import Path
 from know_jax import cli, forgetting, processes
 
 cli.define_workdir()
-cli.define_cpu_devices()
 cli.define_processes()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'forget_digits.py')
 

@@ -13,7 +13,6 @@ from absl import flags
 from know_jax import cli, transfer
 
 cli.define_workdir()
-cli.define_cpu_devices()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'transfer_digits.py')
 _PREDICTOR = flags.DEFINE_list('predictor', '', 'Predictors to transfer; all found in the workdir.')
 

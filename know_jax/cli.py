@@ -78,24 +78,6 @@ def workdir() -> Path:
   return path
 
 
-def define_cpu_devices() -> None:
-  """Defines `--cpu_devices`; `run` sets it before JAX looks for its devices."""
-  flags.DEFINE_integer(
-    'cpu_devices',
-    1,
-    'On CPUs: devices that a batch is split over; as many as there are cores train large batches '
-    'up to twice as fast, small ones slower.',
-    lower_bound=1,
-  )
-
-
-def _set_cpu_devices() -> None:
-  values = flags.FLAGS
-  # Where it is not given, what XLA_FLAGS may say holds.
-  if 'cpu_devices' in values and values['cpu_devices'].present:
-    jax.config.update('jax_num_cpu_devices', values.cpu_devices)
-
-
 def define_processes() -> None:
   """Defines `--coordinator`, `--processes` and `--process`; `run` connects the processes."""
   flags.DEFINE_string(
@@ -153,7 +135,6 @@ def run(main: Callable[[], Any]) -> NoReturn:
     warnings.formatwarning = _format_warning
     enable_compilation_cache()
     try:
-      _set_cpu_devices()
       _connect()
       return main()
     except UserError as error:

@@ -32,18 +32,6 @@ SMALL = (
 QUICK = ('--config.seeds=2', '--config.warmup_epochs=1', '--config.epochs=1')
 
 
-@pytest.mark.parametrize('script', ['forget.py', 'transfer.py'])
-def test_batches_are_split_over_the_devices_asked_for(scripts, tmp_path, script):
-  flags = ('--cpu_devices=3', f'--workdir={tmp_path / "run"}')
-  if script == 'transfer.py':
-    assert scripts.run('forget.py', flags[1], *SMALL, '--config.epochs=1')[0] == 0
-  code, out, err = scripts.run(script, *flags, '--config.batch_size=16')
-  assert (code, out) == (2, '')
-  assert err.endswith('batch_size is 16; wanted a positive multiple of the 3 devices.\n')
-  code, _, err = scripts.run(script, '--cpu_devices=0')
-  assert code != 0 and 'cpu_devices' in err
-
-
 def test_a_newcomer_needs_no_flags(scripts, known_file):
   said = f'No --workdir is given: {scripts.folder / "workdir"} is used.\n'
   code, out, err = scripts.run('forget.py', '--config.epochs=1', '--config.width=4')

@@ -192,8 +192,8 @@ def _training(section: Mapping[str, Any]) -> Iterable[str]:
   yield (
     f'`{section["model"]}` on {height} x {width} x {channels} images in memory, batches of '
     f'{section["batch_size"]}, Adam, float32, {section["images"]:,} images by one call of `fit`. '
-    f'know_jax runs on {section["devices"]} device(s) (`--cpu_devices`), and turns bytes into '
-    'centred numbers in every step; Keras is given them ready, and runs with and without XLA.'
+    f'know_jax runs on {section["devices"]} device(s), and turns bytes into centred '
+    'numbers in every step; Keras is given them ready, and runs with and without XLA.'
   )
   if section['keras_absent']:
     yield section['keras_absent']
