@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from know_jax.plots import MARKERS, new_figure
 
 
@@ -39,12 +37,16 @@ def _style(i: int, arm: str) -> dict[str, Any]:
 def _show_gains(axes: Any) -> None:
   """An axis on which a gain of half a point can be seen beside a loss of twenty."""
   axes.axhline(0.0, color='grey', linewidth=0.8)
+  axes.yaxis.set_major_formatter('{x:+g}')
+  low, high = axes.get_ylim()
+  if max(-low, high) <= 10:
+    return
   axes.set_yscale('symlog', linthresh=4, linscale=2)
   axes.yaxis.set_major_formatter('{x:+g}')
   low, high = axes.get_ylim()
-  inner = np.arange(-4, 4.5, 0.5 if high - low < 4 else 1)
-  ticks = (-40, -20, -10, *inner, 10, 20, 40)
+  ticks = (-40, -20, -10, *range(-4, 5), 10, 20, 40)
   axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+  axes.set_ylabel(f'{axes.get_ylabel()} (logarithmic beyond 4)')
 
 
 def _scale_x(axes: Any) -> None:
