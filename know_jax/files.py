@@ -33,6 +33,13 @@ def memory_bytes() -> int:
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
+def processors() -> int:
+  """How many processors this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def fsync_directory(path: Path) -> None:
   """Makes the names in a directory durable."""
   fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

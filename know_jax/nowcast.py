@@ -8,7 +8,6 @@ import itertools
 import math
 import numbers
 import operator
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from know_jax import conditioned, guards, known, trees
 from know_jax.errors import UserError
+from know_jax.files import processors
 from know_jax.predictors import METHODS, Leaf, Method, check_options
 from know_jax.pretrained import load_known, parameter_shapes, trained_range
 from know_jax.trajectory import Trajectory, check_stages, stacked_length
@@ -586,26 +586,12 @@ def _run_on_host(
     groups.setdefault((info.kind, dtype), []).append(i)
   for (kind, dtype), members in groups.items():
     params = theta[kind] if METHODS[job.predictor].leaf_fn is None else None
+    group = ([views[i] for i in members], dtype, job, steps, [found[i] for i in members])
     if params is not None and conditioned.is_conditioned(params):
-      outside = _conditioned_on_host(
-        params,
-        [views[i] for i in members],
-        dtype,
-        job,
-        steps,
-        [found[i] for i in members],
-      )
+      outside = _conditioned_on_host(params, *group)
       health[members, :, 3] = outside[:, None]
       continue
-    health[members, :, 1] = _rows_on_host(
-      params,
-      kind,
-      [views[i] for i in members],
-      dtype,
-      job,
-      steps,
-      [found[i] for i in members],
-    )
+    health[members, :, 1] = _rows_on_host(params, kind, *group)
   if not watched or not leaves:
     return _as_jax(found), None
   limits = dict(job.limits)
@@ -789,18 +775,11 @@ def _rows_on_host(
 
   residuals = np.zeros((len(views), len(steps)))
   # What JAX is told for one thread alone, as by `jax.enable_x64`, others do not know.
-  threads = _processors() if dtype == np.float32 else 1
+  threads = processors() if dtype == np.float32 else 1
   for found in _in_threads(run_row, list(_rows([view[-1].size for view in views])), threads):
     for i, residual in found:
       residuals[i] = np.maximum(residuals[i], residual)
   return residuals
-
-
-def _processors() -> int:
-  """How many processors this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _in_threads(

@@ -539,10 +539,10 @@ def test_threads_give_the_same_bits(monkeypatch, small_blocks):
 
   residuals_on_host = nowcast.residuals_on_host
   monkeypatch.setattr(nowcast, 'residuals_on_host', spy)
-  monkeypatch.setattr(nowcast, '_processors', lambda: 1)
+  monkeypatch.setattr(nowcast, 'processors', lambda: 1)
   wanted = know_jax.forecast(history, 3, theta=THETA)
   assert names == {'MainThread'}
-  monkeypatch.setattr(nowcast, '_processors', lambda: 3)
+  monkeypatch.setattr(nowcast, 'processors', lambda: 3)
   found = know_jax.forecast(history, 3, theta=THETA)
   assert len(names) > 2
   for stage, other in zip(found, wanted, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from know_jax.files import memory_bytes
+from know_jax.files import memory_bytes, processors
 from know_jax.run_record import environment
 
 _RIVALS = ('tensorflow', 'keras')
@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
   """Processor, memory, versions, what JAX runs on, and how busy it is."""
   return {
     'processor': _processor(),
-    'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+    'cores': processors(),
     'memory_bytes': memory_bytes(),
     'backend': jax.default_backend(),
     **environment(),
