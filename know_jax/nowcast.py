@@ -8,6 +8,7 @@ import itertools
 import math
 import numbers
 import operator
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -31,15 +32,15 @@ BLOCK = 8192
 ROW_BLOCK = 2048
 """The same where every processor takes blocks of its own, and has its own cache for them."""
 
+ROW = 1 << 17
+"""Weights that a thread takes at a time on the host, at most."""
+
 SMALL = 1 << 17
 BATCH = 1 << 20
 """Leaves of fewer than `SMALL` weights are copied together, at most `BATCH` weights at a time,
 into one run of blocks: a loop for each leaf would take long to compile."""
 
 _Parts = list[tuple[int, int, int, int]]
-
-ROW = 1 << 17
-"""Weights that a thread takes at a time on the host; of the last, shorter stretch `BLOCK`."""
 
 
 def predict(
@@ -313,8 +314,6 @@ class _Job:
   on_bad: str
   limits: tuple[tuple[str, tuple[float, float]], ...] = ()
   """Kind -> the largest weight and difference that KNOWN was trained on, where they are known."""
-  in_rows: bool = False
-  """Whether this is for one of the rows on the host, several of which run at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,8 +488,7 @@ def _array_sharding(array: Any) -> NamedSharding | None:
   return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(
+def _run_leaves(
   leaves: list[Any], theta: Any, job: _Job, steps: tuple[int, ...]
 ) -> tuple[list[jax.Array], jax.Array | None]:
   """Predictions `[len(steps), ...]`, bad ones replaced, and health `[leaves, steps, FIELDS]`."""
@@ -507,6 +505,9 @@ def _run(
     bad = guards.is_bad(of_leaf).reshape(-1, *[1] * leaf[-1].ndim)
     found[i] = jnp.where(bad, leaf[-1][None], found[i])
   return found, jnp.stack(health)
+
+
+_run = jax.jit(_run_leaves, static_argnums=(2, 3))
 
 
 def _health(leaf: Any, predicted: jax.Array, residual: jax.Array, outside: jax.Array) -> jax.Array:
@@ -570,8 +571,8 @@ def _run_on_host(
 ) -> tuple[list[jax.Array], np.ndarray | None]:
   """What `_run` computes, in rows of fixed size: no shape of a leaf is ever compiled for.
 
-  The leaves of a kind form one long row of weights, cut into rows of `ROW` or, at its end, `BLOCK`
-  weights, whatever the borders of leaves. Each processor works on a row of its own.
+  The leaves of a kind form one long row of weights, cut into equal rows of at most `ROW` weights,
+  whatever the borders of leaves. Each processor works on a row of its own.
   """
   views = [
     [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
@@ -595,12 +596,17 @@ def _run_on_host(
   if not watched or not leaves:
     return _as_jax(found), None
   limits = dict(job.limits)
-  for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
+
+  def look(i: int) -> None:
+    view, kind = views[i], job.leaves[i].kind
     health[i, :, 0], health[i, :, 2] = _movement_on_host(view, found[i])
-    if info.kind in limits:
-      health[i, :, 3] = outside_on_host(_window(view, theta[info.kind], job), limits[info.kind])
+    if kind in limits:
+      health[i, :, 3] = outside_on_host(_window(view, theta[kind], job), limits[kind])
     if (bad := guards.is_bad(health[i])).any():
       found[i][bad] = view[-1]
+
+  for _ in _in_threads(look, [(i,) for i in range(len(leaves))], _threads(*groups)):
+    pass
   return _as_jax(found), health
 
 
@@ -628,9 +634,13 @@ def _read_chunks(window: Sequence[np.ndarray], dtype: Any) -> Iterator[tuple[sli
     yield part, np.stack([stage[part].astype(dtype) for stage in stages])
 
 
-def residuals_on_host(path: np.ndarray) -> np.ndarray:
-  """The largest residual up to each step, of weights `[1 + steps, N]` from the newest stage on."""
-  return np.maximum.accumulate(np.abs(np.diff(path, axis=0)).max(1, initial=0.0))
+def residuals_on_host(newest: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+  """The largest residual up to each step, `[steps]`, of weights `[N]` and `[steps, N]`."""
+  largest = []
+  for stage, before in zip(predicted, (newest, *predicted), strict=False):
+    residuals = stage - before
+    largest.append(np.abs(residuals, out=residuals).max(initial=0.0))
+  return np.maximum.accumulate(largest)
 
 
 def _movement_on_host(view: Sequence[np.ndarray], found: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -752,34 +762,75 @@ def _rows_on_host(
   # Residuals are the changes from step to step.
   taken = tuple(range(1, max(steps) + 1)) if watched else steps
   wanted = [taken.index(n) for n in steps]
-  theta = None if params is None else {kind: params}
+  # To KNOWN, with its parameters at hand, kinds are the same: one program does for all of them.
+  row_kind = kind if params is None else trees.KINDS[0]
   row_job = dataclasses.replace(
-    job, leaves=(Leaf('', kind),), shardings=(None,), on_bad='ignore', in_rows=True
+    job, leaves=(Leaf('', row_kind),), shardings=(None,), limits=(), on_bad='ignore'
   )
 
-  def run_row(width: int, parts: _Parts) -> list[tuple[int, np.ndarray]]:
-    row = np.zeros((len(views[0]), width), dtype)
+  def run_row(row: np.ndarray, parts: _Parts) -> list[tuple[int, np.ndarray]]:
+    count = 0
     for place, i, start, stop in parts:
+      count = place + stop - start
       for t, stage in enumerate(views[i]):
-        row[t, place : place + stop - start] = stage.reshape(-1)[start:stop]
-    (predicted,), _ = jax.device_get(_run([row], theta, row_job, taken))
+        row[t, place:count] = stage.reshape(-1)[start:stop]
+    predicted = jax.device_get(_row_program()(row, np.int32(count), params, row_job, taken))
     found = []
     for place, i, start, stop in parts:
       part = predicted[:, place : place + stop - start]
       with np.errstate(over='ignore'):
         out[i].reshape(len(steps), -1)[:, start:stop] = part[wanted]
       if watched:
-        newest = row[-1:, place : place + stop - start]
-        found.append((i, residuals_on_host(np.concatenate([newest, part]))[wanted]))
+        newest = row[-1, place : place + stop - start]
+        found.append((i, residuals_on_host(newest, part)[wanted]))
     return found
 
+  # Taken once and not by every row: threads keep most of the memory that they once had.
+  threads = _threads((kind, dtype))
+  rows = [(parts,) for parts in _rows([view[-1].size for view in views], threads)]
+  spare: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+  for _ in range(min(threads, len(rows))):
+    row = _empty((len(views[0]), ROW), dtype)
+    row.fill(0)
+    spare.put(row)
+
+  def in_spare_row(parts: _Parts) -> list[tuple[int, np.ndarray]]:
+    row = spare.get()
+    try:
+      return run_row(row, parts)
+    finally:
+      spare.put(row)
+
   residuals = np.zeros((len(views), len(steps)))
-  # What JAX is told for one thread alone, as by `jax.enable_x64`, others do not know.
-  threads = processors() if dtype == np.float32 else 1
-  for found in _in_threads(run_row, list(_rows([view[-1].size for view in views])), threads):
+  for found in _in_threads(in_spare_row, rows, threads):
     for i, residual in found:
       residuals[i] = np.maximum(residuals[i], residual)
   return residuals
+
+
+@functools.cache
+def _row_program() -> Callable[..., Any]:
+  """`_predict_row`, compiled for the processors of this machine."""
+  # LLVM takes vectors of 256 bits even where there are longer ones, which halve the time of exp.
+  cpu = jax.default_backend() == 'cpu'
+  options = {'xla_cpu_prefer_vector_width': 512} if cpu else None
+  return jax.jit(_predict_row, static_argnums=(3, 4), compiler_options=options)
+
+
+def _predict_row(row: Any, count: Any, params: Any, job: _Job, steps: tuple[int, ...]) -> jax.Array:
+  """Predictions `[len(steps), N]` of a row `[S, N]`, of which the first `count` weights matter.
+
+  What comes after them may be any number that a weight can be.
+  """
+  if params is None:
+    return _run_leaf_fn([row], job, steps)[0]
+  return _known_leaf(params, _window(row, params, job), steps, ROW_BLOCK, count)[0]
+
+
+def _threads(*groups: tuple[str, Any]) -> int:
+  """How many threads may work on leaves of these kinds and dtypes."""
+  # What JAX is told for one thread alone, as by `jax.enable_x64`, others do not know.
+  return processors() if all(dtype == np.float32 for _, dtype in groups) else 1
 
 
 def _in_threads(
@@ -797,22 +848,28 @@ def _in_threads(
     pool.shutdown(cancel_futures=True)
 
 
-def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, _Parts]]:
-  """Cuts leaves laid end to end into rows: width and, for each part, place, leaf, start, stop."""
-  left, total = 0, sum(sizes)
-  queue = [(i, 0, size) for i, size in enumerate(sizes) if size]
-  while left < total:
-    width = ROW if total - left >= ROW else BLOCK
+def _rows(sizes: Sequence[int], threads: int) -> Iterator[_Parts]:
+  """Cuts leaves laid end to end into rows: for each part its place, leaf, start and stop.
+
+  Args:
+    sizes: of the leaves.
+    threads: how many rows are worked on at a time; there are as many rows for each thread, unless
+      rows become short.
+  """
+  total = sum(sizes)
+  rows = max(1, min(-(-total // BLOCK), threads * -(-total // (threads * ROW))))
+  width = min(ROW, -(-total // (rows * ROW_BLOCK)) * ROW_BLOCK)
+  left = [(i, 0, size) for i, size in enumerate(sizes) if size]
+  while left:
     place, parts = 0, []
-    while queue and place < width:
-      i, start, size = queue.pop(0)
+    while left and place < width:
+      i, start, size = left.pop(0)
       stop = min(size, start + width - place)
       parts.append((place, i, start, stop))
       place += stop - start
       if stop < size:
-        queue.insert(0, (i, stop, size))
-    left += place
-    yield width, parts
+        left.insert(0, (i, stop, size))
+    yield parts
 
 
 # --- KNOWN over leaves ----------------------------------------------------------------------------
@@ -837,7 +894,7 @@ def _run_known(
     _outside(window, limits[info.kind]) if info.kind in limits else jnp.zeros(())
     for window, info in zip(windows, job.leaves, strict=True)
   ]
-  run = functools.partial(_known_leaf, steps=steps, block_size=ROW_BLOCK if job.in_rows else BLOCK)
+  run = functools.partial(_known_leaf, steps=steps, block_size=BLOCK)
   small: dict[str, list[int]] = {}
   whole: dict[str, list[int]] = {}
   for i, (window, info, sharding) in enumerate(
@@ -1029,7 +1086,7 @@ def _leaf_moments(window: Any) -> jax.Array:
 
 
 def _known_leaf(
-  params: Any, window: Any, steps: tuple[int, ...], block_size: int
+  params: Any, window: Any, steps: tuple[int, ...], block_size: int, count: Any = None
 ) -> tuple[jax.Array, jax.Array]:
   """KNOWN on one leaf, block by block, so that the temporaries are those of one block.
 
@@ -1038,6 +1095,8 @@ def _known_leaf(
     window: S arrays `[...]` or one `[S, ...]`, oldest first.
     steps: the steps wanted, ascending.
     block_size: how many weights are taken at a time.
+    count: how many weights, of those in the window the first, are wanted; None for all. It need not
+      be known where this is compiled.
 
   Returns:
     The predictions `[len(steps), ...]`, in the leaf's dtype, and the largest residual up to each
@@ -1047,15 +1106,16 @@ def _known_leaf(
   size = math.prod(shape)
   width = jnp.promote_types(dtype, jnp.float32)
   stages, wanted = _flat(window), jnp.asarray(steps) - 1
+  fused = known.fuse(params)
 
   def run(block: Any) -> tuple[jax.Array, jax.Array]:
     if isinstance(block, tuple):
       block = jnp.stack(block)
     block = block.astype(width)
-    rolled = known.rollout(params, block, tuple(range(1, max(steps) + 1)))
+    rolled = known.rollout(fused, block, tuple(range(1, max(steps) + 1)))
     return rolled[wanted].astype(dtype), _residuals(block[-1], rolled)[wanted]
 
-  if size <= block_size:
+  if size <= block_size and count is None:
     out, residual = run(stages)
     return out.reshape(len(steps), *shape), residual
 
@@ -1064,11 +1124,13 @@ def _known_leaf(
     # The last block reaches back over the one before: it repeats some weights, and pads none.
     start = jnp.minimum(index * block_size, size - block_size)
     predicted, found = run(_block(stages, start, block_size))
-    return jax.lax.dynamic_update_slice(out, predicted, (0, start)), jnp.maximum(residual, found)
+    place = (jnp.zeros_like(start), start)
+    return jax.lax.dynamic_update_slice(out, predicted, place), jnp.maximum(residual, found)
 
   # Zeros made from the input have its mapped axes, which a loop in shard_map must carry.
   zero = 0 * jax.tree.leaves(stages)[0].ravel()[0]
   blank = jnp.zeros((len(steps), size), dtype) + zero
   nothing = jnp.zeros(len(steps), width) + jax.lax.stop_gradient(zero)
-  out, residual = jax.lax.fori_loop(0, -(-size // block_size), body, (blank, nothing))
+  blocks = ((size if count is None else count) + block_size - 1) // block_size
+  out, residual = jax.lax.fori_loop(0, blocks, body, (blank, nothing))
   return out.reshape(len(steps), *shape), residual

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -279,4 +278,5 @@ def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
 def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
   # Real arrays even where the first caller is being traced: the shipped weights are cached.
   with jax.ensure_compile_time_eval():
-    return unflatten_dict({name: jnp.asarray(leaf) for name, leaf in tensors.items()}, sep='/')
+    # Not by `jnp.asarray`, which compiles a program for every shape.
+    return unflatten_dict(jax.device_put(dict(tensors)), sep='/')

@@ -592,8 +592,8 @@ def _predict_leaf(
     health[:, 0] = np.maximum(health[:, 0], moved.max(1))
     health[:, 2] = np.maximum(health[:, 2], np.abs(stages).max())
     if theta is not None and not is_conditioned:
-      path = np.concatenate([stages[-1:], predicted])
-      health[:, 1] = np.maximum(health[:, 1], nowcast.residuals_on_host(path))
+      residuals = nowcast.residuals_on_host(stages[-1], predicted)
+      health[:, 1] = np.maximum(health[:, 1], residuals)
       if history.kind in limits:
         window = stages[-nowcast.known_history_length(theta[history.kind]) :]
         outside = nowcast.outside_on_host(list(window), limits[history.kind])

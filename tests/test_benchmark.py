@@ -123,6 +123,8 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   for entry in memory:
     assert entry['outputs'] == 4 * entry['weights'] == entry['inputs'] / 5
     assert entry['extra'] == quartiles(entry['later_extra'])
+    # A program of another kind is there before.
+    assert entry['start']['programs'] >= 1
     assert entry['seconds_a_weight'] == quartiles(
       np.array(entry['later_seconds']) / entry['weights']
     )
@@ -139,8 +141,7 @@ def test_a_network_of_other_shapes_compiles_nothing(quick):
   *_, found = quick
   for entry in found['sections']['compile']:
     assert entry['other']['programs'] == 0
-    # One for each kind of leaf, or one for the coefficients; and some of KNOWN's parameters.
-    assert entry['first']['programs'] >= {'known_paper': 3, 'known': 1}[entry['predictor']]
+    assert entry['first']['programs'] >= 1
     later = np.median(entry['later_seconds'])
     assert entry['compile_seconds'] == pytest.approx(entry['first']['seconds'] - later)
 

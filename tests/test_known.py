@@ -117,7 +117,7 @@ def test_the_fused_form_equals_the_module_in_float32(theta):
 
 def test_rollout_slides_the_window_over_its_own_predictions(theta):
   histories = np.random.default_rng(2).normal(0, 0.1, (5, 40)).astype(np.float32)
-  found = known.rollout(theta['bias'], jnp.asarray(histories), (1, 3, 4))
+  found = known.rollout(known.fuse(theta['bias']), jnp.asarray(histories), (1, 3, 4))
   params = in_float64(theta['bias'])
   wanted = [references.known(histories.astype(float), n, params=params) for n in (1, 3, 4)]
   np.testing.assert_allclose(found, np.stack(wanted), rtol=0, atol=3e-6)

@@ -391,11 +391,11 @@ def test_a_second_call_compiles_nothing(name, caplog):
   predict(first, 2, name)
   predict(stacked[0], 2, name)
   with jax.log_compiles():
-    size = nowcast._run._cache_size()
+    sizes = [program._cache_size() for program in (nowcast._run, nowcast._row_program())]
     predict(second, 2, name)
     predict(stacked[1], 2, name)
     assert not compiled()
-    assert nowcast._run._cache_size() == size
+    assert [p._cache_size() for p in (nowcast._run, nowcast._row_program())] == sizes
     jax.jit(lambda x: x + len(name))(1)
     assert compiled()  # So the log would have shown it.
 
@@ -475,9 +475,12 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(nowcast, 'BATCH', 40)
   monkeypatch.setattr(nowcast, 'ROW', 40)
   monkeypatch.setattr(nowcast, 'ROW_BLOCK', 12)
-  nowcast._run.clear_cache()
+  programs = (nowcast._run, nowcast._row_program())
+  for program in programs:
+    program.clear_cache()
   yield
-  nowcast._run.clear_cache()
+  for program in programs:
+    program.clear_cache()
 
 
 @jax.jit
@@ -513,20 +516,24 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
 
 
-@hypothesis.given(st.lists(st.integers(0, 120), max_size=12))
+@hypothesis.given(st.lists(st.integers(0, 120), max_size=12), st.integers(1, 5))
 @hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-def test_rows_hold_every_weight_once(small_blocks, sizes):
+def test_rows_hold_every_weight_once(small_blocks, sizes, threads):
   seen = [np.zeros(size, int) for size in sizes]
-  for width, parts in nowcast._rows(sizes):
-    assert width in (16, 40)
-    filled = np.zeros(width, int)
+  lengths = []
+  for parts in nowcast._rows(sizes, threads):
+    filled = np.zeros(40, int)
     for place, i, start, stop in parts:
       seen[i][start:stop] += 1
       filled[place : place + stop - start] += 1
-    assert filled.max() == 1
-    # Only the last row of all may have room left.
-    assert filled.all() or all(count.all() for count in seen)
+    lengths.append(filled.sum())
+    # Without a gap, each weight at a place of its own.
+    assert filled[: lengths[-1]].all() and filled.max() == 1
   assert all((count == 1).all() for count in seen)
+  # Equal rows but for the last, and work for every thread where there are blocks enough.
+  assert len(set(lengths[:-1])) <= 1 and (not lengths or lengths[-1] <= lengths[0])
+  if sum(sizes) >= 120 * threads:
+    assert len(lengths) >= threads
 
 
 def test_threads_give_the_same_bits(monkeypatch, small_blocks):
@@ -610,7 +617,7 @@ def test_the_gradient_through_blocks(small_blocks):
 
   def plain(history):
     windows = jnp.stack([stage['a']['kernel'].ravel() for stage in history])
-    return known.rollout(THETA['fc'], windows, (1,)).sum()
+    return known.rollout(known.fuse(THETA['fc']), windows, (1,)).sum()
 
   assert_close(jax.grad(loss)(history), jax.jit(jax.grad(plain))(history))
 

@@ -106,6 +106,55 @@ def test_eight_devices_train_and_evaluate_as_one(digits, variables, on_eight, da
   assert training.evaluate(MODEL, state.variables, alone) == pytest.approx(scores, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+  ('batch_size', 'parts'),
+  [(1, 1), (24, 1), (31, 1), (32, 2), (50, 2), (64, 4), (100, 4), (128, 8), (130, 2), (512, 8)],
+)
+def test_the_parts_of_a_batch(monkeypatch, batch_size, parts):
+  assert training.microbatches(batch_size) == 1  # Eight devices have the processors.
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  assert training.microbatches(batch_size) == parts
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert training.microbatches(batch_size) == 1
+
+
+@pytest.mark.parametrize(('name', 'parts'), [('cnn', [32] * 2), ('cnn_bn', [64])])
+def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
+  monkeypatch, digits, one_device, name, parts
+):
+  model = build_model(name, num_classes=5, width=2, convs=1, axis_name=AXIS)
+  variables = jax.device_get(training.init_variables(model, jax.random.key(0), (8, 8, 1)))
+  data, seen = training.put_data(*digits), []
+  original = training._loss_and_correct
+
+  def loss_and_correct(logits, labels):
+    seen.append(len(labels))
+    return original(logits, labels)
+
+  def trained():
+    seen.clear()
+    metrics = {}
+    state = training.fit(
+      model, Checkpoint(training.create_state(variables, AUGMENTED)), data, SOME, recipe=AUGMENTED,
+      epochs=3, batch_size=64, lr=0.05, schedule='cosine', key=jax.random.key(1),
+      on_epoch=metrics.__setitem__,
+    )  # fmt: skip
+    return state, metrics
+
+  monkeypatch.setattr(training, '_loss_and_correct', loss_and_correct)
+  monkeypatch.setattr(training, 'microbatches', lambda batch_size: 2)
+  state, metrics = trained()
+  assert seen == parts
+  monkeypatch.setattr(training, 'microbatches', lambda batch_size: 1)
+  training.train_step.cache_clear()
+  whole, wanted = trained()
+  assert seen == [64]
+  # Sums in float32, taken in another order.
+  assert_close(state, whole, rtol=1e-4, atol=1e-6)
+  for epoch in (1, 2, 3):
+    assert metrics[epoch] == pytest.approx(wanted[epoch], rel=1e-5)
+
+
 @pytest.mark.parametrize('name', ['sgd', 'adam', 'adamw'])
 def test_steps_follow_the_formulas_of_the_optimisers(digits, data, variables, name):
   # One batch is the whole subset, so that the order of examples does not matter.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from know_jax import nowcast
@@ -38,15 +39,17 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
       repeated, twice at least.
 
   Returns:
-    `weights`, `inputs` and `outputs` (bytes), and for the first network, `first`, and the other, if
-    there is one, `other`: `seconds`, `programs` compiled, `compile_seconds` of XLA, `extra` bytes
-    of memory at the peak, beyond inputs and outputs. For the first one also `later_seconds` and
-    `later_extra`, lists over repetitions.
+    `weights`, `inputs` and `outputs` (bytes). For `start`, a small program of another kind that is
+    compiled before all, for the first network, `first`, and the other, if there is one, `other`:
+    `seconds`, `programs` compiled, `compile_seconds` of XLA, `extra` bytes of memory at the peak,
+    beyond inputs and outputs. For the first network also `later_seconds` and `later_extra`, lists
+    over repetitions.
   """
   warnings.simplefilter('ignore', PredictionWarning)
   targets = [Target(**{**fields, 'image': tuple(fields['image'])}) for fields in task['targets']]
   history = of_network(targets[0]) if targets else of_size(task['weights'])
   call = _call(task['predictor'], task['steps'])
+  start = _watched(_start_xla, history)
   first = _watched(call, history)
   times: list[float] = []
   extras: list[int] = []
@@ -61,6 +64,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     'weights': num_predicted(history)[0],
     'inputs': sum(leaf.nbytes for leaf in jax.tree.leaves(history)),
     'outputs': first.pop('outputs'),
+    'start': start,
     'first': first,
     'later_seconds': times,
     'later_extra': extras,
@@ -74,6 +78,15 @@ def _call(predictor: str, steps: int) -> Callable[[History], Any]:
   if predictor in nowcast.PREDICTORS:
     return lambda history: nowcast.predict(history, steps, predictor=predictor)
   return rivals.plain_vmap(load_known(shipped='known_paper'), None)
+
+
+def _start_xla(_: History) -> jax.Array:
+  """Compiles and runs something: XLA's compiler itself comes into memory."""
+
+  def multiply(_: int, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ x)
+
+  return jax.jit(lambda x: jax.lax.fori_loop(0, 2, multiply, x))(jnp.zeros((64, 64)))
 
 
 def _watched(call: Callable[[History], Any], history: History) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _memory(section: Mapping[str, Any]) -> Iterator[Goal]:
   what = 'memory beyond inputs and outputs, MiB'
   yield _at_most(what, 128, max(max(e['later_extra']) for e in ours) / MIB)
   first = max(e['first']['extra'] for e in ours)
-  yield _at_most(f'{what}, in a first call, compilation included', 128, first / MIB)
+  yield _at_most(f'{what}, in a first call, its compilation included', 128, first / MIB)
   for name, power in section['growth'].items():
     if name.startswith(predicting.OURS):
       yield _at_most(f'power of the size that cost grows with, `{name}`', 1.05, power)

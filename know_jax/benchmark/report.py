@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from know_jax.benchmark.goals import MIB
+from know_jax.benchmark.timing import spread
 from know_jax.plots import MARKERS, new_figure
 
 _COMMAND = 'python bin/benchmark.py'
@@ -134,10 +135,13 @@ def _compile(section: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 def _memory(section: Mapping[str, Any]) -> Iterable[str]:
   yield '## Memory and cost by size'
+  starts = [entry['start']['extra'] for entry in section['entries']]
   yield (
     'In processes of their own, on the host: resident memory at the peak of a call, less that '
-    'before it and less its outputs. The first call compiles; later ones do not. Memory that the '
-    'process had freed goes back to the system before each.'
+    'before it and less its outputs. The first call compiles; later ones do not. Before it, '
+    'something else had been compiled in the process, a product in a loop: for that JAX and XLA '
+    f'took {_spread(spread(starts), scale=1 / MIB)} MiB. Memory that the process had freed goes '
+    'back to the system before each.'
   )
   yield _table(
     (
