@@ -78,7 +78,7 @@ class Settings:
   streamed: int = 10**9
   streamed_leaf: int = 5 * 10**7
   trained: Target = dataclasses.field(
-    default_factory=lambda: Target('cnn', (28, 28, 1), repetitions=9)
+    default_factory=lambda: Target('cnn', (28, 28, 1), repetitions=40)
   )
   batch_size: int = 128
   train_steps: int = 40
