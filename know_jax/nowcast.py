@@ -637,7 +637,7 @@ def _read_chunks(window: Sequence[np.ndarray], dtype: Any) -> Iterator[tuple[sli
 def residuals_on_host(newest: np.ndarray, predicted: np.ndarray) -> np.ndarray:
   """The largest residual up to each step, `[steps]`, of weights `[N]` and `[steps, N]`."""
   largest = []
-  for stage, before in zip(predicted, (newest, *predicted), strict=False):
+  for before, stage in itertools.pairwise((newest, *predicted)):
     residuals = stage - before
     largest.append(np.abs(residuals, out=residuals).max(initial=0.0))
   return np.maximum.accumulate(largest)

@@ -513,6 +513,8 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   history = make_history(shapes=BLOCKS)
   wanted = plain_known(history, 2)
   assert_close(know_jax.predict(history, 2, theta=THETA), wanted)
+  # Rows of two kinds and of many lengths.
+  assert nowcast._row_program()._cache_size() == 1
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
 
 
