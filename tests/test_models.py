@@ -341,6 +341,19 @@ def test_max_pool_gives_the_gradient_of_a_tie_to_the_first():
     np.testing.assert_array_equal(grad.ravel(), wanted)
 
 
+def test_max_pool_is_differentiated_forwards_and_twice():
+  x = np.random.default_rng(0).permutation(2 * 5 * 6 * 3).reshape(2, 5, 6, 3).astype(np.float32)
+  direction = images((5, 6, 3))
+
+  def both(f):
+    """A tangent forwards, and a product with the Hessian."""
+    grad = jax.grad(lambda x: (f(x) ** 3).sum())
+    return jax.jvp(f, (x,), (direction,))[1], jax.jvp(grad, (x,), (direction,))[1]
+
+  got, wanted = both(max_pool), both(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, wanted)
+
+
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [(8, 8), (7, 5), (1, 2)])
 def test_depthwise_equals_grouped_convolution(size, stride):
