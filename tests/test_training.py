@@ -108,17 +108,37 @@ def test_eight_devices_train_and_evaluate_as_one(digits, variables, on_eight, da
 
 @pytest.mark.parametrize(
   ('batch_size', 'parts'),
-  [(1, 1), (24, 1), (31, 1), (32, 2), (50, 2), (64, 4), (100, 4), (128, 8), (130, 2), (512, 8)],
+  [
+    (1, (1,)),
+    (31, (31,)),
+    (32, (16, 16)),
+    (50, (16, 16, 16, 2)),
+    (127, (16,) * 7 + (15,)),
+    (128, (16,) * 4 + (8,) * 8),
+    (130, (16,) * 4 + (8,) * 8 + (2,)),
+    (500, (64,) * 4 + (32,) * 7 + (20,)),
+  ],
 )
 def test_the_parts_of_a_batch(monkeypatch, batch_size, parts):
-  assert training.microbatches(batch_size) == 1  # Eight devices have the processors.
+  whole = (batch_size,)
+  assert training.microbatches(batch_size) == whole  # Eight devices have the processors.
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
   assert training.microbatches(batch_size) == parts
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert training.microbatches(batch_size) == 1
+  assert training.microbatches(batch_size) == whole
 
 
-@pytest.mark.parametrize(('name', 'parts'), [('cnn', [32] * 2), ('cnn_bn', [64])])
+def test_the_parts_of_any_batch_are_all_of_it_and_not_many(monkeypatch):
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  for batch_size in range(1, 2000):
+    *parts, last = training.microbatches(batch_size)
+    assert sum(parts) + last == batch_size
+    assert len(parts) < 20
+    assert all(size % 4 == 0 for size in parts)
+    assert last > 0
+
+
+@pytest.mark.parametrize(('name', 'parts'), [('cnn', [40, 24]), ('cnn_bn', [64])])
 def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
   monkeypatch, digits, one_device, name, parts
 ):
@@ -142,10 +162,10 @@ def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
     return state, metrics
 
   monkeypatch.setattr(training, '_loss_and_correct', loss_and_correct)
-  monkeypatch.setattr(training, 'microbatches', lambda batch_size: 2)
+  monkeypatch.setattr(training, 'microbatches', lambda batch_size: (40, 24))
   state, metrics = trained()
   assert seen == parts
-  monkeypatch.setattr(training, 'microbatches', lambda batch_size: 1)
+  monkeypatch.setattr(training, 'microbatches', lambda batch_size: (batch_size,))
   training.train_step.cache_clear()
   whole, wanted = trained()
   assert seen == [64]
