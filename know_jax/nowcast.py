@@ -32,7 +32,7 @@ BLOCK = 8192
 ROW_BLOCK = 2048
 """The same where every processor takes blocks of its own, and has its own cache for them."""
 
-ROW = 1 << 16
+ROW = 1 << 17
 """Weights that a thread takes at a time on the host, at most."""
 
 SMALL = 1 << 17
