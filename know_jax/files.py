@@ -1,6 +1,7 @@
 """Small files that are never found half-written or altered: locks, atomic writes, sealed JSON."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -31,6 +32,13 @@ def reason(error: OSError) -> str:
 def memory_bytes() -> int:
   """The memory of this machine: what says to be larger is not read."""
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def give_back_memory() -> None:
+  """Returns what was freed to the system, where the C library keeps it for later."""
+  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+  if trim is not None:  # glibc has it.
+    trim(0)
 
 
 def processors() -> int:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from know_jax import conditioned, guards, known, trees
 from know_jax.errors import UserError
-from know_jax.files import processors
+from know_jax.files import give_back_memory, processors
 from know_jax.predictors import METHODS, Leaf, Method, check_options
 from know_jax.pretrained import load_known, parameter_shapes, trained_range
 from know_jax.trajectory import Trajectory, check_stages, stacked_length
@@ -788,11 +788,12 @@ def _rows_on_host(
   # Taken once and not by every row: threads keep most of the memory that they once had.
   threads = _threads((kind, dtype))
   rows = [(parts,) for parts in _rows([view[-1].size for view in views], threads)]
+  length = len(views[0])
+  if rows:
+    _compile_row(length, dtype, params, row_job, taken)
   spare: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
   for _ in range(min(threads, len(rows))):
-    row = _empty((len(views[0]), ROW), dtype)
-    row.fill(0)
-    spare.put(row)
+    spare.put(_new_row(length, dtype))
 
   def in_spare_row(parts: _Parts) -> list[tuple[int, np.ndarray]]:
     row = spare.get()
@@ -806,6 +807,31 @@ def _rows_on_host(
     for i, residual in found:
       residuals[i] = np.maximum(residuals[i], residual)
   return residuals
+
+
+def _new_row(length: int, dtype: Any) -> np.ndarray:
+  row = _empty((length, ROW), dtype)
+  row.fill(0)
+  return row
+
+
+_compiled: set[tuple[Any, ...]] = set()
+"""What `_compile_row` was called for in this process."""
+
+
+def _compile_row(length: int, dtype: Any, params: Any, job: _Job, steps: tuple[int, ...]) -> None:
+  """Compiles `_row_program`, where it is not, before threads take rows.
+
+  The memory of both would be taken at a time otherwise, and the process would keep what compiling
+  freed.
+  """
+  program = (ROW, length, np.dtype(dtype), jax.tree.structure(params), job, steps)
+  if program in _compiled:
+    return
+  row = _new_row(length, dtype)
+  jax.block_until_ready(_row_program()(row, np.int32(0), params, job, steps))
+  give_back_memory()
+  _compiled.add(program)
 
 
 @functools.cache

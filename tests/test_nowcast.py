@@ -518,6 +518,29 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
 
 
+@pytest.mark.parametrize('name', ['known_paper', 'linear_fit'])
+def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, name):
+  """So that a first call does not take the memory of both at a time."""
+  rows, given_back, sizes = [], [], []
+  monkeypatch.setattr(nowcast, '_compiled', set())
+  new_row, program = nowcast._new_row, nowcast._row_program()
+  monkeypatch.setattr(nowcast, '_new_row', lambda *a: rows.append(None) or new_row(*a))
+  monkeypatch.setattr(nowcast, 'processors', lambda: 3)
+  monkeypatch.setattr(nowcast, 'give_back_memory', lambda: given_back.append(len(rows)))
+  in_threads = nowcast._in_threads
+  monkeypatch.setattr(
+    nowcast, '_in_threads', lambda *a: sizes.append(program._cache_size()) or in_threads(*a)
+  )
+  history = make_history(shapes={'fc': {'kernel': (200, 1)}})
+  predict(history, 2, name)
+  assert given_back == [1]  # One row to compile with, before those of the threads.
+  assert sizes[0] == program._cache_size() == 1
+  assert len(rows) == 4
+  predict(history, 2, name)
+  assert given_back == [1]
+  assert len(rows) == 7
+
+
 @hypothesis.given(st.lists(st.integers(0, 120), max_size=12), st.integers(1, 5))
 @hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_rows_hold_every_weight_once(small_blocks, sizes, threads):

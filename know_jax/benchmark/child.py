@@ -3,7 +3,6 @@
 Reads a list of tasks from stdin, as `measure` takes them, and writes a list of results to stdout.
 """
 
-import ctypes
 import gc
 import json
 import sys
@@ -21,6 +20,7 @@ from know_jax import nowcast
 from know_jax.benchmark import rivals
 from know_jax.benchmark.histories import History, num_predicted, of_network, of_size
 from know_jax.benchmark.settings import Target
+from know_jax.files import give_back_memory
 from know_jax.guards import PredictionWarning
 from know_jax.pretrained import load_known
 
@@ -91,7 +91,8 @@ def _start_xla(_: History) -> jax.Array:
 
 def _watched(call: Callable[[History], Any], history: History) -> dict[str, Any]:
   gc.collect()
-  _give_back()
+  # Taken again, freed memory would not be seen.
+  give_back_memory()
   compiled = len(_compiled)
   # The kernel begins to count the peak anew.
   Path('/proc/self/clear_refs').write_text('5')
@@ -108,13 +109,6 @@ def _watched(call: Callable[[History], Any], history: History) -> dict[str, Any]
     'extra': peak - before - outputs,
     'outputs': outputs,
   }
-
-
-def _give_back() -> None:
-  """Returns freed memory to the system: taken again, it would not be seen."""
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-  if trim is not None:  # glibc has it.
-    trim(0)
 
 
 def status(field: str, process: int | str = 'self') -> int:
