@@ -307,6 +307,7 @@ def draw(path: Path, section: Mapping[str, Any]) -> None:
   left.set_yscale('log')
   # Linear near zero: where little is needed, measurement of it may come out below.
   right.set_yscale('symlog', linthresh=10)
+  right.set_ylim(bottom=min(0.0, *(e['extra']['low'] / MIB for e in section['entries'])))
   left.set_ylabel('seconds')
   right.set_ylabel('memory beyond inputs and outputs, MiB')
   for axes in (left, right):
