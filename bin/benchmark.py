@@ -10,8 +10,8 @@ seconds that everything runs; its numbers say nothing.
 
 from absl import flags
 
-from know_jax import cli
 from know_jax.benchmark import report, runner
+from know_jax.runs import cli
 
 _OUTPUT = flags.DEFINE_string('output', 'benchmark.md', 'The Markdown file to write.')
 _ONLY = flags.DEFINE_list('only', [], f'Sections: {", ".join(runner.SECTIONS)}; else all.')

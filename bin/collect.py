@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from know_jax import cli
 from know_jax.meta import collect
+from know_jax.runs import cli
 
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'collect.py')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the meta-dataset.', required=True)

@@ -13,7 +13,9 @@ run if each is started with
 
 from pathlib import Path
 
-from know_jax import cli, forgetting, processes
+from know_jax import forgetting
+from know_jax.runs import cli
+from know_jax.system import processes
 
 cli.define_workdir()
 cli.define_processes()

@@ -8,7 +8,8 @@ landscape/landscape.json and landscape/landscape.png there.
 
 from pathlib import Path
 
-from know_jax import cli, landscape
+from know_jax import landscape
+from know_jax.runs import cli
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'landscape_digits.py')

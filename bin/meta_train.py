@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from know_jax import cli
 from know_jax.meta import meta_training
+from know_jax.runs import cli
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'meta_train.py')

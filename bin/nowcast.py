@@ -13,10 +13,13 @@ DIR/<predictor>/<step> holds safetensors files; the same command goes on with wh
 
 from absl import flags
 
-from know_jax import cli, forgetting, prediction, streaming, trees
-from know_jax.batch_norm import BATCH_NORM_POLICIES
-from know_jax.guards import ON_BAD
-from know_jax.nowcast import PREDICTORS
+from know_jax import forgetting
+from know_jax import kinds as kinds_
+from know_jax.nowcast import from_files, from_run
+from know_jax.nowcast.api import PREDICTORS
+from know_jax.nowcast.health import ON_BAD
+from know_jax.runs import cli
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 cli.define_workdir()
 _STEPS = flags.DEFINE_integer('steps', 3, 'How many stages to predict ahead.', lower_bound=1)
@@ -45,24 +48,24 @@ def main() -> None:
   if _HISTORY.value is not None:
     cli.refuse('workdir', 'batch_norm', 'recalibration_batches', because='--history is given')
     output = cli.require('output', because='--history is given')
-    job = streaming.prepare(
+    job = from_files.prepare(
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
-      kinds=streaming.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
+      kinds=from_files.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
       on_bad=_ON_BAD.value,
     )  # fmt: skip
-    print(trees.kinds_table(job.leaves, job.kinds))
-    streaming.write(job, output)
+    print(kinds_.kinds_table(job.leaves, job.kinds))
+    from_files.write(job, output)
     return
   cli.refuse('output', 'rate', 'kinds', 'memory', because='no --history is given')
   workdir = cli.workdir()
   trajectory, _ = forgetting.load_trajectory(workdir)
-  print(prediction.kinds_report(trajectory))
-  found = prediction.run(
+  print(from_run.kinds_report(trajectory))
+  found = from_run.run(
     workdir, predictors=predictors, steps=_STEPS.value, batch_norm=_BATCH_NORM.value,
     recalibration_batches=_BATCHES.value, known=_KNOWN.value, on_bad=_ON_BAD.value,
   )  # fmt: skip
   print(f'\nBatchNorm after prediction: {_BATCH_NORM.value}\n')
-  print(prediction.report(found))
+  print(from_run.report(found))
   print(f'\ncheckpoints and picture (nowcast.png) in {workdir / "predictions"}')
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from know_jax import cli
 from know_jax.meta import short_transfer
+from know_jax.runs import cli
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'short_transfer.py')

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from know_jax import cli
+from know_jax.runs import cli
 from know_jax.study import report, runner, summary
 
 cli.define_workdir()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from know_jax import cli, transfer
+from know_jax import transfer
+from know_jax.runs import cli
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'transfer_digits.py')

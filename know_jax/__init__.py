@@ -8,9 +8,9 @@ See `predict` for the whole contract.
 """
 
 from know_jax.errors import UserError
-from know_jax.known import KNOWN
-from know_jax.nowcast import PREDICTORS, forecast, predict
-from know_jax.pretrained import load_known
+from know_jax.nowcast.api import PREDICTORS, forecast, predict
+from know_jax.predictors.known import KNOWN
+from know_jax.predictors.parameters import load_known
 from know_jax.trajectory import Trajectory
 from know_jax.version import __version__
 

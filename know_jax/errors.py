@@ -12,6 +12,10 @@ class UserError(ValueError):
   """
 
 
+class PredictionWarning(UserWarning):
+  """Leaves whose prediction is bad, and which keep their newest weights instead."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
   """The error for a name that is not in a registry, with the nearest names that are.
 
@@ -27,3 +31,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
   near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
   hint = f' Did you mean {" or ".join(repr(n) for n in near)}?' if near else ''
   return UserError(f'unknown {what} {name!r}.{hint} Known: {", ".join(names)}.')
+
+
+def reason(error: OSError) -> str:
+  """The operating system's own words for an error, such as 'No space left on device'."""
+  return error.strerror or str(error)

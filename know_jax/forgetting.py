@@ -21,17 +21,21 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import checkpoints, training
-from know_jax.augmentation import Augmentation
-from know_jax.data import Dataset, load_dataset, mean_image
+from know_jax.data.augmentation import Augmentation
+from know_jax.data.sources import Dataset, load_dataset, mean_image
+from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.errors import UserError
-from know_jax.files import remove_tree
+from know_jax.io import checkpoints
+from know_jax.io.files import remove_tree
 from know_jax.models import build_model
-from know_jax.processes import check_same, from_first, in_all, is_first
-from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
-from know_jax.subsets import check_subsets, nested_subsets
-from know_jax.together import Job, check_processes, fit_together
-from know_jax.training import AXIS, Checkpoint, DivergedError, Recipe, TrainState, named_key
+from know_jax.runs.metrics import MetricsLog
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.seeds import named_key
+from know_jax.system.processes import check_same, from_first, in_all, is_first
+from know_jax.system.progress import progress
+from know_jax.training import loop
+from know_jax.training.loop import AXIS, Checkpoint, DivergedError, Recipe, TrainState
+from know_jax.training.together import Job, check_processes, fit_together
 from know_jax.trajectory import Trajectory
 
 KIND = 'forget'
@@ -227,7 +231,7 @@ class _Run:
   plans: list[dict[str, Any]]
   recipe: Recipe
   record: RunRecord
-  data: dict[str, training.DeviceData] = dataclasses.field(default_factory=dict)
+  data: dict[str, loop.DeviceData] = dataclasses.field(default_factory=dict)
 
   @property
   def stages_done(self) -> int:
@@ -294,7 +298,7 @@ def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
     batch_size=config['batch_size'],
     num_classes=task.train.num_classes,
   )
-  training.check_batch_size(config['batch_size'], len(subsets[-1]), 'the smallest subset')
+  loop.check_batch_size(config['batch_size'], len(subsets[-1]), 'the smallest subset')
   plans = [stage_plan(config, stage, len(s)) for stage, s in enumerate(subsets)]
   recipe = recipe_of(config)
   params = _init(task, config)['params']
@@ -313,14 +317,14 @@ def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
 
 def _put_data(runs: Sequence[_Run]) -> None:
   """Copies the runs' data to the devices; the test images, the same for all, once."""
-  test: training.DeviceData | None = None
+  test: loop.DeviceData | None = None
   for run in runs:
     task = run.task
     if test is None:
-      test = training.put_data(task.test.images, task.test.labels, task.mean)
+      test = loop.put_data(task.test.images, task.test.labels, task.mean)
     else:
-      test = dataclasses.replace(test, mean=training.replicate(task.mean))
-    train = training.put_data(task.train.images, task.train.labels, task.mean)
+      test = dataclasses.replace(test, mean=loop.replicate(task.mean))
+    train = loop.put_data(task.train.images, task.train.labels, task.mean)
     run.data = {'train': train, 'test': test}
 
 
@@ -336,7 +340,7 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
     lr = lr if config['stage_lr'] is None else config['stage_lr']
   if epochs < 1:
     raise UserError(f'stage {stage} has {epochs} epochs; wanted at least 1.')
-  training.learning_rates(config['schedule'], lr, 1)
+  loop.learning_rates(config['schedule'], lr, 1)
   return {'epochs': epochs, 'lr': lr, 'steps': epochs * (examples // config['batch_size'])}
 
 
@@ -393,7 +397,7 @@ def finished_record(workdir: str | Path) -> RunRecord:
 
 
 def _init(task: Task, config: Mapping[str, Any]) -> Any:
-  return training.init_variables(task.model, named_key(config['seed'], 'init'), task.input_shape)
+  return loop.init_variables(task.model, named_key(config['seed'], 'init'), task.input_shape)
 
 
 def _resume_path(workdir: Path) -> Path:
@@ -414,7 +418,7 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
     return restore_stage(workdir, stage - 1) if stage else _init(run.task, config)
 
   variables = in_all(initial)
-  start, seconds_before = Checkpoint(training.create_state(variables, recipe)), 0.0
+  start, seconds_before = Checkpoint(loop.create_state(variables, recipe)), 0.0
   resume = _resume_path(workdir)
   metadata = from_first(
     lambda: checkpoints.read_metadata(resume) if checkpoints.exists(resume) else {}
@@ -486,7 +490,7 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
 def _keep_stage(run: _Run, state: TrainState, seconds: float) -> None:
   """Evaluates a trained stage, writes its checkpoint and adds it to the record."""
   stage = run.stages_done
-  metrics = training.evaluate(run.task.model, state.variables, run.data['test'])
+  metrics = loop.evaluate(run.task.model, state.variables, run.data['test'])
   summary = {
     'stage': stage,
     'examples': len(run.subsets[stage]),

@@ -22,15 +22,19 @@ import optax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import forgetting, nowcast, training, trees
-from know_jax.data import to_device_input
-from know_jax.errors import UserError, unknown_name
-from know_jax.files import reason, write_sealed
-from know_jax.plots import new_figure, principal_plane
-from know_jax.predictors import METHODS
-from know_jax.pretrained import load_known
-from know_jax.run_record import config_dict, progress
-from know_jax.training import named_key
+from know_jax import forgetting, trees
+from know_jax import kinds as kinds_
+from know_jax.data.sources import to_device_input
+from know_jax.errors import UserError, reason, unknown_name
+from know_jax.io.sealed import write_sealed
+from know_jax.nowcast import api
+from know_jax.predictors.methods import METHODS
+from know_jax.predictors.parameters import load_known
+from know_jax.report.plots import new_figure, principal_plane
+from know_jax.runs.record import config_dict
+from know_jax.seeds import named_key
+from know_jax.system.progress import progress
+from know_jax.training import loop
 
 _BATCH = 500
 """Test examples that are evaluated at a time."""
@@ -106,16 +110,18 @@ def fit_plane(points: np.ndarray) -> Plane:
 
 def flatten(variables: Any) -> np.ndarray:
   """The leaves that predictors move, as one float64 vector `[d]`."""
-  kinds, named = trees.leaf_kinds(variables), trees.named_leaves(jax.device_get(variables))
-  parts = [np.ravel(x).astype(np.float64) for path, x in named.items() if kinds[path] != trees.KEEP]
+  kinds, named = kinds_.leaf_kinds(variables), trees.named_leaves(jax.device_get(variables))
+  parts = [
+    np.ravel(x).astype(np.float64) for path, x in named.items() if kinds[path] != kinds_.KEEP
+  ]
   return np.concatenate(parts)
 
 
 def unflatten(vector: Any, like: Any) -> Any:
   """The inverse of `flatten`: the leaves that predictors do not move are those of `like`."""
-  kinds, start, leaves = trees.leaf_kinds(like), 0, []
+  kinds, start, leaves = kinds_.leaf_kinds(like), 0, []
   for path, leaf in trees.named_leaves(like).items():
-    if kinds[path] != trees.KEEP:
+    if kinds[path] != kinds_.KEEP:
       stop = start + int(np.prod(np.shape(leaf)))
       leaf = vector[start:stop].reshape(np.shape(leaf)).astype(leaf.dtype)
       start = stop
@@ -135,9 +141,9 @@ def neighbours(variables: Any, key: jax.Array, count: int, noise: float) -> np.n
   Returns:
     Vectors as `flatten` gives them, `[count, d]`.
   """
-  kinds, scales = trees.leaf_kinds(variables), []
+  kinds, scales = kinds_.leaf_kinds(variables), []
   for path, leaf in trees.named_leaves(jax.device_get(variables)).items():
-    if kinds[path] != trees.KEEP:
+    if kinds[path] != kinds_.KEEP:
       size = np.sqrt(np.mean(np.square(leaf, dtype=np.float64))) if np.size(leaf) else 0.0
       scales.append(np.full(np.size(leaf), noise * size))
   scale = np.concatenate(scales)
@@ -251,7 +257,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   trajectory, record = forgetting.load_trajectory(workdir)
   theta = None if config['known'] is None else load_known(config['known'])
   forecasts = {
-    name: nowcast.forecast(
+    name: api.forecast(
       trajectory,
       config['steps'],
       predictor=name,
@@ -271,13 +277,13 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   weights = [('stage', i - len(stages) + 1, stage) for i, stage in enumerate(stages)]
   for name, forecast in forecasts.items():
     weights += [(name, n, jax.device_get(w)) for n, w in enumerate(forecast, start=1)]
-  test = training.put_data(images, labels, task.mean)
+  test = loop.put_data(images, labels, task.mean)
   vectors = np.stack([flatten(variables) for _, _, variables in weights])
   places, distances = plane.coordinates(vectors), plane.distances(vectors)
   points = [
     {
       'name': name, 'steps': steps, 'x': float(place[0]), 'y': float(place[1]),
-      'distance': float(distance), **training.evaluate(task.model, variables, test),
+      'distance': float(distance), **loop.evaluate(task.model, variables, test),
     }
     for (name, steps, variables), place, distance in zip(weights, places, distances, strict=True)
   ]  # fmt: skip

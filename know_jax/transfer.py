@@ -16,13 +16,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from know_jax import checkpoints, forgetting, training, trees
-from know_jax.data import Dataset, mean_image
+from know_jax import forgetting, trees
+from know_jax import kinds as kinds_
+from know_jax.data.sources import Dataset, mean_image
 from know_jax.errors import UserError
-from know_jax.files import append_line, digest, read_lines
+from know_jax.io import checkpoints
+from know_jax.io.journal import append_line, read_lines
+from know_jax.jsonable import digest
 from know_jax.models import HEAD
-from know_jax.run_record import RunRecord, config_dict, progress
-from know_jax.training import Checkpoint, Recipe, named_key
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.seeds import named_key
+from know_jax.system.progress import progress
+from know_jax.training import loop
+from know_jax.training.loop import Checkpoint, Recipe
 
 KIND = 'transfer'
 FINE_TUNING = 1
@@ -101,7 +107,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   subsets = [
     labelled_subset(train.labels, config['labels_per_class'], seed) for seed in _seeds(config)
   ]
-  training.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
+  loop.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
   _phases(config)
 
   folder = workdir / 'transfer' / f'{config["dataset"]}-{digest(config)[:8]}'
@@ -109,8 +115,8 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   path = folder / 'results.jsonl'
   done = {_row_key(row): row for row in read_lines(path)}
   mean = mean_image(train.images)
-  data = training.put_data(train.images, train.labels, mean)
-  test_data = training.put_data(test.images, test.labels, mean)
+  data = loop.put_data(train.images, train.labels, mean)
+  test_data = loop.put_data(test.images, test.labels, mean)
   rows = []
   with progress(len(arms) * config['seeds'], 'transfer', 'training') as bar:
     for arm in arms:
@@ -127,7 +133,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
         if row is None:
           try:
             found = train_one(model, arm.variables, data, subset, test_data, config, seed)
-          except training.DivergedError:
+          except loop.DivergedError:
             # One arm's failure is a result, and no reason to lose the others'.
             found = dict.fromkeys(('accuracy', 'loss', 'seconds'), math.nan)
           row = about | {name: found[name] for name in ('accuracy', 'loss', 'seconds')}
@@ -191,7 +197,7 @@ def check_fits(model: Any, arms: Sequence[Arm], train: Dataset) -> None:
     UserError: a leaf below the head has another shape; it is named.
   """
   shape = train.images.shape[1:]
-  wanted = jax.eval_shape(lambda: training.init_variables(model, jax.random.key(0), shape))
+  wanted = jax.eval_shape(lambda: loop.init_variables(model, jax.random.key(0), shape))
   for arm in arms:
     if arm.variables is not None:
       trees.check_same(
@@ -231,9 +237,9 @@ def labelled_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray
 def train_one(
   model: Any,
   variables: Any,
-  data: training.DeviceData,
+  data: loop.DeviceData,
   subset: np.ndarray,
-  test: training.DeviceData,
+  test: loop.DeviceData,
   config: Mapping[str, Any],
   seed: int,
   curve_epochs: Sequence[int] = (),
@@ -259,21 +265,21 @@ def train_one(
   """
   began = time.monotonic()
   shape = data.images.shape[2:]
-  fresh = training.init_variables(model, named_key(seed, 'head'), shape)
+  fresh = loop.init_variables(model, named_key(seed, 'head'), shape)
   variables = jax.device_get(fresh) if variables is None else with_head(variables, fresh)
   curve: list[tuple[int, float]] = []
   metrics: dict[str, float] = {}
 
-  def test_after(epoch: int, state: training.TrainState) -> None:
-    metrics.update(training.evaluate(model, state.variables, test))
+  def test_after(epoch: int, state: loop.TrainState) -> None:
+    metrics.update(loop.evaluate(model, state.variables, test))
     curve.append((epoch, metrics['accuracy']))
 
   for phase, (recipe, epochs, lr, schedule) in enumerate(_phases(config, variables)):
-    start = training.create_state(variables, recipe)
+    start = loop.create_state(variables, recipe)
     if phase == FINE_TUNING and 0 in curve_epochs:
       test_after(0, start)
     if epochs:
-      state = training.fit(
+      state = loop.fit(
         model,
         Checkpoint(start),
         data,
@@ -289,7 +295,7 @@ def train_one(
       )
       variables = state.variables
   if not curve or curve[-1][0] < config['epochs']:
-    metrics.update(training.evaluate(model, variables, test))
+    metrics.update(loop.evaluate(model, variables, test))
   return {**metrics, 'seconds': time.monotonic() - began, 'curve': curve}
 
 
@@ -316,7 +322,7 @@ def _phases(
   for epochs, lr in (('warmup_epochs', 'warmup_lr'), ('epochs', 'lr')):
     if config[epochs] < 0:
       raise UserError(f'{epochs} is {config[epochs]}; wanted at least 0.')
-    training.learning_rates(config['schedule'], config[lr], 1)
+    loop.learning_rates(config['schedule'], config[lr], 1)
   return [
     (warm, config['warmup_epochs'], config['warmup_lr'], 'constant'),
     (whole, config['epochs'], config['lr'], config['schedule']),
@@ -325,9 +331,9 @@ def _phases(
 
 def backbone(params: Any) -> frozenset[str]:
   """Paths of the parameters that a warm-up freezes: all but the head and normalisation layers."""
-  kinds = trees.leaf_kinds(params)
+  kinds = kinds_.leaf_kinds(params)
   return frozenset(
-    path for path, kind in kinds.items() if kind != trees.KEEP and not path.startswith(f'{HEAD}/')
+    path for path, kind in kinds.items() if kind != kinds_.KEEP and not path.startswith(f'{HEAD}/')
   )
 
 

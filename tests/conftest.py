@@ -78,10 +78,10 @@ def known_file(tmp_path_factory) -> Path:
   """Untrained parameters of KNOWN, for tests that want no more of them than that they are used."""
   import jax
 
-  from know_jax import known, pretrained
+  from know_jax.predictors import known, parameters
 
   path = tmp_path_factory.mktemp('known') / 'known.safetensors'
-  pretrained.save_known(path, known.init_theta(jax.random.key(0)), {})
+  parameters.save_known(path, known.init_theta(jax.random.key(0)), {})
   return path
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from know_jax import forgetting, trees
-from know_jax.run_record import RunRecord
-from know_jax.signals import raise_terminated
+from know_jax.runs.record import RunRecord
+from know_jax.system.signals import raise_terminated
 
 SIZES = [625, 250, 100, 40, 16]
 """The subsets of `small_config`; the smallest is one batch, so that order plays no part in it."""

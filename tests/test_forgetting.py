@@ -23,12 +23,16 @@ from runs import (
 )
 from test_run_record import events_of
 
-from know_jax import checkpoints, forgetting, prediction, training, trees
-from know_jax.data import load_dataset
+from know_jax import forgetting, seeds, trees
+from know_jax.data.sources import load_dataset
+from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
-from know_jax.run_record import MetricsLog, RunRecord, config_dict
-from know_jax.signals import Terminated
-from know_jax.subsets import nested_subsets
+from know_jax.io import checkpoints
+from know_jax.nowcast import from_run
+from know_jax.runs.metrics import MetricsLog
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.system.signals import Terminated
+from know_jax.training import loop
 
 
 def record_of(workdir):
@@ -113,7 +117,7 @@ def test_a_stage_starts_from_the_one_before_with_a_fresh_optimiser_and_schedule(
   config = config_dict(small_config())
   task = forgetting.load_task(config)
   subsets = nested_subsets(
-    training.named_key(0, 'subsets'), task.train.labels, rate=0.4, phases=5, stratified=True
+    seeds.named_key(0, 'subsets'), task.train.labels, rate=0.4, phases=5, stratified=True
   )
   before, after = (forgetting.restore_stage(finished, stage) for stage in (3, 4))
   images = model_inputs(task.train.images[subsets[4]], task.train.images)
@@ -241,7 +245,7 @@ def test_a_crash_between_checkpoint_and_record_does_not_show(monkeypatch, finish
 
 def stop_at_steps(context, steps):
   """SIGTERM within training steps, counted from the start of the process."""
-  real, count = training.train_step, 0
+  real, count = loop.train_step, 0
 
   def train_step(model, recipe):
     def step_fn(*args):
@@ -253,7 +257,7 @@ def stop_at_steps(context, steps):
 
     return step_fn
 
-  context.setattr(training, 'train_step', train_step)
+  context.setattr(loop, 'train_step', train_step)
 
 
 def test_sigterm_again_and_again_does_not_show(monkeypatch, finished, tmp_path):
@@ -342,7 +346,7 @@ def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
     context.setattr(MetricsLog, 'write', write)
     context.setattr(MetricsLog, 'sync', sync)
     # A clock that advances by a second each time it is read.
-    context.setattr(training.time, 'monotonic', lambda: float(next(clock)))
+    context.setattr(loop.time, 'monotonic', lambda: float(next(clock)))
     forget(tmp_path, stages=1, save_every_seconds=20.0)
   assert saved[-1] == ('0', 0, -1)
   steps = [step for name, _, step in saved[:-1] if name == 'resume']
@@ -392,7 +396,7 @@ def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, fields, 
 
 
 def test_divergence_ends_the_run_without_a_checkpoint(tmp_path):
-  with pytest.raises(training.DivergedError, match=r'NaN or infinity|the loss is nan'):
+  with pytest.raises(loop.DivergedError, match=r'NaN or infinity|the loss is nan'):
     forget(tmp_path, optimizer='sgd', lr=1e30)
   assert not (tmp_path / 'stages').exists()
   assert record_of(tmp_path).get('stages') is None
@@ -405,7 +409,7 @@ def test_an_unfinished_run_is_not_predicted_from(finished, tmp_path):
   shutil.rmtree(workdir / 'stages' / '4')
   for use in (
     lambda: forgetting.load_trajectory(workdir),
-    lambda: prediction.run(workdir, predictors=['shrink'], steps=1),
+    lambda: from_run.run(workdir, predictors=['shrink'], steps=1),
   ):
     with pytest.raises(UserError, match=r'run: 3 of 5 stages are done; run bin/forget.py'):
       use()

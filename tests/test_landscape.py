@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from runs import assert_same_bits, snapshot
 
-from know_jax import forgetting, landscape, predict, training, trees
+from know_jax import forgetting, landscape, predict, seeds, trees
+from know_jax import kinds as kinds_
 from know_jax.errors import UserError
-from know_jax.files import read_sealed
+from know_jax.io.sealed import read_sealed
+from know_jax.training import loop
 
 
 def small_landscape(**fields):
@@ -73,7 +75,7 @@ def test_points_on_a_line_span_no_plane(points):
 
 def test_flattening_and_back(stages):
   vector = landscape.flatten(stages[0])
-  kinds = trees.leaf_kinds(stages[0])
+  kinds = kinds_.leaf_kinds(stages[0])
   moved = [path for path, kind in kinds.items() if kind != 'keep']
   named = trees.named_leaves(stages[0])
   assert vector.shape == (sum(named[path].size for path in moved),)
@@ -92,7 +94,7 @@ def test_neighbours_are_as_far_as_they_should_be(stages):
   offsets, start = found - centre, 0
   np.testing.assert_allclose(offsets.mean(), 0.0, atol=1e-3)
   for path, leaf in trees.named_leaves(stages[-1]).items():
-    if trees.leaf_kinds(stages[-1])[path] != 'keep':
+    if kinds_.leaf_kinds(stages[-1])[path] != 'keep':
       part = offsets[:, start : start + leaf.size]
       size = np.sqrt(np.mean(np.float64(leaf) ** 2))
       assert part.std() == pytest.approx(0.2 * size, rel=0.1), path
@@ -114,10 +116,10 @@ def test_the_surface_is_what_evaluation_gives(stages, task, points_per_call):
     task.model, plane, stages[-1], coordinates, images, labels, task.mean,
     points_per_call=points_per_call,
   )  # fmt: skip
-  data = training.put_data(images, labels, task.mean)
+  data = loop.put_data(images, labels, task.mean)
   for i, place in enumerate(coordinates):
     variables = landscape.unflatten(plane.mean + place @ plane.axes, stages[-1])
-    wanted = training.evaluate(task.model, variables, data)
+    wanted = loop.evaluate(task.model, variables, data)
     assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
     assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
   assert len(set(loss)) == 6
@@ -136,9 +138,9 @@ def test_three_stages_lie_on_their_own_plane(stages, task):
     task.model, plane, stages[-1], plane.coordinates(vectors), images, labels, task.mean,
     points_per_call=2,
   )  # fmt: skip
-  data = training.put_data(images, labels, task.mean)
+  data = loop.put_data(images, labels, task.mean)
   for i, stage in enumerate(few):
-    wanted = training.evaluate(task.model, stage, data)
+    wanted = loop.evaluate(task.model, stage, data)
     assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
     assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
 
@@ -154,17 +156,17 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
     (name, n) for name in ('task_vector', 'shrink') for n in (1, 2)
   ]
   # Points score as they are, not as their shadow on the plane.
-  data = training.put_data(task.test.images[:60], task.test.labels[:60], task.mean)
+  data = loop.put_data(task.test.images[:60], task.test.labels[:60], task.mean)
   shrunk = jax.device_get(predict(stages, 2, predictor='shrink', rate=0.4))
   for place, variables in ((0, stages[0]), (4, stages[-1]), (8, shrunk)):
-    wanted = training.evaluate(task.model, variables, data)
+    wanted = loop.evaluate(task.model, variables, data)
     assert found['points'][place]['accuracy'] == wanted['accuracy']
     assert found['points'][place]['loss'] == wanted['loss']
   # The plane is that of stages and neighbours; the points' places are on it.
   cloud = [
     np.concatenate([
       landscape.flatten(stage)[None],
-      landscape.neighbours(stage, training.named_key(0, 'neighbours', i), 3, 0.05),
+      landscape.neighbours(stage, seeds.named_key(0, 'neighbours', i), 3, 0.05),
     ])
     for i, stage in enumerate(stages)
   ]  # fmt: skip
@@ -182,7 +184,7 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
   assert x[-1] - x[0] == pytest.approx(y[-1] - y[0])
   # Row 2 and column 1 of the surface are y[2] and x[1].
   variables = landscape.unflatten(plane.mean + np.array([x[1], y[2]]) @ plane.axes, stages[-1])
-  wanted = training.evaluate(task.model, variables, data)
+  wanted = loop.evaluate(task.model, variables, data)
   assert found['loss'][2][1] == pytest.approx(wanted['loss'], rel=1e-4)
   assert found['accuracy'][2][1] == pytest.approx(wanted['accuracy'])
 

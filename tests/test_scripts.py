@@ -8,9 +8,11 @@ import sys
 import pytest
 from processes import ROOT, Kill, Scripts
 
-from know_jax import checkpoints, forgetting, pretrained
-from know_jax.files import read_lines
-from know_jax.run_record import RunRecord
+from know_jax import forgetting
+from know_jax.io import checkpoints
+from know_jax.io.journal import read_lines
+from know_jax.predictors import parameters
+from know_jax.runs.record import RunRecord
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +50,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert f'{record["parameters"]:,} parameters; 5 stages in workdir' in out.splitlines()[-1]
   assert re.search(r'stage 4: 100%.*epoch/s', err)  # The bar, with its rate.
 
-  shipped = [] if pretrained.SHIPPED['known'].is_file() else [f'--known={known_file}']
+  shipped = [] if parameters.SHIPPED['known'].is_file() else [f'--known={known_file}']
   code, out, err = scripts.run('nowcast.py', '--steps', '3', *shipped)
   assert code == 0, err
   assert out.startswith(said)

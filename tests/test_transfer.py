@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from runs import assert_same_bits, snapshot
 
-from know_jax import checkpoints, forgetting, prediction, training, transfer, trees
-from know_jax.data import load_dataset
+from know_jax import forgetting, transfer, trees
+from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
-from know_jax.files import read_lines
-from know_jax.run_record import RunRecord, config_dict
+from know_jax.io import checkpoints
+from know_jax.io.journal import read_lines
+from know_jax.nowcast import from_run
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.training import loop
 
 ARMS = [
   ('scratch', 0, 0.0),
@@ -47,8 +50,8 @@ def small_transfer(**fields):
 def predicted(finished, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('predicted') / 'run'
   shutil.copytree(finished, workdir)
-  prediction.run(workdir, predictors=['shrink'], steps=2)
-  prediction.run(workdir, predictors=['task_vector', 'magmax'], steps=1)
+  from_run.run(workdir, predictors=['shrink'], steps=2)
+  from_run.run(workdir, predictors=['task_vector', 'magmax'], steps=1)
   return workdir
 
 
@@ -114,7 +117,7 @@ def test_equal_weights_give_equal_results_and_others_do_not(transferred):
 
 def spy_on_fit(monkeypatch, *, train):
   """Lets transfers train, or only pretend to, and returns what they asked for."""
-  calls, real = [], training.fit
+  calls, real = [], loop.fit
 
   def fit(model, start, data, indices, **options):
     call = {'start': start.state, 'indices': indices, **options}
@@ -122,7 +125,7 @@ def spy_on_fit(monkeypatch, *, train):
     calls.append(call)
     return call['end']
 
-  monkeypatch.setattr(training, 'fit', fit)
+  monkeypatch.setattr(loop, 'fit', fit)
   return calls
 
 
@@ -216,7 +219,7 @@ class Crash(BaseException):
 def test_a_killed_transfer_runs_on(monkeypatch, transferred, copy):
   _, rows = transferred
   for after in (2, 5, 1):  # Trainings of two phases: killed between two, and in the middle of one.
-    real, count = training.fit, 0
+    real, count = loop.fit, 0
 
     def fit(*args, real=real, after=after, **options):
       nonlocal count
@@ -226,7 +229,7 @@ def test_a_killed_transfer_runs_on(monkeypatch, transferred, copy):
       return real(*args, **options)
 
     with monkeypatch.context() as patch:
-      patch.setattr(training, 'fit', fit)
+      patch.setattr(loop, 'fit', fit)
       with pytest.raises(Crash):
         transfer.run(small_transfer(), copy)
   path = results(copy)
@@ -243,7 +246,7 @@ def test_only_what_is_new_is_trained(monkeypatch, transferred, tmp_path):
   shutil.copytree(workdir, tmp_path / 'run')
   workdir = tmp_path / 'run'
   # Other weights under an old name.
-  prediction.run(workdir, predictors=['shrink'], steps=2, batch_norm='reset')
+  from_run.run(workdir, predictors=['shrink'], steps=2, batch_norm='reset')
   # What a kill in the middle of a save leaves.
   shutil.copytree(workdir / 'predictions/shrink/1', workdir / 'predictions/shrink/.1.saving-abcd')
   calls = spy_on_fit(monkeypatch, train=True)
@@ -266,7 +269,7 @@ def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy):
 
   def diverging(model, variables, *rest):
     if variables is None:
-      raise training.DivergedError('the loss is nan')
+      raise loop.DivergedError('the loss is nan')
     return train_one(model, variables, *rest)
 
   monkeypatch.setattr(transfer, 'train_one', diverging)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from know_jax import kinds as kinds_
 from know_jax import trees
 from know_jax.errors import UserError
 
@@ -33,7 +34,7 @@ class Linen(nn.Module):
 def test_kinds_of_a_linen_model():
   variables = jax.eval_shape(Linen().init, jax.random.key(0), jnp.zeros((2, 4, 4, 1)))
   attention = 'params/MultiHeadDotProductAttention_0'
-  assert trees.leaf_kinds(variables) == {
+  assert kinds_.leaf_kinds(variables) == {
     'batch_stats/BatchNorm_0/mean': 'keep',
     'batch_stats/BatchNorm_0/var': 'keep',
     'params/BatchNorm_0/bias': 'keep',
@@ -62,7 +63,7 @@ def test_kinds_of_an_nnx_model():
       self.attention = nnx.MultiHeadAttention(2, 4, 8, decode=False, rngs=rngs)
       self.drop = nnx.Dropout(0.1, rngs=rngs)
 
-  found = trees.leaf_kinds(nnx.state(nnx.eval_shape(lambda: Net(nnx.Rngs(0)))))
+  found = kinds_.leaf_kinds(nnx.state(nnx.eval_shape(lambda: Net(nnx.Rngs(0)))))
   found = {path.removesuffix('/value'): kind for path, kind in found.items()}
   assert found == {
     'conv/kernel': 'conv',
@@ -108,7 +109,7 @@ def test_kinds_of_an_nnx_model():
   ],
 )
 def test_the_default_rule(path, leaf, kind):
-  assert trees.default_kind(path, leaf) == kind
+  assert kinds_.default_kind(path, leaf) == kind
 
 
 def test_an_override_names_only_what_it_changes_and_sees_path_and_leaf():
@@ -119,13 +120,13 @@ def test_an_override_names_only_what_it_changes_and_sees_path_and_leaf():
     seen[path] = leaf
     return 'fc' if path == 'embed/embedding' else None
 
-  assert trees.leaf_kinds(tree, kinds) == {'embed/embedding': 'fc', 'head/kernel': 'fc'}
+  assert kinds_.leaf_kinds(tree, kinds) == {'embed/embedding': 'fc', 'head/kernel': 'fc'}
   assert seen == {'embed/embedding': struct(7, 3), 'head/kernel': struct(3, 2)}
 
 
 def test_an_override_may_predict_normalisation_and_keep_kernels():
   tree = {'norm': {'scale': struct(3), 'bias': struct(3)}, 'head': {'kernel': struct(3, 2)}}
-  found = trees.leaf_kinds(tree, lambda path, leaf: 'bias' if 'norm' in path else 'keep')
+  found = kinds_.leaf_kinds(tree, lambda path, leaf: 'bias' if 'norm' in path else 'keep')
   assert found == {'head/kernel': 'keep', 'norm/bias': 'bias', 'norm/scale': 'bias'}
 
 
@@ -134,32 +135,32 @@ def test_a_leaf_of_unknown_kind_is_named():
   with pytest.raises(
     UserError, match=r"'a/embedding' with shape \(7, 3\) has no known kind.*kinds="
   ):
-    trees.leaf_kinds(tree)
+    kinds_.leaf_kinds(tree)
 
 
 def test_what_stands_beside_a_scale_is_not_kept_in_silence():
   tree = {'norm': {'scale': struct(3), 'mean': struct(3), 'gate': struct(3, 2)}}
   with pytest.raises(UserError, match=r"'norm/gate' with shape \(3, 2\) has no known kind"):
-    trees.leaf_kinds(tree)
+    kinds_.leaf_kinds(tree)
 
 
 def test_an_override_of_an_unknown_kind_is_an_error():
   with pytest.raises(
     UserError, match=r"kinds\('a/kernel', leaf\) returned 'dense'; wanted one of "
   ):
-    trees.leaf_kinds({'a': {'kernel': struct(3, 2)}}, lambda path, leaf: 'dense')
+    kinds_.leaf_kinds({'a': {'kernel': struct(3, 2)}}, lambda path, leaf: 'dense')
 
 
 def test_an_override_cannot_predict_integers():
   with pytest.raises(UserError, match="leaf 'step' has dtype int32 but kind 'bias'"):
-    trees.leaf_kinds({'step': struct(dtype=jnp.int32)}, lambda path, leaf: 'bias')
+    kinds_.leaf_kinds({'step': struct(dtype=jnp.int32)}, lambda path, leaf: 'bias')
 
 
 def test_paths_that_collide_are_an_error():
   # They would shift the kinds of all later leaves.
   tree = {'a/bias': struct(3), 'a': {'bias': struct(2)}}
   with pytest.raises(UserError, match="two leaves have the path 'a/bias'"):
-    trees.leaf_kinds(tree)
+    kinds_.leaf_kinds(tree)
 
 
 def checked(reference, other):
@@ -269,7 +270,7 @@ def test_paths_are_unique_or_the_one_that_is_not_is_named(tree):
   if not twice:
     assert list(trees.named_leaves(tree)) == paths
     return
-  for function in (trees.named_leaves, trees.leaf_kinds):
+  for function in (trees.named_leaves, kinds_.leaf_kinds):
     with pytest.raises(UserError, match=f'two leaves have the path {re.escape(repr(twice[0]))}'):
       function(tree)
 
@@ -286,28 +287,28 @@ named = st.recursive(
 )
 
 
-@hypothesis.given(named, st.sampled_from([*trees.KINDS, trees.KEEP]))
+@hypothesis.given(named, st.sampled_from([*kinds_.KINDS, kinds_.KEEP]))
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_every_leaf_has_one_kind_or_the_first_without_one_is_named(tree, instead):
   def otherwise(path, leaf):
     """`instead` where the default rule is silent."""
-    if trees.default_kind(path, leaf) is None:
+    if kinds_.default_kind(path, leaf) is None:
       return instead
     return None
 
-  kinds = trees.leaf_kinds(tree, otherwise)
+  kinds = kinds_.leaf_kinds(tree, otherwise)
   assert list(kinds) == trees.leaf_paths(tree)
-  assert set(kinds.values()) <= {*trees.KINDS, trees.KEEP}
+  assert set(kinds.values()) <= {*kinds_.KINDS, kinds_.KEEP}
   for path, leaf in trees.named_leaves(tree).items():
-    assert trees.is_floating(leaf) or kinds[path] == trees.KEEP
+    assert trees.is_floating(leaf) or kinds[path] == kinds_.KEEP
   unknown = [
-    path for path, leaf in trees.named_leaves(tree).items() if not trees.default_kind(path, leaf)
+    path for path, leaf in trees.named_leaves(tree).items() if not kinds_.default_kind(path, leaf)
   ]
   if unknown:
     with pytest.raises(UserError, match=f'leaf {re.escape(repr(unknown[0]))} .*has no known kind'):
-      trees.leaf_kinds(tree)
+      kinds_.leaf_kinds(tree)
   else:
-    assert trees.leaf_kinds(tree) == kinds
+    assert kinds_.leaf_kinds(tree) == kinds
 
 
 def change(tree, at, how):

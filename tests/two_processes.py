@@ -18,9 +18,13 @@ from jax.sharding import PartitionSpec as P
 from runs import forget, sigterm_raises, small_config
 
 import know_jax
-from know_jax import checkpoints, forgetting, nowcast, processes, training, trees
+from know_jax import forgetting, trees
 from know_jax.errors import UserError
-from know_jax.signals import Terminated
+from know_jax.io import checkpoints
+from know_jax.nowcast import engine
+from know_jax.system import processes
+from know_jax.system.signals import Terminated
+from know_jax.training import loop
 
 FEW_STEPS = {
   'train_examples': 96,
@@ -111,9 +115,9 @@ def predict_where_the_weights_are():
     for shard in leaf.addressable_shards:
       part = np.asarray(wanted[path])[shard.index]
       np.testing.assert_allclose(shard.data, part, rtol=1e-5, atol=1e-6, err_msg=path)
-  plan = nowcast.plan_of(arrays, 1, 'known', None, 0.5, None, 'keep', {})
+  plan = engine.plan_of(arrays, 1, 'known', None, 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
-  hlo = nowcast._run.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
+  hlo = engine._run.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=4' in hlo
   assert re.search('all-reduce', hlo)  # Of moments; but of weights none leaves its device.
   assert not re.search('all-gather|all-to-all|collective-permute', hlo)
@@ -144,7 +148,7 @@ def save_and_restore(folder):
 
 def stop_together(folder):
   """Process 1 gets SIGTERM in a step; both save after the same one, and leave the run."""
-  real, steps = training.train_step, 0
+  real, steps = loop.train_step, 0
 
   def train_step(model, recipe):
     def step_fn(*args):
@@ -158,7 +162,7 @@ def stop_together(folder):
     return step_fn
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(training, 'train_step', train_step)
+    patch.setattr(loop, 'train_step', train_step)
     with sigterm_raises(), pytest.raises(Terminated):
       forget(folder / 'stopped', **FEW_STEPS)
   (folder / f'steps{jax.process_index()}.json').write_text(json.dumps(steps))

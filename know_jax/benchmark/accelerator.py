@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from know_jax import nowcast, training
-from know_jax.augmentation import PAPER_AUGMENTATION
 from know_jax.benchmark.histories import History, build, num_predicted, of_network
 from know_jax.benchmark.settings import STAGES, Settings
 from know_jax.benchmark.timing import race, rates, spread
 from know_jax.benchmark.training_speed import random_images, start
-from know_jax.guards import PredictionWarning
+from know_jax.data.augmentation import PAPER_AUGMENTATION
+from know_jax.errors import PredictionWarning
+from know_jax.nowcast import api
+from know_jax.training import loop
 
 PREDICTORS = ('known_paper', 'known')
 STEPS = 3
@@ -49,7 +50,7 @@ def _large(settings: Settings, show: bool) -> dict[str, Any]:
 
 def _predictions(history: History, steps: int) -> dict[str, Any]:
   return {
-    predictor: lambda predictor=predictor: nowcast.predict(history, steps, predictor=predictor)
+    predictor: lambda predictor=predictor: api.predict(history, steps, predictor=predictor)
     for predictor in PREDICTORS
   }
 
@@ -88,14 +89,14 @@ def _epoch(settings: Settings, show: bool) -> dict[str, Any]:
   """One epoch through `training.fit`, images and augmentation on the device."""
   target = settings.gpu_trained
   images, labels = random_images(settings.gpu_images, target.image)
-  data = training.put_data(images, labels)
-  model = build(target, axis_name=training.AXIS)
+  data = loop.put_data(images, labels)
+  model = build(target, axis_name=loop.AXIS)
   key = jax.random.key(0)
   begin = start(model, key, target.image)
-  recipe = training.Recipe('adam', augmentation=PAPER_AUGMENTATION)
+  recipe = loop.Recipe('adam', augmentation=PAPER_AUGMENTATION)
 
   def fit() -> Any:
-    return training.fit(
+    return loop.fit(
       model, begin, data, np.arange(len(labels), dtype=np.int32), recipe=recipe, epochs=1,
       batch_size=settings.batch_size, lr=1e-3, schedule='cosine', key=key,
     )  # fmt: skip

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from know_jax import nowcast
 from know_jax.benchmark import rivals
 from know_jax.benchmark.histories import History, num_predicted, of_network, of_size
 from know_jax.benchmark.settings import Target
-from know_jax.files import give_back_memory
-from know_jax.guards import PredictionWarning
-from know_jax.pretrained import load_known
+from know_jax.errors import PredictionWarning
+from know_jax.nowcast import api
+from know_jax.predictors.parameters import load_known
+from know_jax.system.machine import give_back_memory
 
 _LEAST, _MOST = 2, 25
 
@@ -75,8 +75,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(predictor: str, steps: int) -> Callable[[History], Any]:
-  if predictor in nowcast.PREDICTORS:
-    return lambda history: nowcast.predict(history, steps, predictor=predictor)
+  if predictor in api.PREDICTORS:
+    return lambda history: api.predict(history, steps, predictor=predictor)
   return rivals.plain_vmap(load_known(shipped='known_paper'), None)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from know_jax.benchmark.predicting import PLAIN
 from know_jax.benchmark.settings import Settings
 from know_jax.benchmark.timing import spread
-from know_jax.run_record import progress
+from know_jax.system.progress import progress
 
 PREDICTORS = ('known_paper', 'known')
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.benchmark.settings import STAGES, Target
+from know_jax.kinds import KEEP, leaf_kinds
 from know_jax.models import Classifier, build_model
-from know_jax.trees import KEEP, leaf_kinds, named_leaves
+from know_jax.trees import named_leaves
 
 History = list[Any]
 """Pytrees of weights, oldest first."""

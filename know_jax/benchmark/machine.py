@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from know_jax.files import memory_bytes, processors
-from know_jax.run_record import environment
+from know_jax.runs.record import environment
+from know_jax.system.machine import memory_bytes, processors
 
 _RIVALS = ('tensorflow', 'keras')
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from know_jax import nowcast
 from know_jax.benchmark import keras_rivals, rivals
 from know_jax.benchmark.histories import by_kind, num_predicted, of_network
 from know_jax.benchmark.settings import Settings, Target
 from know_jax.benchmark.timing import race, rates, speedups, spread
-from know_jax.guards import PredictionWarning
-from know_jax.pretrained import load_known
+from know_jax.errors import PredictionWarning
+from know_jax.nowcast import api
+from know_jax.predictors.parameters import load_known
 from know_jax.trees import named_leaves
 
 OURS = 'known_paper'
@@ -46,7 +46,7 @@ def _network(target: Target, settings: Settings, show: bool) -> dict[str, Any]:
   placed = jax.device_put(history)
 
   def ours(predictor: str) -> Any:
-    return lambda: nowcast.predict(placed, predictor=predictor, rate=_RATE)
+    return lambda: api.predict(placed, predictor=predictor, rate=_RATE)
 
   plain = rivals.plain_vmap(theta, settings.plain_chunk)
   contestants: dict[str, Any] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from know_jax.benchmark.goals import MIB
 from know_jax.benchmark.timing import spread
-from know_jax.plots import MARKERS, new_figure
+from know_jax.report.plots import MARKERS, new_figure
 
 _COMMAND = 'python bin/benchmark.py'
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from know_jax import conditioned, known
 from know_jax.benchmark.histories import History, by_kind
+from know_jax.predictors import known, known_leaf
 
 Rival = Callable[[History], dict[str, Any]]
 
@@ -58,9 +58,9 @@ def plain_conditioned(theta: Any, rate: float) -> Rival:
   @jax.jit
   def of_leaf(params: Any, stages: Sequence[Any]) -> jax.Array:
     history = jnp.stack([jnp.ravel(stage) for stage in stages])
-    moments = conditioned.second_moments(history) / history.shape[1]
-    (step,) = conditioned.rollout(params, moments, rate, (1,))
-    moved = jnp.dot(step, conditioned.basis(history), precision=jax.lax.Precision.HIGHEST)
+    moments = known_leaf.second_moments(history) / history.shape[1]
+    (step,) = known_leaf.rollout(params, moments, rate, (1,))
+    moved = jnp.dot(step, known_leaf.basis(history), precision=jax.lax.Precision.HIGHEST)
     return (history[-1] + moved).reshape(stages[-1].shape)
 
   return lambda history: _over_leaves(history, theta, of_leaf)

@@ -6,19 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from know_jax.benchmark import (
-  accelerator,
-  children,
-  predicting,
-  report,
-  streamed,
-  training_speed,
-)
+from know_jax.benchmark import accelerator, children, predicting, report, streamed, training_speed
 from know_jax.benchmark.goals import goals
 from know_jax.benchmark.machine import machine
 from know_jax.benchmark.settings import FULL, QUICK, Settings
-from know_jax.errors import UserError, unknown_name
-from know_jax.files import reason, write_atomic, write_sealed
+from know_jax.errors import UserError, reason, unknown_name
+from know_jax.io.files import write_atomic
+from know_jax.io.sealed import write_sealed
 
 
 def _memory(settings: Settings, *, show: bool) -> dict[str, Any]:

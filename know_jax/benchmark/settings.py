@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from know_jax.known import HISTORY_LENGTH
+from know_jax.predictors.known import HISTORY_LENGTH
 
 Images = tuple[int, int, int]
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from know_jax.run_record import progress
+from know_jax.system.progress import progress
 
 Times = dict[str, list[float]]
 """Contestant -> seconds of every repetition."""

@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from know_jax import together, training
 from know_jax.benchmark import keras_rivals
 from know_jax.benchmark.histories import build
 from know_jax.benchmark.rivals import check_equal
 from know_jax.benchmark.settings import Images, Settings
 from know_jax.benchmark.timing import race, rates, speedups
-from know_jax.data import mean_image, to_device_input
+from know_jax.data.sources import mean_image, to_device_input
+from know_jax.training import loop, together
 
 OURS, KERAS, KERAS_XLA = 'know_jax', 'Keras', 'Keras with XLA'
 CLASSES = 10
 
 _LR = 1e-3
-_RECIPE = training.Recipe('adam')
+_RECIPE = loop.Recipe('adam')
 _CHECKED_STEPS = 3
 
 
@@ -27,14 +27,14 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """An epoch of the small CNN, by `training.fit` and by Keras' `fit`; and several runs at once."""
   target, batch_size = settings.trained, settings.batch_size
   images, labels = random_images(settings.train_steps * batch_size, target.image)
-  data = training.put_data(images, labels)
-  model = build(target, axis_name=training.AXIS)
+  data = loop.put_data(images, labels)
+  model = build(target, axis_name=loop.AXIS)
   keys = [jax.random.key(seed) for seed in range(settings.runs)]
   starts = [start(model, key, target.image) for key in keys]
   everything = np.arange(len(labels), dtype=np.int32)
 
   def fit() -> Any:
-    return training.fit(
+    return loop.fit(
       model, starts[0], data, everything, recipe=_RECIPE, epochs=1, batch_size=batch_size, lr=_LR,
       schedule='constant', key=keys[0],
     )  # fmt: skip
@@ -88,13 +88,13 @@ def random_images(count: int, image: Images) -> tuple[np.ndarray, np.ndarray]:
   return rng.integers(0, 256, (count, *image), dtype=np.uint8), labels
 
 
-def start(model: Any, key: jax.Array, image: Images) -> training.Checkpoint:
+def start(model: Any, key: jax.Array, image: Images) -> loop.Checkpoint:
   """Where a training begins."""
-  variables = jax.device_get(training.init_variables(model, key, image))
-  return training.Checkpoint(training.create_state(variables, _RECIPE))
+  variables = jax.device_get(loop.init_variables(model, key, image))
+  return loop.Checkpoint(loop.create_state(variables, _RECIPE))
 
 
-def _keras(begin: training.Checkpoint, settings: Settings, jit: bool) -> Any:
+def _keras(begin: loop.Checkpoint, settings: Settings, jit: bool) -> Any:
   return keras_rivals.cnn(begin.state.params, settings.trained.image, jit=jit, lr=_LR)
 
 
@@ -106,7 +106,7 @@ def _keras_fit(network: Any, inputs: np.ndarray, labels: np.ndarray, batch_size:
 
 def _differences(
   model: Any,
-  begin: training.Checkpoint,
+  begin: loop.Checkpoint,
   inputs: np.ndarray,
   labels: np.ndarray,
   settings: Settings,
@@ -130,13 +130,13 @@ def _differences(
 
 
 def _losses(
-  model: Any, begin: training.Checkpoint, labels: np.ndarray, settings: Settings
+  model: Any, begin: loop.Checkpoint, labels: np.ndarray, settings: Settings
 ) -> Sequence[float]:
   images, _ = random_images(settings.train_steps * settings.batch_size, settings.trained.image)
   # The mean of all of them is subtracted, as for Keras.
-  data = training.put_data(images[: len(labels)], labels, mean_image(images))
+  data = loop.put_data(images[: len(labels)], labels, mean_image(images))
   losses: list[float] = []
-  training.fit(
+  loop.fit(
     model, begin, data, np.arange(len(labels), dtype=np.int32), recipe=_RECIPE,
     epochs=_CHECKED_STEPS, batch_size=len(labels), lr=_LR, schedule='constant',
     key=jax.random.key(0), on_epoch=lambda _, metrics: losses.append(metrics['loss']),

@@ -36,19 +36,16 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import forgetting, trees
+from know_jax import forgetting, kinds, trees
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import (
-  digest,
-  locked,
-  memory_bytes,
-  read_sealed,
-  write_atomic,
-  write_sealed,
-)
+from know_jax.io.files import locked, write_atomic
+from know_jax.io.sealed import read_sealed, write_sealed
+from know_jax.jsonable import digest
 from know_jax.models import MODELS
-from know_jax.run_record import RunRecord, config_dict, progress
-from know_jax.training import OPTIMIZERS, DivergedError
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.system.machine import memory_bytes
+from know_jax.system.progress import progress
+from know_jax.training.loop import OPTIMIZERS, DivergedError
 
 KIND = 'collect'
 FORMAT = 'know_jax.meta/1'
@@ -319,7 +316,7 @@ def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord
     path,
     {
       **about,
-      'kinds': trees.leaf_kinds(trajectory.newest),
+      'kinds': kinds.leaf_kinds(trajectory.newest),
       'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
       'stages': record['stages'],
       'pretrain_loss': _pretrain_loss(workdir),
@@ -387,7 +384,7 @@ def _well_formed(about: Mapping[str, Any]) -> bool:
     return (
       common
       and isinstance(about['weights_sha256'], str)
-      and all(kind in (*trees.KINDS, trees.KEEP) for kind in about['kinds'].values())
+      and all(kind in (*kinds.KINDS, kinds.KEEP) for kind in about['kinds'].values())
       and len(about['stages']) > 0
       and all(is_number(stage['test_accuracy']) for stage in about['stages'])
       and all(is_number(about['pretrain_loss'][when]) for when in ('first', 'before', 'end'))
@@ -424,7 +421,7 @@ def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]
     raise UserError(f'{file}: tensor {differing[0]!r} is only in one of it and {path}.')
   stages = len(about['stages'])
   for name, leaf in weights.items():
-    predicted = about['kinds'][name] != trees.KEEP
+    predicted = about['kinds'][name] != kinds.KEEP
     if leaf.shape[:1] != (stages,) or not leaf.size or (predicted and leaf.dtype != np.float32):
       raise UserError(
         f'{file}: tensor {name!r} is {leaf.dtype}{list(leaf.shape)}; wanted float32, of {stages} '

@@ -24,20 +24,25 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from know_jax import forgetting, training, trees
-from know_jax.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
-from know_jax.data import to_device_input
+from know_jax import forgetting
+from know_jax import kinds as kinds_
+from know_jax.data.sources import to_device_input
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import append_line, read_lines, read_sealed, write_atomic
-from know_jax.known import HISTORY_LENGTH
+from know_jax.io.files import write_atomic
+from know_jax.io.journal import append_line, read_lines
+from know_jax.io.sealed import read_sealed
+from know_jax.kinds import KINDS
 from know_jax.meta import collect, mat, meta_training
 from know_jax.meta.windows import SPAN
-from know_jax.nowcast import predict
-from know_jax.predictors import METHODS
-from know_jax.pretrained import load_known, read_card, theta_digest
-from know_jax.run_record import RunRecord, config_dict, progress
-from know_jax.statistics import bootstrap_interval
-from know_jax.trees import KINDS
+from know_jax.nowcast.api import predict
+from know_jax.predictors.known import HISTORY_LENGTH
+from know_jax.predictors.methods import METHODS
+from know_jax.predictors.parameters import load_known, read_card, theta_digest
+from know_jax.report.intervals import bootstrap_interval
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.system.progress import progress
+from know_jax.training import loop
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
 
 KIND = 'evaluate_known'
 SPLITS = ('run', 'family', 'dataset')
@@ -332,7 +337,7 @@ def _add_errors(
   kinds: Mapping[str, str],
 ) -> None:
   for path, kind in kinds.items():
-    if kind != trees.KEEP:
+    if kind != kinds_.KEEP:
       sums[kind] += float(np.abs(predicted[path].astype(np.float64) - hidden[path]).sum())
 
 
@@ -376,7 +381,7 @@ def score_networks(
     `NETWORK_FIELDS`.
   """
   task = forgetting.load_task(run.about['config'])
-  test = training.put_data(task.test.images, task.test.labels, task.mean)
+  test = loop.put_data(task.test.images, task.test.labels, task.mean)
   images = to_device_input(
     jnp.asarray(task.train.images[: math.prod(RECALIBRATION.values())]), jnp.asarray(task.mean)
   )
@@ -391,7 +396,7 @@ def score_networks(
     variables = unflatten_dict(dict(weights), sep='/')
     if normalised:
       variables = apply_policy(policy, task.model, variables, images, **RECALIBRATION)
-    return training.evaluate(task.model, jax.device_get(variables), test)
+    return loop.evaluate(task.model, jax.device_get(variables), test)
 
   questions = []
   for what, newest, start in (

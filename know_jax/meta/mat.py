@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from know_jax import hdf5
 from know_jax.errors import UserError
-from know_jax.files import digest
+from know_jax.io import hdf5
+from know_jax.jsonable import digest
 from know_jax.meta import collect
-from know_jax.run_record import RunRecord
+from know_jax.runs.record import RunRecord
 
 FORMAT = 'mat'
 STAGES = 7

@@ -24,17 +24,25 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from know_jax import checkpoints, conditioned, known, training
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import digest, read_lines, remove_tree, write_sealed
+from know_jax.io import checkpoints
+from know_jax.io.files import remove_tree
+from know_jax.io.journal import read_lines
+from know_jax.io.sealed import write_sealed
+from know_jax.jsonable import digest
+from know_jax.kinds import KINDS
 from know_jax.meta import mat
 from know_jax.meta.windows import Windows, sample_windows, split_runs
-from know_jax.plots import plot_learning_curves
-from know_jax.pretrained import save_known
-from know_jax.run_record import MetricsLog, RunRecord, config_dict, progress
-from know_jax.signals import Terminated, uninterrupted
-from know_jax.training import AXIS, named_key
-from know_jax.trees import KINDS
+from know_jax.predictors import known, known_leaf
+from know_jax.predictors.parameters import save_known
+from know_jax.report.plots import plot_learning_curves
+from know_jax.runs.metrics import MetricsLog
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.seeds import named_key
+from know_jax.system.progress import progress
+from know_jax.system.signals import Terminated, uninterrupted
+from know_jax.training import loop
+from know_jax.training.loop import AXIS
 
 KIND = 'meta_train'
 VALIDATION_BLOCK = 8192
@@ -94,15 +102,15 @@ def _predict_paper(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 def _predict_conditioned(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
   constants = {name: jax.lax.stop_gradient(params[name]) for name in ('mean', 'scale')}
-  step = functools.partial(conditioned.step_coefficients, {**params, **constants})
+  step = functools.partial(known_leaf.step_coefficients, {**params, **constants})
   coefficients = jax.vmap(step)(batch['moments'], batch['rate'])
   history = batch['windows'][:, :-1].T
-  return history[-1] + (coefficients.T * conditioned.basis(history)).sum(axis=0)
+  return history[-1] + (coefficients.T * known_leaf.basis(history)).sum(axis=0)
 
 
 ARCHITECTURES = {
   'conditioned': Architecture(
-    conditioned.init_theta, _predict_conditioned, True, lambda params: 0.0
+    known_leaf.init_theta, _predict_conditioned, True, lambda params: 0.0
   ),
   'paper': Architecture(known.init_theta, _predict_paper, False, known.penalty),
 }
@@ -161,7 +169,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   state = _train(config, workdir, train, validation)
   for kind, ratio in state.best_ratio.items():
     if not np.isfinite(ratio):
-      raise training.DivergedError(
+      raise loop.DivergedError(
         f'the error on the validation runs was never finite for {kind!r} at learning rate '
         f'{config["lr"]}; wanted a finite one.'
       )
@@ -268,8 +276,8 @@ def check_config(config: Mapping[str, Any]) -> None:
   check_split(config)
   if config['weight_decay'] < 0:
     raise UserError(f'weight_decay is {config["weight_decay"]}; wanted at least 0.')
-  training.learning_rates(config['schedule'], config['lr'], 1)
-  training.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
+  loop.learning_rates(config['schedule'], config['lr'], 1)
+  loop.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
 
 
 def _resume_path(workdir: Path) -> Path:
@@ -284,7 +292,7 @@ def _train(
   theta = jax.device_get(architecture.init(named_key(config['seed'], 'theta')))
   if architecture.relative:
     theta = {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
-  rates = training.learning_rates(config['schedule'], config['lr'], config['steps'])
+  rates = loop.learning_rates(config['schedule'], config['lr'], config['steps'])
   blank = {kind: np.float64(np.inf) for kind in KINDS}
   state = MetaState(
     step=np.int64(0),
@@ -311,7 +319,7 @@ def _train(
     checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
 
   step_fn = train_step(config['architecture'], config['weight_decay'])
-  replicated = training.replicate((state.theta, state.opt_state))
+  replicated = loop.replicate((state.theta, state.opt_state))
   saved, done = time.monotonic(), int(state.step)
   with (
     MetricsLog(workdir, resume_step=done) as log,
@@ -329,7 +337,7 @@ def _train(
           losses.append(float(loss[0]))
           done = step + 1
           if (step + 1) % config['validate_every'] == 0:
-            theta, opt_state = training.unreplicate(replicated)
+            theta, opt_state = loop.unreplicate(replicated)
             state = _validate(
               state._replace(theta=theta, opt_state=opt_state),
               ratios_of(config['architecture'], theta, validation),
@@ -352,7 +360,7 @@ def _train(
 
 
 def _current(state: MetaState, replicated: Any, step: int) -> MetaState:
-  theta, opt_state = training.unreplicate(replicated)
+  theta, opt_state = loop.unreplicate(replicated)
   return state._replace(step=np.int64(step), theta=theta, opt_state=opt_state)
 
 
@@ -381,7 +389,7 @@ def _with_context_scale(params: Any, windows: Windows, kind: str) -> Any:
     rate[rows] = windows.rates[run]
   drawn = np.unique(windows.leaves[kind])
   found = np.asarray(
-    jax.vmap(conditioned.context)(windows.moments[kind][drawn], rate[drawn]), np.float64
+    jax.vmap(known_leaf.context)(windows.moments[kind][drawn], rate[drawn]), np.float64
   )
   scale = np.maximum(found.std(axis=0), 1e-2)
   return {
@@ -406,7 +414,7 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
     normal, right = 0.0, 0.0
     for weights in windows.weights[kind].astype(np.float64):
       history, hidden = weights[:, :-1].T, weights[:, -1]
-      v = conditioned.host_basis(history)
+      v = known_leaf.host_basis(history)
       move = hidden - history[-1]
       scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
       normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)

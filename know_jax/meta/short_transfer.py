@@ -21,11 +21,13 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import conditioned, forgetting, training, transfer
-from know_jax.data import load_dataset, mean_image
+from know_jax import forgetting, transfer
+from know_jax.data.sources import load_dataset, mean_image
 from know_jax.errors import UserError, unknown_name
-from know_jax.files import Journal, digest, write_atomic
-from know_jax.known import HISTORY_LENGTH
+from know_jax.io.files import write_atomic
+from know_jax.io.journal import Journal
+from know_jax.jsonable import digest
+from know_jax.kinds import KINDS
 from know_jax.meta import collect, meta_training
 from know_jax.meta.evaluation import (
   OVERALL,
@@ -35,19 +37,23 @@ from know_jax.meta.evaluation import (
   retrodict,
   stages_of,
 )
-from know_jax.plots import plot_gains
-from know_jax.predictors import METHODS
-from know_jax.pretrained import (
+from know_jax.predictors import known_leaf
+from know_jax.predictors.known import HISTORY_LENGTH
+from know_jax.predictors.methods import METHODS
+from know_jax.predictors.parameters import (
   least_squares_coefficients,
   load_known,
   read_card,
   save_known,
   theta_digest,
 )
-from know_jax.run_record import RunRecord, config_dict, progress
-from know_jax.statistics import bootstrap_interval
-from know_jax.training import Checkpoint, Recipe, named_key
-from know_jax.trees import KINDS
+from know_jax.report.intervals import bootstrap_interval
+from know_jax.report.plots import plot_gains
+from know_jax.runs.record import RunRecord, config_dict
+from know_jax.seeds import named_key
+from know_jax.system.progress import progress
+from know_jax.training import loop
+from know_jax.training.loop import Checkpoint, Recipe
 
 KIND = 'short_transfer'
 NAIVE = 'persistence'
@@ -116,9 +122,9 @@ def check_config(config: Mapping[str, Any]) -> None:
   if config['resamples'] < 1:
     raise UserError(f'resamples is {config["resamples"]}; wanted at least 1.')
   Recipe(config['optimizer'])
-  training.learning_rates(config['schedule'], config['lr'], 1)
+  loop.learning_rates(config['schedule'], config['lr'], 1)
   examples = config['labels_per_class'] * config['target_classes']
-  training.check_batch_size(config['batch_size'], examples, 'the labelled subset')
+  loop.check_batch_size(config['batch_size'], examples, 'the labelled subset')
 
 
 def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir: str | Path) -> str:
@@ -143,7 +149,7 @@ def run(config: ConfigDict, data: str | Path, known: str | Path | None, workdir:
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
   theta = load_known(known)
   for kind, params in theta.items():
-    if not conditioned.is_conditioned(params):
+    if not known_leaf.is_conditioned(params):
       raise UserError(f'{known}: {kind!r} is of the paper; wanted KNOWN conditioned on the leaf.')
   runs = {r.number: r for r in collect.read_runs(data) if r.weights is not None}
   shares = {name: config[name] for name in ('validation_share', 'test_share')}
@@ -271,13 +277,13 @@ def transfer_one(config: Mapping[str, Any], source: collect.Run, arm: Arm) -> di
   seed = config['seed'] + source.number
   shape = train.images.shape[2:]
   variables = transfer.with_head(
-    variables, training.init_variables(model, named_key(seed, 'head'), shape)
+    variables, loop.init_variables(model, named_key(seed, 'head'), shape)
   )
   recipe = Recipe(config['optimizer'])
   try:
-    state = training.fit(
+    state = loop.fit(
       model,
-      Checkpoint(training.create_state(variables, recipe)),
+      Checkpoint(loop.create_state(variables, recipe)),
       train,
       transfer.labelled_subset(labels, config['labels_per_class'], seed),
       recipe=recipe,
@@ -287,15 +293,15 @@ def transfer_one(config: Mapping[str, Any], source: collect.Run, arm: Arm) -> di
       schedule=config['schedule'],
       key=named_key(seed, 'train'),
     )
-  except training.DivergedError:
+  except loop.DivergedError:
     return {'loss': math.inf, 'accuracy': 1 / config['target_classes']}
-  return training.evaluate(model, state.variables, test)
+  return loop.evaluate(model, state.variables, test)
 
 
 @functools.lru_cache(maxsize=4)
 def _target(
   name: str, data_dir: str | None, classes: int, image_size: tuple[int, ...], test_examples: int
-) -> tuple[training.DeviceData, np.ndarray, training.DeviceData]:
+) -> tuple[loop.DeviceData, np.ndarray, loop.DeviceData]:
   """The target's training set, its labels, and the first of its test set, on the devices."""
   size: Any = image_size or None
   train, test = (
@@ -304,9 +310,9 @@ def _target(
   )
   mean = mean_image(train.images)
   return (
-    training.put_data(train.images, train.labels, mean),
+    loop.put_data(train.images, train.labels, mean),
     train.labels,
-    training.put_data(test.images[:test_examples], test.labels[:test_examples], mean),
+    loop.put_data(test.images[:test_examples], test.labels[:test_examples], mean),
   )
 
 

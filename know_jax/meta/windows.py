@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from know_jax import conditioned
 from know_jax.errors import UserError
-from know_jax.known import HISTORY_LENGTH
+from know_jax.kinds import KINDS
 from know_jax.meta.collect import Run
-from know_jax.trees import KINDS
+from know_jax.predictors import known_leaf
+from know_jax.predictors.known import HISTORY_LENGTH
 
 SPAN = HISTORY_LENGTH + 1
 """Stages of a window: the history and the next, hidden weight."""
@@ -143,7 +143,7 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
 def leaf_moments(history: np.ndarray) -> np.ndarray:
   """The mean second moments of a leaf's differences and newest weights: `[S, ...]` -> `[S, S]`."""
   flat = history.reshape(len(history), -1).astype(np.float64)
-  v = conditioned.host_basis(flat)
+  v = known_leaf.host_basis(flat)
   with np.errstate(over='ignore'):  # Infinite, where float32 cannot hold them.
     return (v @ v.T / max(flat.shape[1], 1)).astype(np.float32)
 

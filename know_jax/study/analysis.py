@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from know_jax import statistics
 from know_jax.errors import UserError
+from know_jax.report import intervals
 from know_jax.study.arms import MAIN
 from know_jax.study.results import read_curve
 
@@ -160,14 +160,14 @@ def compare(groups: Sequence[Sequence[float]]) -> Comparison | None:
   """Summary of `differences`; None if there are none."""
   if not groups:
     return None
-  means = statistics.source_means(groups)
-  low, high = statistics.bootstrap_interval(groups)
+  means = intervals.source_means(groups)
+  low, high = intervals.bootstrap_interval(groups)
   return Comparison(
     mean=float(means.mean()),
     low=low,
     high=high,
-    p_exact=statistics.sign_flip_test(means),
-    p_t=statistics.paired_t_test(means),
+    p_exact=intervals.sign_flip_test(means),
+    p_t=intervals.paired_t_test(means),
     sources=len(groups),
     pairs=sum(len(group) for group in groups),
   )

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from know_jax import nowcast
-from know_jax.batch_norm import BATCH_NORM_POLICIES
 from know_jax.errors import UserError, unknown_name
-from know_jax.predictors import METHODS, check_options
-from know_jax.pretrained import load_known
-from know_jax.trees import KINDS
+from know_jax.kinds import KINDS
+from know_jax.nowcast import api
+from know_jax.predictors.methods import METHODS, check_options
+from know_jax.predictors.parameters import load_known
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 MAIN = 'main'
 """The group of `config.arms`; those of `config.ablations` name their own."""
@@ -84,7 +84,7 @@ def _shown(value: Any) -> str:
 
 def default_arms() -> tuple[Any, ...]:
   """The main arms: all there is to compare with, every predictor, and shrink in many strengths."""
-  predictors = [name for name in nowcast.PREDICTORS if name != 'persistence']
+  predictors = [name for name in api.PREDICTORS if name != 'persistence']
   return (
     'scratch',
     'persistence',
@@ -272,7 +272,7 @@ def _obstacle(
   history = {'kernel': jax.ShapeDtypeStruct((length, 1, 1), np.float32)}
   settings: dict[str, Any] = {'steps': step, 'predictor': predictor, 'theta': arrays}
   try:
-    jax.eval_shape(functools.partial(nowcast.predict, **settings, **dict(options)), history)
+    jax.eval_shape(functools.partial(api.predict, **settings, **dict(options)), history)
   except UserError as error:
     return str(error)
   return ''

@@ -12,12 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import batch_norm, forgetting, pretrained, training, transfer
+from know_jax import forgetting, transfer
 from know_jax.errors import UserError
-from know_jax.files import digest
-from know_jax.run_record import config_dict
+from know_jax.jsonable import digest
+from know_jax.predictors import parameters
+from know_jax.runs.record import config_dict
 from know_jax.study.arms import MAIN, Arm, arms_of, default_arms, theta_of
 from know_jax.study.sources import Source, check_source, source_config, weights_digest
+from know_jax.training import batch_norm, loop
 from know_jax.version import __version__
 
 _MOST_TRANSFER_SEEDS = 1000
@@ -87,7 +89,7 @@ class Study:
     source_model = forgetting.model_of(config['source'], self._source_train.num_classes)
     self.model = forgetting.model_of(config['source'], self.train.num_classes)
     abstract = jax.eval_shape(
-      lambda: training.init_variables(
+      lambda: loop.init_variables(
         source_model, jax.random.key(0), self._source_train.images.shape[1:]
       )
     )
@@ -102,9 +104,7 @@ class Study:
       for seed in self.seeds()
     }
     smallest = next(iter(self.subsets.values()))
-    training.check_batch_size(
-      config['transfer']['batch_size'], len(smallest), 'the labelled subset'
-    )
+    loop.check_batch_size(config['transfer']['batch_size'], len(smallest), 'the labelled subset')
     transfer._phases(config['transfer'])
     forgetting.recipe_of(config['source'])
     examples = config['source']['train_examples'] or len(self._source_train.labels)
@@ -216,7 +216,7 @@ def combined_seed(source_seed: int, transfer_seed: int) -> int:
 @functools.cache
 def _shipped_digest() -> str:
   """Identifies all parameters that predictors find in the package."""
-  files = sorted((Path(pretrained.__file__).parent / 'weights').glob('*'))
+  files = sorted((Path(parameters.__file__).parents[1] / 'weights').glob('*'))
   return weights_digest(
     {
       path.name: np.frombuffer(path.read_bytes(), np.uint8)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from know_jax.plots import MARKERS, new_figure
+from know_jax.report.plots import MARKERS, new_figure
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from know_jax import statistics
-from know_jax.errors import UserError
-from know_jax.files import reason
+from know_jax.errors import UserError, reason
+from know_jax.report import intervals
 from know_jax.study import pictures, tables
 from know_jax.study.analysis import (
   Comparison,
@@ -93,7 +92,7 @@ def _title(lines: Sequence[Line], naive: Line) -> str:
     'labels and order, and are compared in pairs. Intervals are 95 % bootstrap intervals over '
     'source seeds and the transfers from each. The exact p is that of a sign-flip test over the '
     f'means of the source seeds: with {sources} it is never below '
-    f'{statistics.smallest_p(sources):.3g}. Holm: the p before it, corrected for the number of '
+    f'{intervals.smallest_p(sources):.3g}. Holm: the p before it, corrected for the number of '
     'lines of its table. The paper (Jang, Kim and Kim, CVPR 2026) transfers a ResNet18 from '
     'CIFAR-100 to CIFAR-10 with all labels: its numbers stand beside ours for the direction and '
     'the size of effects.'
@@ -142,7 +141,7 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
     'shrink': f'the best of {len(shrinks)} ways to shrink, chosen likewise',
     'equal compute': 'extra training of equal compute',
   }
-  corrected = statistics.holm([comparison.p_exact for comparison in found.values()])
+  corrected = intervals.holm([comparison.p_exact for comparison in found.values()])
   lines = [
     f'KNOWN below is the best of {", ".join(line.title for line in steps)}, for each source seed '
     'chosen by the other source seeds.',
@@ -176,7 +175,7 @@ def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
   sentences = []
   for column, what in (('retrodiction', 'retrodiction error'), ('weight_norm', 'weight norm')):
     points = _points(main, naive, column)
-    rho = statistics.rank_correlation([p[1] for p in points], [p[2] for p in points])
+    rho = intervals.rank_correlation([p[1] for p in points], [p[2] for p in points])
     if math.isfinite(rho):
       sentences.append(
         f'Over {len(points)} predictions, the rank correlation of {what} with the gain over naive '

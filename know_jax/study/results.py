@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from know_jax.errors import UserError
-from know_jax.files import reason, write_atomic
+from know_jax.errors import UserError, reason
+from know_jax.io.files import write_atomic
 
 RESULTS = 'results.csv'
 TIMINGS = 'timings.csv'

@@ -22,11 +22,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from know_jax import forgetting, training
-from know_jax.data import mean_image
-from know_jax.errors import UserError
-from know_jax.files import Journal, hidden_sibling, locked, reason
-from know_jax.run_record import Bar, RunRecord, progress
+from know_jax import forgetting
+from know_jax.data.sources import mean_image
+from know_jax.errors import UserError, reason
+from know_jax.io.files import hidden_sibling, locked
+from know_jax.io.journal import Journal
+from know_jax.runs.record import RunRecord
 from know_jax.study.arms import TRAINED, Arm
 from know_jax.study.design import Study, combined_seed
 from know_jax.study.results import (
@@ -39,6 +40,8 @@ from know_jax.study.results import (
   write_table,
 )
 from know_jax.study.sources import Run, Source, weights_digest
+from know_jax.system.progress import Bar, progress
+from know_jax.training import loop
 from know_jax.transfer import train_one
 
 KIND = 'study'
@@ -97,7 +100,7 @@ def _run_source(
   source: Source,
   path: Path,
   journal: Journal,
-  target: Callable[[], tuple[training.DeviceData, training.DeviceData]],
+  target: Callable[[], tuple[loop.DeviceData, loop.DeviceData]],
   bar: Bar,
   show_progress: bool,
 ) -> None:
@@ -126,7 +129,7 @@ def _run_source(
             study.model, variables, data, study.subsets[number], test, study.transfer_config(arm),
             number, study.curve_epochs(seed),
           )  # fmt: skip
-        except training.DivergedError:
+        except loop.DivergedError:
           # One arm's failure is a result, and no reason to lose the others'.
           found = _DIVERGED
         journal.add(key, task='transfer', **found)
@@ -148,17 +151,17 @@ def _start(arm: Arm, loaded: Callable[[], Run]) -> tuple[dict[str, Any], Any]:
     return {'weights': 'scratch', 'retrodiction': {}, 'seconds': 0.0}, None
   try:
     variables, seconds = loaded().start(arm)
-  except training.DivergedError:
+  except loop.DivergedError:
     return {'weights': None, 'retrodiction': {}, 'seconds': math.nan}, None
   about = {'weights': weights_digest(variables), 'seconds': seconds}
   return about | loaded().scores(arm, variables), variables
 
 
-def _target(study: Study) -> tuple[training.DeviceData, training.DeviceData]:
+def _target(study: Study) -> tuple[loop.DeviceData, loop.DeviceData]:
   mean = mean_image(study.train.images)
   return (
-    training.put_data(study.train.images, study.train.labels, mean),
-    training.put_data(study.test.images, study.test.labels, mean),
+    loop.put_data(study.train.images, study.train.labels, mean),
+    loop.put_data(study.test.images, study.test.labels, mean),
   )
 
 

@@ -13,13 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from know_jax import checkpoints, forgetting, nowcast, training, trees
-from know_jax.batch_norm import apply_policy
-from know_jax.data import to_device_input
+from know_jax import forgetting, trees
+from know_jax import kinds as kinds_
+from know_jax.data.sources import to_device_input
+from know_jax.data.subsets import check_subsets, nested_subsets
+from know_jax.io import checkpoints
 from know_jax.models import HEAD
+from know_jax.nowcast import api
+from know_jax.seeds import named_key
 from know_jax.study.arms import Arm, can_predict, theta_of
-from know_jax.subsets import check_subsets, nested_subsets
-from know_jax.training import Checkpoint, named_key
+from know_jax.training import loop
+from know_jax.training.batch_norm import apply_policy
+from know_jax.training.loop import Checkpoint
 
 RECALIBRATION = (10, 128)
 """Batches and images in each for the BatchNorm policy `recalibrate`; fewer where there are not."""
@@ -75,7 +80,7 @@ def check_source(settings: ConfigDict) -> None:
   check_subsets(
     subsets, train.labels, batch_size=settings['batch_size'], num_classes=train.num_classes
   )
-  training.check_batch_size(settings['batch_size'], len(subsets[-1]), 'the smallest subset')
+  loop.check_batch_size(settings['batch_size'], len(subsets[-1]), 'the smallest subset')
   for stage, subset in enumerate(subsets):
     forgetting.stage_plan(settings, stage, len(subset))
 
@@ -108,12 +113,12 @@ class Run:
     self.stages = [forgetting.restore_stage(workdir, i) for i in range(count - 1, -1, -1)]
 
   @functools.cached_property
-  def _train(self) -> training.DeviceData:
-    return training.put_data(self._task.train.images, self._task.train.labels, self._task.mean)
+  def _train(self) -> loop.DeviceData:
+    return loop.put_data(self._task.train.images, self._task.train.labels, self._task.mean)
 
   @functools.cached_property
-  def _test(self) -> training.DeviceData:
-    return training.put_data(self._task.test.images, self._task.test.labels, self._task.mean)
+  def _test(self) -> loop.DeviceData:
+    return loop.put_data(self._task.test.images, self._task.test.labels, self._task.mean)
 
   def start(self, arm: Arm) -> tuple[Any, float]:
     """The variables that an arm transfers, on the host, and the seconds it took to make them.
@@ -148,7 +153,7 @@ class Run:
     """
     config, task = self.settings, self._task
     key = named_key(config['seed'], 'init')
-    variables = training.init_variables(task.model, key, task.input_shape)
+    variables = loop.init_variables(task.model, key, task.input_shape)
     subsets = _subsets(config, task.train.labels)
     for stage in range(history - 1, -1, -1):
       plan = forgetting.stage_plan(config, stage, len(subsets[stage]))
@@ -168,9 +173,9 @@ class Run:
 
   def _fit(self, variables: Any, indices: Any, epochs: int, lr: float, *names: str | int) -> Any:
     config, recipe = self.settings, forgetting.recipe_of(self.settings)
-    return training.fit(
+    return loop.fit(
       self._task.model,
-      Checkpoint(training.create_state(variables, recipe)),
+      Checkpoint(loop.create_state(variables, recipe)),
       self._train,
       indices,
       recipe=recipe,
@@ -182,13 +187,13 @@ class Run:
     ).variables
 
   def _predict(self, arm: Arm, history: Sequence[Any]) -> Any:
-    kinds = trees.leaf_kinds(self.stages[-1])
+    kinds = kinds_.leaf_kinds(self.stages[-1])
 
     def only(path: str, leaf: Any) -> str:
       del leaf
-      return kinds[path] if kinds[path] in (arm.kinds or trees.KINDS) else trees.KEEP
+      return kinds[path] if kinds[path] in (arm.kinds or kinds_.KINDS) else kinds_.KEEP
 
-    return nowcast.predict(
+    return api.predict(
       history,
       arm.step,
       predictor=arm.predictor,
@@ -222,9 +227,9 @@ class Run:
       predicted kinds of leaf below the head over that of Theta^0; `retrodiction`, by kind and for
       all: see `retrodiction`.
     """
-    metrics = training.evaluate(self._task.model, variables, self._test)
+    metrics = loop.evaluate(self._task.model, variables, self._test)
     newest = self.stages[-1]
-    norm, newest_norm = (np.linalg.norm(_flat(x, trees.KINDS)) for x in (variables, newest))
+    norm, newest_norm = (np.linalg.norm(_flat(x, kinds_.KINDS)) for x in (variables, newest))
     return {
       'source_accuracy': metrics['accuracy'],
       'source_loss': metrics['loss'],
@@ -247,7 +252,7 @@ class Run:
     if arm.kinds or not can_predict(arm, arm.step, len(seen[-arm.history :])):
       return {}
     predicted = jax.device_get(self._predict(arm, seen[-arm.history :]))
-    groups = {'all': trees.KINDS, **{kind: (kind,) for kind in trees.KINDS}}
+    groups = {'all': kinds_.KINDS, **{kind: (kind,) for kind in kinds_.KINDS}}
     found = {}
     for name, kinds in groups.items():
       truth, copied, guess = (_flat(x, kinds) for x in (self.stages[-1], seen[-1], predicted))
@@ -264,7 +269,7 @@ def extra_steps(settings: Mapping[str, Any], sizes: Sequence[int], history: int)
 
 def _flat(variables: Any, kinds: Sequence[str]) -> np.ndarray:
   """The leaves of some kinds below the head as one float64 vector."""
-  found, named = trees.leaf_kinds(variables), trees.named_leaves(variables)
+  found, named = kinds_.leaf_kinds(variables), trees.named_leaves(variables)
   parts = [
     np.ravel(leaf).astype(np.float64)
     for path, leaf in named.items()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from know_jax.errors import UserError
-from know_jax.files import reason
+from know_jax.errors import UserError, reason
 from know_jax.study import report
 from know_jax.study.analysis import Comparison, compare, cross_chosen, differences, to_line
 from know_jax.study.tables import interval, table

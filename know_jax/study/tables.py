@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from know_jax import statistics
+from know_jax.report import intervals
 from know_jax.study.analysis import (
   Comparison,
   Line,
@@ -62,7 +62,7 @@ def _spread(values: Sequence[float]) -> str:
   """Mean ± standard deviation in per cent; how many diverged, if any did."""
   if lost := sum(not math.isfinite(value) for value in values):
     return f'diverged {lost}/{len(values)}'
-  mean, spread = statistics.mean_and_spread([100 * value for value in values])
+  mean, spread = intervals.mean_and_spread([100 * value for value in values])
   return f'{mean:.2f}' + (f' ± {spread:.2f}' if math.isfinite(spread) else '')
 
 
@@ -124,8 +124,8 @@ def _tested(lines: Sequence[Line], naive: Line) -> list[tuple[Line, Comparison, 
   """Lines with their comparison to naive and both p, corrected for the number of lines."""
   compared = [(line, compare(differences(line, to_line(naive)))) for line in lines]
   pairs = [(line, found) for line, found in compared if found is not None]
-  exact = statistics.holm([found.p_exact for _, found in pairs])
-  student = statistics.holm([found.p_t for _, found in pairs])
+  exact = intervals.holm([found.p_exact for _, found in pairs])
+  student = intervals.holm([found.p_t for _, found in pairs])
   return [
     (line, found, float(p), float(q))
     for (line, found), p, q in zip(pairs, exact, student, strict=True)

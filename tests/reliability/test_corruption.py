@@ -16,10 +16,13 @@ from runs import assert_same_bits, snapshot
 from test_checkpoints import bits, corrupt, corrupt_and_check
 from test_meta_training import synthetic_run
 
-from know_jax import checkpoints, forgetting, load_known, prediction, pretrained
+from know_jax import forgetting, load_known
 from know_jax.errors import UserError
+from know_jax.io import checkpoints
 from know_jax.meta import collect
-from know_jax.run_record import RunRecord
+from know_jax.nowcast import from_run
+from know_jax.predictors import parameters
+from know_jax.runs.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +42,7 @@ def make_runs(folder: Path) -> None:
 
   import safetensors.numpy
 
-  from know_jax.files import write_sealed
+  from know_jax.io.sealed import write_sealed
 
   (folder / 'runs').mkdir()
   for number in range(3):
@@ -73,22 +76,22 @@ def read_record(folder: Path) -> Any:
 
 
 def make_weights(name: str, folder: Path) -> None:
-  shutil.copy(pretrained.SHIPPED[name], folder)
+  shutil.copy(parameters.SHIPPED[name], folder)
 
 
 def read_weights(name: str, folder: Path) -> Any:
-  path = folder / pretrained.SHIPPED[name].name
-  return bits(load_known(path)), pretrained.read_card(path)
+  path = folder / parameters.SHIPPED[name].name
+  return bits(load_known(path)), parameters.read_card(path)
 
 
 def make_coefficients(folder: Path) -> None:
-  shutil.copy(pretrained.LEAST_SQUARES, folder)
+  shutil.copy(parameters.LEAST_SQUARES, folder)
 
 
 def read_coefficients(folder: Path) -> Any:
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pretrained, 'LEAST_SQUARES', folder / pretrained.LEAST_SQUARES.name)
-    return pretrained.least_squares_coefficients.__wrapped__()
+    patch.setattr(parameters, 'LEAST_SQUARES', folder / parameters.LEAST_SQUARES.name)
+    return parameters.least_squares_coefficients.__wrapped__()
 
 
 FORMATS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
@@ -96,7 +99,7 @@ FORMATS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
   'record': (make_record, read_record),
   **{
     name: (functools.partial(make_weights, name), functools.partial(read_weights, name))
-    for name in pretrained.SHIPPED
+    for name in parameters.SHIPPED
   },
   'coefficients': (make_coefficients, read_coefficients),
 }
@@ -136,7 +139,7 @@ def test_no_random_corruption_of_other_formats_goes_unnoticed(tmp_path, thorough
 
 def test_every_single_bit_of_shipped_weights_is_guarded(tmp_path, thorough, tally):
   rng = np.random.default_rng(0)
-  for path in pretrained.SHIPPED.values():
+  for path in parameters.SHIPPED.values():
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], 'little')
     places = rng.choice(8 * len(data), size=250 if thorough else 5, replace=False)
@@ -147,7 +150,7 @@ def test_every_single_bit_of_shipped_weights_is_guarded(tmp_path, thorough, tall
       altered[place // 8] ^= 1 << int(place % 8)
       (tmp_path / path.name).write_bytes(altered)
       with pytest.raises(UserError, match=path.name):
-        pretrained.read_card(tmp_path / path.name)
+        parameters.read_card(tmp_path / path.name)
     tally('corruptions caught', len(places))
 
 
@@ -155,7 +158,7 @@ def test_weights_of_before_there_were_checksums_are_read(tmp_path):
   import safetensors
   import safetensors.numpy
 
-  path = pretrained.SHIPPED['known']
+  path = parameters.SHIPPED['known']
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
   assert metadata.pop('sha256')
@@ -258,7 +261,7 @@ def test_scripts_on_a_full_disk_go_on_once_there_is_space(tmp_path, request, tho
     assert a.read_bytes() == b.read_bytes() if a.is_file() else snapshot(a) == snapshot(b)
   assert (out / 'last.code').read_text().strip() == '0', (out / 'last.err').read_text()
   whole = Path(shutil.copytree(finished, tmp_path / 'whole'))
-  prediction.run(whole, predictors=['shrink', 'linear_fit'], steps=2)
+  from_run.run(whole, predictors=['shrink', 'linear_fit'], steps=2)
   for predictor in ('shrink', 'linear_fit'):
     for step in (1, 2):
       name = f'predictions/{predictor}/{step}'

@@ -31,10 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from know_jax import checkpoints, files, hdf5, pretrained
+from know_jax import jsonable
 from know_jax.errors import UserError
+from know_jax.io import checkpoints, hdf5, journal, sealed
 from know_jax.meta import collect, mat, windows
-from know_jax.run_record import RunRecord
+from know_jax.predictors import parameters
+from know_jax.runs.record import RunRecord
 from know_jax.study import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,30 +294,30 @@ def join_ocdbt(body: bytes) -> bytes:
 
 def make_known(folder: Path) -> None:
   # Without its checksum, as older files are, so that what is behind the checksum is met too.
-  header, body = split_safetensors(pretrained.SHIPPED['known'].read_bytes())
+  header, body = split_safetensors(parameters.SHIPPED['known'].read_bytes())
   header['__metadata__'].pop('sha256', None)
   (folder / 'known.safetensors').write_bytes(join_safetensors(json.dumps(header), body))
 
 
 def read_known(folder: Path) -> Any:
   path = folder / 'known.safetensors'
-  return pretrained.load_known(path), pretrained.read_card(path)
+  return parameters.load_known(path), parameters.read_card(path)
 
 
 def make_keras(folder: Path) -> None:
   import h5py
 
   rng = np.random.default_rng(0)
-  for name in pretrained._KERAS_FILES.values():
+  for name in parameters._KERAS_FILES.values():
     with h5py.File(folder / name, 'w') as file:
-      for path, shape in pretrained.paper_shapes(5).items():
+      for path, shape in parameters.paper_shapes(5).items():
         layer, _, what = path.rpartition('/')
-        keras = pretrained._KERAS_LAYERS[layer]
+        keras = parameters._KERAS_LAYERS[layer]
         file[f'{keras}/{keras}/{what}:0'] = rng.normal(size=shape).astype(np.float32)
 
 
 def read_keras(folder: Path) -> Any:
-  return pretrained.load_known(folder)
+  return parameters.load_known(folder)
 
 
 MAT = 'cnn_mnist_r0.5.mat'
@@ -362,7 +364,7 @@ def make_runs(folder: Path) -> None:
       'parameters': 28,
       'weights_sha256': hashlib.sha256(data).hexdigest(),
     }
-    files.write_sealed(path, about)
+    sealed.write_sealed(path, about)
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], None] = lambda content: None) -> None:
@@ -376,7 +378,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None] = lambda content
     content = json.loads(path.read_bytes())
     content.pop('sha256', None)
     change(content)
-    files.write_sealed(path, files.restored(content))
+    sealed.write_sealed(path, jsonable.restored(content))
 
 
 def amend_runs(folder: Path) -> None:
@@ -436,12 +438,14 @@ def read_record(folder: Path) -> Any:
 
 def make_lines(folder: Path) -> None:
   for number in range(4):
-    files.append_line(folder / 'rows.jsonl', {'key': f'k{number}', 'loss': float('nan'), 'n': [1]})
+    journal.append_line(
+      folder / 'rows.jsonl', {'key': f'k{number}', 'loss': float('nan'), 'n': [1]}
+    )
 
 
 def read_lines(folder: Path) -> Any:
-  files.Journal(folder / 'rows.jsonl').get('k1')
-  return files.read_lines(folder / 'rows.jsonl')
+  journal.Journal(folder / 'rows.jsonl').get('k1')
+  return journal.read_lines(folder / 'rows.jsonl')
 
 
 def make_table(folder: Path) -> None:
@@ -1061,7 +1065,7 @@ def run_batch(
   """Gives a reader inputs, crafted (by name) or random (by seed), and reports on each."""
   import resource
 
-  from know_jax import hdf5
+  from know_jax.io import hdf5
 
   hdf5.SECONDS = HDF5_SECONDS
   reader = READERS[name]

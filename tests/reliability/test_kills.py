@@ -17,7 +17,8 @@ import pytest
 from processes import Done, Kill, Scripts
 from test_run_record import events_of
 
-from know_jax import checkpoints, files, trees
+from know_jax import trees
+from know_jax.io import checkpoints, journal, sealed
 
 CLOCK = {'seconds', 'train_seconds', 'started'}
 """What is read from a clock, by name: no two runs have the same."""
@@ -174,11 +175,11 @@ def contents(folder: Path) -> dict[str, Any]:
     elif path.is_dir():
       found[name] = 'folder'
     elif path.suffix == '.jsonl':
-      lines = files.read_lines(path)
+      lines = journal.read_lines(path)
       assert path.read_bytes().count(b'\n') == len(lines), name
       found[name] = [timeless(line) for line in lines]
     elif path.suffix == '.json':
-      found[name] = timeless(files.read_sealed(path, name))
+      found[name] = timeless(sealed.read_sealed(path, name))
     elif path.name == 'timings.csv':
       header, *rows = path.read_text().splitlines()
       assert header.endswith(',seconds')

@@ -1,0 +1,1 @@
+"""Data sets, their augmentation on the device, and nested subsets."""

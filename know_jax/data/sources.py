@@ -1,0 +1,466 @@
+"""Image-classification data as uint8 arrays: TFDS data sets by name, and the embedded digits.
+
+TFDS is only read here, through its random-access sources, which needs no TensorFlow.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax.errors import UserError, unknown_name
+from know_jax.io.files import write_atomic
+
+DIGITS = 'digits'
+"""The name of scikit-learn's embedded digits, which need no data directory."""
+
+_NAME = re.compile(r'(?P<set>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?')
+_VERSION = re.compile(r'\d+\.\d+\.\d+')
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # What Pillow calls images of so many channels.
+_CACHE_FORMAT = 'know_jax decoded images 1'
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """One split of an image-classification data set, decoded.
+
+  Attributes:
+    name: as given to `load_dataset`.
+    split: as given to `load_dataset`.
+    images: uint8 [N, H, W, C], read-only; grey images have C = 1.
+    labels: int32 [N], from 0 to `num_classes` - 1, read-only.
+    class_names: one a class, in the order of the labels.
+  """
+
+  name: str
+  split: str
+  images: np.ndarray
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes there are, whether or not the split has examples of all."""
+    return len(self.class_names)
+
+
+def load_dataset(
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+  classes: Sequence[int] = (),
+  image_size: tuple[int, int] | None = None,
+) -> Dataset:
+  """Loads one split of a data set.
+
+  `'digits'` are the 1,797 handwritten digits of scikit-learn, 8 x 8, with their values 0 to 16
+  scaled to 0 to 255. Every fifth example of each digit, in the order of scikit-learn, is in the
+  split `'test'` (355 in all), the others are in `'train'` (1,442).
+
+  Any other name is a TFDS data set that lies prepared in `data_dir`, as array_record files:
+  `'cifar10'`, or in full `'name/config:1.0.0'`; without a version the newest one is taken. Images
+  are decoded once a process, and once a machine: the result is kept in `$KNOW_JAX_CACHE` (default
+  `~/.cache/know_jax`) under a name made from the content of the files it comes from.
+
+  Args:
+    name: the data set.
+    split: a whole split, such as `'train'`.
+    data_dir: the TFDS data directory; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+    classes: keep only the examples with these labels and number them 0, 1, ... in the order given;
+      empty: keep all.
+    image_size: (H, W) in pixels that images are resized to, bilinearly (averaging where they
+      shrink, as Pillow does); needed where images differ in size.
+
+  Returns:
+    The examples in the order of the data set.
+
+  Raises:
+    UserError: the data set, split or a class is unknown; the data set is not prepared, not in a
+      readable format, or not one for image classification; images differ in size.
+  """
+  if image_size is not None and (
+    len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size)
+  ):
+    raise UserError(f'image_size is {image_size!r}; wanted (H, W), two whole numbers of pixels.')
+  size = None if image_size is None else (image_size[0], image_size[1])
+  if name == DIGITS:
+    images, labels, class_names = _load_digits(split, size)
+  else:
+    base = Path(data_dir or _default_data_dir()).expanduser()
+    images, labels, class_names = _load_prepared(name, _find_prepared(name, base), split, size)
+  if len(classes):
+    images, labels, class_names = _keep_classes(name, images, labels, class_names, classes)
+  for array in (images, labels):
+    array.setflags(write=False)
+  return Dataset(name, split, images, labels, class_names)
+
+
+def mean_image(images: np.ndarray) -> np.ndarray:
+  """The mean of images / 255, which the paper subtracts from its inputs.
+
+  Args:
+    images: uint8 [N, H, W, C], N > 0.
+
+  Returns:
+    float32 [H, W, C], accumulated in float64.
+
+  Raises:
+    UserError: `images` are not as described.
+  """
+  if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+    raise UserError(
+      f'images have shape {images.shape} and dtype {images.dtype}; wanted uint8 [N, H, W, C] with '
+      'N > 0.'
+    )
+  return (images.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
+
+
+def to_device_input(images: jax.Array, mean: jax.Array) -> jax.Array:
+  """What the networks are given: images / 255 minus the mean image, in float32.
+
+  Args:
+    images: uint8 [..., H, W, C].
+    mean: float32 [H, W, C], of the training set: see `mean_image`.
+
+  Returns:
+    float32 [..., H, W, C].
+
+  Raises:
+    UserError: `images` are not uint8, or `mean` has another shape than one of them.
+  """
+  if images.dtype != jnp.uint8 or images.shape[-3:] != mean.shape:
+    raise UserError(
+      f'images have shape {images.shape} and dtype {images.dtype}; wanted uint8 [..., H, W, C] '
+      f'with (H, W, C) = {mean.shape}, the shape of the mean image.'
+    )
+  return images.astype(jnp.float32) / 255 - mean
+
+
+def _keep_classes(
+  name: str,
+  images: np.ndarray,
+  labels: np.ndarray,
+  class_names: tuple[str, ...],
+  classes: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  for label in classes:
+    if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+      raise UserError(f'classes hold {label!r}; wanted labels, whole numbers.')
+    if not 0 <= label < len(class_names):
+      raise UserError(f'classes hold {label}; {name!r} has the labels 0 to {len(class_names) - 1}.')
+    if list(classes).count(label) > 1:
+      raise UserError(f'classes hold {label} more than once: {tuple(classes)}.')
+  renumbered = np.full(len(class_names), -1, np.int32)
+  renumbered[list(classes)] = np.arange(len(classes))
+  labels = renumbered[labels]
+  keep = labels >= 0
+  return images[keep], labels[keep], tuple(class_names[label] for label in classes)
+
+
+# --- the embedded digits ---------------------------------------------------------------------
+
+
+@functools.cache
+def _load_digits(
+  split: str, image_size: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  if split not in ('train', 'test'):
+    raise unknown_name(f'split of {DIGITS!r}', split, ('train', 'test'))
+  try:
+    from sklearn.datasets import load_digits
+  except ImportError as error:
+    raise UserError(_needs_extra(f'data set {DIGITS!r}', 'scikit-learn', error)) from error
+  raw = load_digits()
+  labels = raw.target.astype(np.int32)
+  images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
+  test = np.zeros(len(labels), bool)
+  for digit in range(10):
+    test[np.flatnonzero(labels == digit)[4::5]] = True
+  chosen = test if split == 'test' else ~test
+  images, labels = images[chosen], labels[chosen]
+  if image_size is not None:
+    from PIL import Image
+
+    images = np.stack([_pixels(Image.fromarray(x[..., 0]), 1, image_size) for x in images])
+  return images, labels, tuple(str(digit) for digit in range(10))
+
+
+# --- TFDS ------------------------------------------------------------------------------------
+
+
+def _default_data_dir() -> str:
+  # As in TFDS, but read at the time of the call, and without importing TFDS.
+  return os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+
+
+def _prepared(base: Path, name: str = '*') -> dict[str, dict[str, Path]]:
+  """What lies prepared in a TFDS data directory: `name` or `name/config` -> version -> folder."""
+  found: dict[str, dict[str, Path]] = {}
+  for versions in ('*', '*/*'):
+    for path in base.glob(f'{name}/{versions}/dataset_info.json'):
+      folder = path.parent
+      # Folders of unfinished preparations have other names.
+      if _VERSION.fullmatch(folder.name) and (folder / 'features.json').is_file():
+        name = folder.parent.relative_to(base).as_posix()
+        found.setdefault(name, {})[folder.name] = folder
+  return found
+
+
+def _find_prepared(name: str, base: Path) -> Path:
+  match = _NAME.fullmatch(name)
+  if not match:
+    raise unknown_name('data set', name, [*_prepared(base), DIGITS])
+  prepared = _prepared(base, match['set'])
+  wanted = name.removesuffix(f':{match["version"]}')
+  if wanted not in prepared:
+    variants = sorted(known for known in prepared if known.startswith(f'{wanted}/'))
+    if not variants:
+      raise _missing(match['set'], wanted, base)
+    if len(variants) > 1:
+      raise UserError(
+        f'data set {wanted!r} is prepared in {base} in {len(variants)} configurations; wanted one '
+        f'of {", ".join(repr(variant) for variant in variants)}.'
+      )
+    wanted = variants[0]
+  versions = prepared[wanted]
+  version = match['version'] or max(versions, key=lambda v: [int(part) for part in v.split('.')])
+  if version not in versions:
+    raise UserError(
+      f'data set {wanted!r} is prepared in {base} in version {", ".join(sorted(versions))}; wanted '
+      f'{version}.'
+    )
+  return versions[version]
+
+
+def _missing(base_name: str, wanted: str, base: Path) -> UserError:
+  """The error for a data set that is not there."""
+  tfds = _import_tfds(f'data set {wanted!r}')
+  offered = tfds.list_builders(with_community_datasets=False)
+  if base_name in offered:
+    return UserError(
+      f'data set {wanted!r} is not prepared in {base}. {_how_to_prepare(wanted, base)}'
+    )
+  prepared = _prepared(base)
+  message = (
+    f'{unknown_name("data set", wanted, [*prepared, DIGITS])} These are the embedded digits and '
+    f'what is prepared in {base}.'
+  )
+  near = difflib.get_close_matches(base_name, offered, n=3, cutoff=0.7)
+  if near := [name for name in near if name not in prepared]:
+    message += f' TFDS also offers {" and ".join(repr(name) for name in near)}. '
+    message += _how_to_prepare(near[0], base)
+  return UserError(message)
+
+
+def _how_to_prepare(name: str, base: Path) -> str:
+  lacking = importlib.util.find_spec('tensorflow') is None
+  install = 'pip install tensorflow && ' if lacking else ''
+  return (
+    f'Prepare it once with: {install}tfds build {name} --file_format=array_record '
+    f'--data_dir={base} (TFDS needs TensorFlow to prepare data sets, but not to read them).'
+  )
+
+
+def _needs_extra(what: str, package: str, error: ImportError) -> str:
+  return f"{what} needs {package}: pip install 'know_jax[train]' ({error})."
+
+
+def _import_tfds(what: str) -> Any:
+  try:
+    import array_record  # noqa: F401  (TFDS would import it late, with a message of its own)
+    import tensorflow_datasets
+  except ImportError as error:
+    raise UserError(_needs_extra(what, 'TFDS and array_record', error)) from error
+  return tensorflow_datasets
+
+
+@functools.lru_cache(maxsize=8)
+def _load_prepared(
+  name: str, folder: Path, split: str, image_size: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  tfds = _import_tfds(f'data set {name!r}')
+  # Read from the folder, not through the code registered under the name: that would want its own
+  # version of the data set, and may look for it on the network.
+  builder = tfds.builder_from_directory(folder)
+  formats = {file_format.value for file_format in builder.info.available_file_formats()}
+  if 'array_record' not in formats:
+    raise UserError(
+      f'data set {name!r} in {folder} is stored as {" and ".join(sorted(formats))}, which is not '
+      'read without TensorFlow; wanted array_record. Prepare it anew, in another data directory or '
+      f'after removing this one. {_how_to_prepare(name, Path("DIR"))}'
+    )
+  image_key, label_key = _image_and_label(tfds, name, builder.info)
+  if split not in builder.info.splits:
+    raise unknown_name(f'split of {name!r}', split, builder.info.splits)
+  try:
+    key = _cache_key(builder, split, image_key, label_key, image_size)
+  except OSError as error:
+    raise UserError(f'data set {name!r} in {folder} is not complete: {error}.') from error
+  path = _cache_dir() / f'{builder.info.name}-{split}-{key.hex()[:16]}.images'
+  decoded = _read_cache(path, key)
+  if decoded is None:
+    decoded = _decode(tfds, name, builder, split, image_key, label_key, image_size)
+    _write_cache(path, key, *decoded)
+  return *decoded, tuple(builder.info.features[label_key].names)
+
+
+def _image_and_label(tfds: Any, name: str, info: Any) -> tuple[str, str]:
+  """The names of the image and the label feature of a data set."""
+  features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+  images = [key for key, x in features.items() if isinstance(x, tfds.features.Image)]
+  labels = [key for key, x in features.items() if isinstance(x, tfds.features.ClassLabel)]
+  match info.supervised_keys:
+    case (str() as image, str() as label) if image in images and label in labels:
+      images, labels = [image], [label]
+  if len(images) != 1 or len(labels) != 1:
+    found = ', '.join(f'{key} ({type(features[key]).__name__})' for key in sorted(features))
+    raise UserError(
+      f'data set {name!r} is not one for image classification: it has the features '
+      f'{found or type(info.features).__name__} and the supervised keys {info.supervised_keys}; '
+      'wanted one Image and one ClassLabel.'
+    )
+  image = features[images[0]]
+  if image.np_dtype != np.uint8 or image.shape[-1] not in _MODES:
+    raise UserError(
+      f'feature {images[0]!r} of data set {name!r} holds images of {np.dtype(image.np_dtype)} with '
+      f'{image.shape[-1]} channels; wanted uint8 with 1, 3 or 4.'
+    )
+  return images[0], labels[0]
+
+
+def _decode(
+  tfds: Any,
+  name: str,
+  builder: Any,
+  split: str,
+  image_key: str,
+  label_key: str,
+  image_size: tuple[int, int] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reads and decodes a whole split: images [N, H, W, C] and labels [N]."""
+  from PIL import Image
+  from tqdm import tqdm
+
+  # Decoding here and not in TFDS, which takes grey JPEGs in a set of colour images as they are,
+  # and warns that Pillow is not OpenCV.
+  source = builder.as_data_source(
+    split=split,
+    file_format='array_record',
+    decoders={image_key: tfds.decode.SkipDecoding()},
+  )
+  channels = builder.info.features[image_key].shape[-1]
+  labels = np.empty(len(source), np.int32)
+  images: np.ndarray = np.empty(0, np.uint8)
+  bar = tqdm(
+    total=len(source),
+    desc=f'decoding {name}/{split}',
+    unit=' images',
+    delay=1,
+    mininterval=0.2 if sys.stderr.isatty() else 10,
+  )
+  with bar:
+    for start in range(0, len(source), 256):
+      places = range(start, min(start + 256, len(source)))
+      for i, example in zip(places, source.__getitems__(list(places)), strict=True):
+        try:
+          with Image.open(io.BytesIO(example[image_key])) as encoded:
+            pixels = _pixels(encoded, channels, image_size)
+        except OSError as error:
+          raise UserError(f'example {i} of {name}/{split} is no image: {error}.') from error
+        if i == 0:
+          images = np.empty((len(source), *pixels.shape), np.uint8)
+        elif pixels.shape != images.shape[1:]:
+          raise UserError(
+            f'images of {name}/{split} differ in size: {images.shape[1]} x {images.shape[2]} in '
+            f'example 0, {pixels.shape[0]} x {pixels.shape[1]} in example {i} (height x width). '
+            'Give image_size=(H, W) to resize them all.'
+          )
+        images[i], labels[i] = pixels, example[label_key]
+      bar.update(len(places))
+  if not len(labels) or labels.min() < 0:
+    raise UserError(
+      f'{name}/{split} has {len(labels)} examples, {(labels < 0).sum()} of them without a label; '
+      'wanted some, all with one.'
+    )
+  return images, labels
+
+
+def _pixels(image: Any, channels: int, image_size: tuple[int, int] | None) -> np.ndarray:
+  """A Pillow image as uint8 [H, W, C], resized on request."""
+  from PIL import Image
+
+  if image.mode != _MODES[channels]:
+    image = image.convert(_MODES[channels])
+  if image_size is not None:
+    image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+  return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+# --- the cache of decoded images -------------------------------------------------------------
+
+
+def _cache_dir() -> Path:
+  return Path(os.environ.get('KNOW_JAX_CACHE') or '~/.cache/know_jax').expanduser()
+
+
+def _cache_key(
+  builder: Any, split: str, image_key: str, label_key: str, image_size: tuple[int, int] | None
+) -> bytes:
+  """A checksum of everything that decoded images depend on, the content of the files included."""
+  import PIL
+
+  key = hashlib.sha256()
+  words = [_CACHE_FORMAT, PIL.__version__, split, image_key, label_key, image_size]
+  key.update(json.dumps(words).encode())
+  folder = Path(builder.data_dir)
+  shards = (Path(path) for path in builder.info.splits[split].filepaths)
+  for path in (folder / 'dataset_info.json', folder / 'features.json', *shards):
+    with path.open('rb') as file:
+      key.update(hashlib.file_digest(file, 'sha256').digest())
+  return key.digest()
+
+
+def _read_cache(path: Path, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+  """Decoded images and labels from a file; None if there is none or it is damaged."""
+  try:
+    content = path.read_bytes()
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    warnings.warn(f'cannot read decoded images: {error}; decoding anew.', stacklevel=2)
+    return None
+  body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+  if hashlib.sha256(key + body).digest() != digest:
+    warnings.warn(f'{path} is damaged; decoding anew.', stacklevel=2)
+    return None
+  file = io.BytesIO(body)
+  return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+
+
+def _write_cache(path: Path, key: bytes, images: np.ndarray, labels: np.ndarray) -> None:
+  file = io.BytesIO()
+  for array in (images, labels):
+    np.save(file, array, allow_pickle=False)
+  body = file.getvalue()
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, body + hashlib.sha256(key + body).digest())
+  except (OSError, UserError) as error:
+    # The images are at hand; only the next process will have to decode them again.
+    warnings.warn(f'cannot keep decoded images: {error} ($KNOW_JAX_CACHE)', stacklevel=2)

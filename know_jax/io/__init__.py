@@ -1,0 +1,1 @@
+"""Files: atomic and sealed ones, journals, checkpoints, and the formats of weights."""

@@ -1,0 +1,116 @@
+"""Small files that are never found half-written or altered: locks, atomic writes, sealed JSON."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+LOCK_SECONDS = 10.0
+"""How long a writer waits for another process that writes the same path."""
+
+
+def fsync_directory(path: Path) -> None:
+  """Makes the names in a directory durable."""
+  fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+def hidden_sibling(path: Path, suffix: str) -> Path:
+  """The name `.NAME.SUFFIX` beside `path`, for what must share its file system."""
+  return path.with_name(f'.{path.name}.{suffix}')
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+  """Holds the right to write `path` against other processes.
+
+  The lock is a file beside `path`. The kernel drops it with the process, so a kill leaves none
+  that holds; and it is a file, not the directory, because NFS locks nothing else.
+
+  Args:
+    path: what is to be written; its parent exists.
+    wait_seconds: how long to wait for another holder.
+
+  Raises:
+    TimeoutError: another process, or another thread, still holds it then.
+    OSError: the lock cannot be made (read-only directory, full disk).
+  """
+  name = hidden_sibling(path, 'lock')
+  deadline = time.monotonic() + wait_seconds
+  while True:
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # The holder before us removed the file: a lock on a file without a name keeps nobody out.
+      if os.path.samestat(os.fstat(fd), name.stat()):
+        break
+    except FileNotFoundError:
+      pass
+    except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EACCES):
+        os.close(fd)
+        raise
+    os.close(fd)
+    if time.monotonic() > deadline:
+      raise TimeoutError('another process is writing it')
+    time.sleep(0.01)
+  try:
+    yield
+  finally:
+    try:
+      name.unlink(missing_ok=True)
+    finally:
+      os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+  """Removes a directory, and what writers of it that were killed left beside it, where it can."""
+  prefix = hidden_sibling(path, '').name
+  with contextlib.suppress(OSError), locked(path):
+    beside = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]
+    if path.is_dir():
+      # Under another name first: a kill half-way leaves nothing that looks like a whole one.
+      doomed = hidden_sibling(path, 'removing')
+      shutil.rmtree(doomed, ignore_errors=True)
+      beside.append(path.rename(doomed))
+    for entry in beside:
+      # Not the lock, which is a file.
+      shutil.rmtree(entry, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+  """Replaces a file's content, durably: a kill at any moment leaves the old or the new one.
+
+  Raises:
+    OSError: it cannot be written, or another process is; the old content is intact.
+  """
+  with locked(path), replacing(path) as file:
+    file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+  """Gives a file to write, which becomes `path`, durably, when the block ends without an error.
+
+  Raises:
+    OSError: it cannot be written; the old content is intact.
+  """
+  temporary = hidden_sibling(path, 'tmp')
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  fsync_directory(path.parent)

@@ -1,0 +1,1 @@
+"""Predicting weights: from memory, from files, from a forgetting run."""

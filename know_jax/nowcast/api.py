@@ -1,0 +1,131 @@
+"""predict and forecast: the entry points."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax import kinds as kinds_
+from know_jax import trees
+from know_jax.nowcast.engine import as_jax, check_steps, is_on_host, plan_of
+from know_jax.predictors.methods import METHODS
+from know_jax.trajectory import Trajectory
+
+
+def predict(
+  params_history: Any,
+  steps: int = 1,
+  *,
+  predictor: str = 'known',
+  theta: Any = None,
+  rate: float = 0.5,
+  kinds: kinds_.KindFn | None = None,
+  on_bad: str = 'keep',
+  **options: Any,
+) -> trees.PyTree:
+  """Predicts the weights `steps` stages beyond the newest: "as if trained on" rate^-steps the data.
+
+  A pure function of arrays: works under `jit` (with `steps`, `predictor`, `rate`, `kinds` and
+  options static), `grad` (for the history and theta) and `vmap`. Leaves sharded by a
+  `NamedSharding` keep their sharding, and KNOWN moves no weight between devices, be they of one
+  process or of several (each then calls this, with its part of the same arrays); under a `jit` of
+  the caller's over a mesh with automatic axes XLA decides both. bfloat16 and float16 are computed
+  in float32 and returned in their own dtype.
+
+  Every predicted leaf is checked (`know_jax.nowcast.health`): it is bad if it holds NaN or
+  infinity, if a weight moves farther than ten times the largest weight of its history, or if a
+  residual of the paper's KNOWN is saturated. Leaves unlike any that KNOWN was trained on are
+  predicted, with a warning.
+
+  Args:
+    params_history: the weights at T stages, oldest (smallest subset) first: a list or tuple of
+      pytrees, a `Trajectory`, or one pytree whose leaves are stacked on axis 0 (`[T, ...]`). KNOWN
+      reads the S newest stages, S = 5 for the shipped weights.
+    steps: how far ahead; 0 gives the newest weights, bit for bit.
+    predictor: a name in `PREDICTORS`.
+    theta: the parameters of KNOWN, as `load_known` gives them; None: those shipped. Only for
+      `known`, `known_history_free` and `known_paper`.
+    rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size,
+      and for KNOWN conditioned on the leaf.
+    kinds: `(path, leaf) -> 'conv' | 'fc' | 'bias' | 'keep' | None` where the default rule of
+      `kinds.default_kind` (None) does not fit; `path` joins the keys by `/`, `leaf` is a
+      `jax.ShapeDtypeStruct` without the time axis.
+    on_bad: what becomes of a bad leaf: 'keep' (it keeps its newest weights, and a
+      `health.PredictionWarning` says so and why), 'raise', or 'ignore' (nothing is looked at, and
+      no warning given). The same under a transformation, where the warning comes, and the error is
+      raised, when the computation runs.
+    **options: the predictor's own options: `regressor` (linear_fit), `lam` and `variant`
+      (task_vector), `c` (shrink), `coefficients` (least_squares).
+
+  Returns:
+    A pytree like one element of the history: same structure, shapes and dtypes. Kept leaves
+    (normalisation, integers) are those of the newest stage.
+
+  Raises:
+    UserError: before anything is computed, if the history is too short for the step, its stages
+      differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind or
+      lies on other devices than the rest, or a name or option is unknown; afterwards, if a
+      prediction is bad and `on_bad` is 'raise'.
+  """
+  steps = check_steps(steps, least=0)
+  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
+  history = plan.history
+  if steps == 0:
+    return history.unflatten([history.newest(i) for i in range(len(history.leaves))])
+  return history.unflatten(
+    [
+      history.newest(i) if leaf is None else _only_step(leaf)
+      for i, leaf in enumerate(plan.run((steps,)))
+    ]
+  )
+
+
+def forecast(
+  params_history: Any,
+  steps: int = 3,
+  *,
+  predictor: str = 'known',
+  theta: Any = None,
+  rate: float = 0.5,
+  kinds: kinds_.KindFn | None = None,
+  on_bad: str = 'keep',
+  **options: Any,
+) -> Trajectory:
+  """Predicts each of the next `steps` weights; the arguments are those of `predict`.
+
+  Returns:
+    A `Trajectory` of `steps` stages, the nearest prediction first; stage n - 1 equals
+    `predict(params_history, n, ...)`.
+
+  Raises:
+    UserError: as `predict` does; also for steps = 0.
+  """
+  steps = check_steps(steps, least=1)
+  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
+  history = plan.history
+  predicted = plan.run(tuple(range(1, steps + 1)))
+  leaves = [
+    _repeat(history.newest(i), steps) if leaf is None else leaf for i, leaf in enumerate(predicted)
+  ]
+  return Trajectory(history.unflatten(leaves))
+
+
+PREDICTORS: dict[str, Callable[..., trees.PyTree]] = {
+  name: functools.partial(predict, predictor=name) for name in METHODS
+}
+"""Name -> `(params_history, steps=1, *, rate=0.5, kinds=None, **options) -> pytree`."""
+
+
+def _only_step(leaf: jax.Array) -> jax.Array:
+  """A leaf of a prediction of one step, `[1, ...]`, without that axis."""
+  # On the host by NumPy, because JAX would compile an indexing for every shape.
+  return as_jax(np.asarray(leaf)[0]) if is_on_host([leaf], None) else leaf[0]
+
+
+def _repeat(leaf: Any, times: int) -> Any:
+  if isinstance(leaf, jax.Array):
+    return jnp.stack([leaf] * times)
+  return np.stack([leaf] * times)

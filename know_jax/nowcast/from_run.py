@@ -1,0 +1,258 @@
+"""From a finished forgetting run to predicted weights on disk.
+
+Each predictor's weights are written to `predictions/<predictor>/<n>` in the run's workdir, a
+checkpoint for every step n = 1..steps, whose metadata say what it is and how it scores as it is.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax import forgetting, trees
+from know_jax import kinds as kinds_
+from know_jax.data.sources import to_device_input
+from know_jax.errors import PredictionWarning, UserError, unknown_name
+from know_jax.io import checkpoints
+from know_jax.io.files import remove_tree
+from know_jax.nowcast import api
+from know_jax.predictors.methods import METHODS, max_steps
+from know_jax.predictors.parameters import SHIPPED, load_known
+from know_jax.report.plots import plot_nowcast
+from know_jax.training import loop
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
+from know_jax.trajectory import Trajectory
+
+RECALIBRATION_BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """One predicted weight and how it scores before any further training.
+
+  Attributes:
+    predictor: its name.
+    steps: n; 0 is the newest weight itself.
+    multiple: r^-n, how many times the data it stands for.
+    variables: the predicted variables.
+    accuracy: on the run's own test set, in [0, 1].
+    loss: likewise, mean cross-entropy.
+    movement: kind -> mean absolute and relative change from the newest weight.
+    path: the checkpoint; None for the newest weight.
+  """
+
+  predictor: str
+  steps: int
+  multiple: float
+  variables: Any
+  accuracy: float
+  loss: float
+  movement: dict[str, dict[str, float]]
+  path: Path | None
+
+
+def run(
+  workdir: str | Path,
+  *,
+  predictors: Sequence[str],
+  steps: int,
+  batch_norm: str = 'keep',
+  recalibration_batches: int = 10,
+  known: str | None = None,
+  on_bad: str = 'keep',
+) -> list[Prediction]:
+  """Predicts, scores and writes; draws `predictions/nowcast.png`.
+
+  Earlier predictions of the same predictors are replaced, those of farther steps removed: what a
+  predictor has in a workdir is of one call.
+
+  Args:
+    workdir: of a finished forgetting run.
+    predictors: names in `PREDICTORS`.
+    steps: how far; the weights of every step from 1 on are written.
+    batch_norm: what happens to BatchNorm, a name in `BATCH_NORM_POLICIES`.
+    recalibration_batches: batches of 128 training images for `recalibrate`.
+    known: file or folder with the parameters of KNOWN, as `load_known` takes; None: those shipped.
+    on_bad: what becomes of leaves with a bad prediction, as in `nowcast.predict`. The metadata of
+      the checkpoints hold its warnings too.
+
+  Returns:
+    The newest weight as step 0 of 'persistence', then every prediction.
+
+  Raises:
+    UserError: before anything is written, if a name is unknown, the run is unfinished or damaged,
+      or a predictor cannot do the steps with this history.
+  """
+  if not predictors:
+    raise UserError(f'no predictor is given; wanted some of {", ".join(METHODS)}.')
+  for name in predictors:
+    if name not in METHODS:
+      raise unknown_name('predictor', name, METHODS)
+  if batch_norm not in BATCH_NORM_POLICIES:
+    raise unknown_name('BatchNorm policy', batch_norm, BATCH_NORM_POLICIES)
+  workdir = Path(workdir).expanduser()
+  trajectory, record = forgetting.load_trajectory(workdir)
+  config = record['config']
+  for name in predictors:
+    reach = max_steps(name, len(trajectory))
+    if reach is not None and steps > reach:
+      raise UserError(
+        f'predictor {name!r} can do at most steps={reach} with the {len(trajectory)} stages of '
+        f'{workdir}; found steps={steps}.'
+      )
+  theta = None if known is None else load_known(known)
+  task = forgetting.load_task(config)
+  test = loop.put_data(task.test.images, task.test.labels, task.mean)
+  kinds = kinds_.leaf_kinds(trajectory.newest)
+  images = None
+  if batch_norm == 'recalibrate' and has_batch_norm(trajectory.newest):
+    wanted = recalibration_batches * RECALIBRATION_BATCH
+    images = to_device_input(jnp.asarray(task.train.images[:wanted]), jnp.asarray(task.mean))
+
+  newest = jax.device_get(trajectory.newest)
+  stage = record['stages'][0]
+  found = [
+    Prediction(
+      'persistence', 0, 1.0, newest, stage['test_accuracy'], stage['test_loss'],
+      _movement(newest, newest, kinds), None,
+    )
+  ]  # fmt: skip
+  # All are predicted before one is written: a predictor may still find the history too short.
+  forecasts, warned = {}, {}
+  for name in predictors:
+    # --known replaces the shipped default; 'known_paper' is always the shipped one.
+    given = theta if METHODS[name].shipped == 'known' else None
+    with _noted() as warned[name]:
+      forecasts[name] = api.forecast(
+        trajectory, steps, predictor=name, theta=given, rate=config['rate'], on_bad=on_bad
+      )
+  for name, forecast in forecasts.items():
+    _remove_beyond(workdir, name, steps)
+    for n, weights in enumerate(forecast, start=1):
+      variables = apply_policy(
+        batch_norm, task.model, weights, images,
+        num_batches=recalibration_batches, batch_size=RECALIBRATION_BATCH,
+      )  # fmt: skip
+      variables = jax.device_get(variables)
+      metrics = loop.evaluate(task.model, variables, test)
+      prediction = Prediction(
+        predictor=name,
+        steps=n,
+        multiple=config['rate'] ** -n,
+        variables=variables,
+        accuracy=metrics['accuracy'],
+        loss=metrics['loss'],
+        movement=_movement(newest, variables, kinds),
+        path=prediction_path(workdir, name, n),
+      )
+      found.append(prediction)
+      _save(prediction, batch_norm, known, warned[name])
+  history = [s['test_loss'] for s in record['stages']]
+  plot_nowcast(
+    workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
+    config['rate'],
+  )  # fmt: skip
+  return found
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+  """Gives the texts of the warnings about predictions, which are passed on."""
+  texts: list[str] = []
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', PredictionWarning)
+    yield texts
+  for warning in caught:
+    if issubclass(warning.category, PredictionWarning):
+      texts.append(str(warning.message))
+    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def prediction_path(workdir: str | Path, predictor: str, steps: int) -> Path:
+  """The checkpoint of one predicted weight."""
+  return Path(workdir) / 'predictions' / predictor / str(steps)
+
+
+def _remove_beyond(workdir: Path, predictor: str, steps: int) -> None:
+  for path in prediction_path(workdir, predictor, 1).parent.glob('[0-9]*'):
+    if path.name.isdigit() and int(path.name) > steps:
+      remove_tree(path)
+
+
+def _save(
+  prediction: Prediction, batch_norm: str, known: str | None, warned: Sequence[str]
+) -> None:
+  assert prediction.path is not None
+  metadata = {
+    'predictor': prediction.predictor,
+    'steps': prediction.steps,
+    'multiple': prediction.multiple,
+    'test_accuracy': prediction.accuracy,
+    'test_loss': prediction.loss,
+    'batch_norm': batch_norm,
+    'warnings': list(warned),
+  }
+  if METHODS[prediction.predictor].leaf_fn is None:
+    name = METHODS[prediction.predictor].shipped
+    metadata['known'] = known if known and name == 'known' else SHIPPED[name].name
+  checkpoints.save(prediction.path, prediction.variables, metadata=metadata, overwrite=True)
+
+
+def _movement(newest: Any, predicted: Any, kinds: dict[str, str]) -> dict[str, dict[str, float]]:
+  """How far the leaves of each kind moved, in float64."""
+  before, after = trees.named_leaves(newest), trees.named_leaves(predicted)
+  found = {}
+  for kind in (*kinds_.KINDS, kinds_.KEEP):
+    paths = [p for p, k in kinds.items() if k == kind and np.size(before[p])]
+    if not paths:
+      continue
+    old = np.concatenate([np.ravel(before[p]).astype(np.float64) for p in paths])
+    move = np.concatenate([np.ravel(after[p]).astype(np.float64) for p in paths]) - old
+    norm = float(np.linalg.norm(old))
+    found[kind] = {
+      'weights': float(old.size),
+      'mean_absolute': float(np.abs(move).mean()),
+      'relative': float(np.linalg.norm(move)) / norm if norm else 0.0,
+    }
+  return found
+
+
+def _by_predictor(found: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+  groups: dict[str, list[Prediction]] = {}
+  for prediction in found:
+    if prediction.steps:
+      groups.setdefault(prediction.predictor, []).append(prediction)
+  return groups
+
+
+# --- what bin/nowcast.py prints -------------------------------------------------------------------
+
+
+def kinds_report(trajectory: Trajectory) -> str:
+  """A line for every leaf: path, shape and the kind it is predicted as."""
+  newest = trajectory.newest
+  return kinds_.kinds_table(trees.named_leaves(newest), kinds_.leaf_kinds(newest))
+
+
+def report(found: Sequence[Prediction]) -> str:
+  """A line for every prediction: accuracy as it is, and how far each kind of leaf moved."""
+  kinds = list(found[0].movement)
+  header = f'{"predictor":<20} {"data":>6} {"accuracy":>9} {"loss":>9}'
+  lines = [header + ''.join(f'  {"|move| " + kind:>22}' for kind in kinds)]
+  for p in found:
+    line = f'{p.predictor:<20} {f"x{p.multiple:.3g}":>6} {p.accuracy:>9.2%} {p.loss:>9.4f}'
+    for kind in kinds:
+      move = p.movement[kind]
+      cell = f'{move["mean_absolute"]:.2e} ({move["relative"]:.1%})'
+      line += f'  {cell:>22}'
+    lines.append(line)
+  lines.append(
+    '|move|: mean absolute change of a weight of that kind (and change / norm of Theta^0)'
+  )
+  return '\n'.join(lines)

@@ -1,0 +1,1 @@
+"""The predictors, and the weights that are shipped for them."""

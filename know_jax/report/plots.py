@@ -1,0 +1,172 @@
+"""Pictures. Matplotlib is imported where it draws, and draws to files only."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from know_jax import kinds as kinds_
+from know_jax import trees
+from know_jax.trajectory import Trajectory
+
+MARKERS = 'osD^vP*X<>hp'
+
+
+def new_figure(width: float, height: float) -> Any:
+  """An empty Matplotlib figure, in inches, that can be written to files."""
+  # Figure and Agg canvas without pyplot: no global state, no display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def plot_nowcast(
+  path: Path,
+  trajectory: Trajectory,
+  predictions: Mapping[str, Sequence[Any]],
+  history_loss: Sequence[float],
+  rate: float,
+) -> None:
+  """Draws a trajectory with its predictions in a plane, and test loss against amount of data.
+
+  Args:
+    path: the PNG file to write.
+    trajectory: the history, oldest first.
+    predictions: predictor -> objects with `variables`, `multiple` and `loss`, nearest first;
+      weights with NaN or infinity have no place in the plane.
+    history_loss: test loss of the stages, all data first.
+    rate: r.
+  """
+  history = [_flat(stage) for stage in trajectory]
+  points = {name: _finite(_flat(p.variables) for p in group) for name, group in predictions.items()}
+  everything = np.stack([*history, *(x for group in points.values() for x in group)])
+  plane, shares = principal_plane(everything)
+
+  figure = new_figure(13, 5.5)
+  left, right = figure.subplots(1, 2)
+  colors = {name: f'C{i % 10}' for i, name in enumerate(predictions)}
+
+  past = plane[: len(history)]
+  left.plot(*past.T, '-o', color='black', label='history (stages)')
+  for stage, point in enumerate(past):
+    age = len(past) - 1 - stage
+    if age not in (0, len(past) - 1):
+      continue  # The stages between lie on the line between.
+    left.annotate(f'$\\Theta^{age}$', point, textcoords='offset points', xytext=(6, 6))
+  start = len(history)
+  for i, (name, group) in enumerate(points.items()):
+    ahead = np.vstack([past[-1:], plane[start : start + len(group)]])
+    start += len(group)
+    left.plot(*ahead.T, '--', color=colors[name], linewidth=1)
+    left.plot(*ahead[1:].T, MARKERS[i % len(MARKERS)], color=colors[name], label=name)
+  left.set_xlabel(f'first principal component ({shares[0]:.0%} of variance)')
+  left.set_ylabel(f'second principal component ({shares[1]:.0%})')
+  left.set_title('Predicted leaves of the network, in the plane that shows most of them')
+  left.legend(fontsize=8)
+
+  amounts = [rate**i for i in range(len(history_loss))]
+  right.plot(amounts, history_loss, '-o', color='black', label='history (stages)')
+  for i, (name, ahead_of) in enumerate(predictions.items()):
+    right.plot(
+      [1.0, *(p.multiple for p in ahead_of)],
+      [history_loss[0], *(p.loss for p in ahead_of)],
+      '--' + MARKERS[i % len(MARKERS)],
+      color=colors[name],
+      linewidth=1,
+      label=name,
+    )
+  right.set_xscale('log', base=2)
+  # Losses grow by orders of magnitude where a prediction fails; accuracies saturate before.
+  right.set_yscale('log')
+  right.axvline(1.0, color='grey', linewidth=0.5)
+  right.set_xlabel('amount of data, as a multiple of the training set (beyond 1: predicted)')
+  right.set_ylabel('test loss (mean cross-entropy) of the weights as they are')
+  right.set_title('Before any further training')
+  right.legend(fontsize=8)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+
+
+def plot_learning_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+  """Draws the curves of a meta-training: its loss, and the validation error of each kind of leaf.
+
+  Args:
+    path: the PNG file to write.
+    lines: of the metrics log, each with `step`, `loss` and `ratio_conv`, `ratio_fc`, `ratio_bias`.
+  """
+  figure = new_figure(10, 4)
+  left, right = figure.subplots(1, 2)
+  steps = [line['step'] for line in lines]
+  left.plot(steps, [line['loss'] for line in lines], color='black')
+  left.set_ylabel('training loss')
+  for kind in kinds_.KINDS:
+    right.plot(steps, [line[f'ratio_{kind}'] for line in lines], label=kind)
+  right.axhline(1.0, color='grey', linewidth=0.5)
+  right.set_ylabel('validation error / error of copying')
+  right.legend()
+  for axes in (left, right):
+    axes.set_xlabel('step')
+  figure.savefig(path, dpi=110)
+
+
+def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Coordinates in the plane of the two first principal components.
+
+  Args:
+    points: `[n, d]`, n at least 2; d may be in the millions: only an n x n matrix is decomposed.
+
+  Returns:
+    Coordinates `[n, 2]` and the two components' shares of the variance, `[2]`. The sign of a
+    component is such that the last point of the first half lies on its positive side or at 0.
+  """
+  centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+  values, vectors = np.linalg.eigh(centred @ centred.T)
+  values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+  coordinates = vectors[:, :2] * np.sqrt(values[:2])
+  middle = coordinates[(len(points) - 1) // 2]
+  coordinates = coordinates * np.where(middle < 0, -1.0, 1.0)
+  return coordinates, values[:2] / max(values.sum(), np.finfo(np.float64).tiny)
+
+
+def _finite(vectors: Iterable[np.ndarray]) -> list[np.ndarray]:
+  return [vector for vector in vectors if np.isfinite(vector).all()]
+
+
+def _flat(variables: Any) -> np.ndarray:
+  """The leaves that are predicted, as one vector."""
+  kinds = kinds_.leaf_kinds(variables)
+  leaves = trees.named_leaves(jax.device_get(variables))
+  parts = [
+    np.ravel(leaf).astype(np.float32) for path, leaf in leaves.items() if kinds[path] != kinds_.KEEP
+  ]
+  return np.concatenate(parts)
+
+
+def plot_gains(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+  """Draws retrodiction error against the gain of a short transfer, one point an arm.
+
+  Args:
+    path: the PNG file to write.
+    found: for each arm `arm`, `error`, `accuracy_gain` in points, and the latter's `_low`, `_high`.
+  """
+  figure = new_figure(9, 5.5)
+  axes = figure.subplots()
+  for i, line in enumerate(found):
+    gain = line['accuracy_gain']
+    ends = [[gain - line['accuracy_gain_low']], [line['accuracy_gain_high'] - gain]]
+    axes.errorbar(
+      [line['error']], [gain], yerr=ends, fmt=MARKERS[i % len(MARKERS)], color=f'C{i % 10}',
+      capsize=2, linewidth=1, label=line['arm'],
+    )  # fmt: skip
+  axes.axhline(0.0, color='grey', linewidth=0.5)
+  axes.axvline(1.0, color='grey', linewidth=0.5)
+  axes.set_xscale('log')
+  axes.set_xlabel('retrodiction error / error of copying (left: closer to the true weights)')
+  axes.set_ylabel('gain in accuracy after a short transfer (points)')
+  axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.0, 0.5))
+  figure.savefig(path, dpi=110)

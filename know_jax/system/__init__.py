@@ -1,0 +1,1 @@
+"""The machine and its processes: what any program needs, and none of the method."""

@@ -1,0 +1,413 @@
+"""The benchmark in its short form: that it measures what it says. How fast things are is not."""
+
+import dataclasses
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+from know_jax.benchmark import (
+  accelerator,
+  child,
+  children,
+  goals,
+  histories,
+  keras_rivals,
+  predicting,
+  report,
+  rivals,
+  runner,
+  streamed,
+  timing,
+  training_speed,
+)
+from know_jax.benchmark.settings import FULL, QUICK, Target
+from know_jax.errors import UserError
+from know_jax.io import weight_files
+from know_jax.io.sealed import read_sealed
+from know_jax.nowcast import api, from_files
+from know_jax.predictors import known
+from know_jax.trees import named_leaves
+
+ROOT = Path(__file__).parents[2]
+SMALL = Target('cnn', (8, 8, 1), {'width': 3, 'convs': 1})
+
+
+@pytest.fixture(scope='module')
+def quick(tmp_path_factory):
+  """What the script prints and writes: stdout, stderr, the Markdown file, what the JSON holds."""
+  folder = tmp_path_factory.mktemp('benchmark')
+  path = folder / 'results' / 'speed.md'
+  done = subprocess.run(
+    [sys.executable, str(ROOT / 'bin' / 'benchmark.py'), '--quick', f'--output={path}'],
+    capture_output=True,
+    text=True,
+    env={
+      **os.environ,
+      # Programs so small are compiled in half the time.
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0',
+      'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+    },
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout, done.stderr, path, read_sealed(path.with_suffix('.json'), 'benchmark')
+
+
+def test_the_report_is_that_of_the_numbers(quick):
+  out, err, path, found = quick
+  assert list(found['sections']) == list(runner.SECTIONS)
+  assert path.read_text() == report.markdown(found, 'speed.png')
+  assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+  assert out == f'{report.goals_table(found)}\n\nreport: {path}\n'
+  assert re.search(r'predict cnn: 100%.*run/s', err)
+  assert re.search(r'memory: 100%', err)
+  text = path.read_text()
+  assert 'these numbers say nothing' in text
+  assert found['goals'] == [goal._asdict() for goal in goals.goals(found['sections'])]
+  for goal in found['goals']:
+    assert f'| {goal["what"]} | {goal["wanted"]} |' in text
+  machine = found['machine']
+  assert machine['memory_bytes'] > 2**28 and machine['cores'] >= 1 and machine['devices'] == 1
+  for name in ('processor', 'jax', 'backend', 'device'):
+    assert machine[name] and machine[name] in text
+  if keras_rivals.absent():
+    assert text.count('the package tensorflow is not installed') == 2
+
+
+def quartiles(values):
+  low, median, high = np.percentile(values, [25, 50, 75])
+  return {'median': pytest.approx(median), 'low': pytest.approx(low), 'high': pytest.approx(high)}
+
+
+def test_rates_and_ratios_are_those_of_its_own_times(quick):
+  *_, found = quick
+  (network,) = found['sections']['predict']['networks']
+  times = {name: np.array(seconds) for name, seconds in network['seconds'].items()}
+  assert {'known_paper', 'known', 'plain vmap', 'NumPy'} <= set(times)
+  for name, seconds in times.items():
+    assert len(seconds) == QUICK.predicted[0].repetitions and (seconds > 0).all()
+    assert network['weights_a_second'][name] == quartiles(network['weights'] / seconds)
+    if name != 'known_paper':
+      assert network['speedup'][name] == quartiles(seconds / times['known_paper'])
+  roofline = network['roofline']
+  for name, flops in roofline['flops'].items():
+    seconds = np.array(roofline['seconds'][name])
+    assert roofline['flops_a_second'][name] == quartiles(flops / seconds)
+    limit = flops / seconds / rivals.FUSED_FLOPS
+    assert roofline['limit'][name] == quartiles(limit)
+    rate = network['weights'] / times['known_paper']
+    assert roofline['achieved'][name] == quartiles(rate / limit)
+
+  training = found['sections']['training']
+  images = QUICK.train_steps * QUICK.batch_size
+  ours = np.array(training['seconds']['know_jax'])
+  assert training['images_a_second']['know_jax'] == quartiles(images / ours)
+  together = training['together']
+  assert set(together['seconds']) == {'vmap', 'unroll', 'one_by_one'}
+  for way, seconds in together['seconds'].items():
+    seconds = np.array(seconds)
+    assert together['images_a_second'][way] == quartiles(QUICK.runs * images / seconds)
+
+  memory = found['sections']['memory']['entries']
+  cases = {(e['predictor'], e['steps'], e['weights']) for e in memory}
+  assert cases == {('plain vmap', 1, 2_000)} | {
+    (name, 1, size) for name in ('known_paper', 'known') for size in QUICK.sizes
+  }
+  for entry in memory:
+    assert entry['outputs'] == 4 * entry['weights'] == entry['inputs'] / 5
+    assert entry['extra'] == quartiles(entry['later_extra'])
+    # A program of another kind is there before.
+    assert entry['start']['programs'] >= 1
+    assert entry['seconds_a_weight'] == quartiles(
+      np.array(entry['later_seconds']) / entry['weights']
+    )
+
+
+def test_what_is_compared_computes_the_same(quick):
+  *_, found = quick
+  (network,) = found['sections']['predict']['networks']
+  assert set(network['difference']) == set(network['seconds']) - {'plain vmap'}
+  assert max(network['difference'].values()) < 1e-6
+
+
+def test_a_network_of_other_shapes_compiles_nothing(quick):
+  *_, found = quick
+  for entry in found['sections']['compile']:
+    assert entry['other']['programs'] == 0
+    assert entry['first']['programs'] >= 1
+    later = np.median(entry['later_seconds'])
+    assert entry['compile_seconds'] == pytest.approx(entry['first']['seconds'] - later)
+
+
+# --- the rivals -----------------------------------------------------------------------------------
+
+
+def module(params, windows):
+  return jax.vmap(lambda w: known.KNOWN().apply({'params': params}, w))(windows)
+
+
+def windows_of(count=300):
+  return np.random.default_rng(1).normal(0, 0.5, (count, 5)).astype(np.float32)
+
+
+def test_numpy_computes_what_the_module_does():
+  params, windows = references.random_theta()['conv'], windows_of()
+  wanted = module(params, windows)
+  assert np.std(wanted) > 0.1
+  found = rivals.numpy_residuals(params, windows)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_all_rivals_predict_what_know_jax_does():
+  history, theta = histories.of_network(SMALL), references.random_theta()
+  wanted = named_leaves(api.predict(history, predictor='known_paper', theta=theta))
+  newest = named_leaves(history[-1])
+  assert min(np.abs(leaf - newest[path]).max() for path, leaf in wanted.items()) > 0.01
+  leaves = {
+    'chunks': rivals.plain_vmap(theta, 100)(history),
+    'whole': rivals.plain_vmap(theta, None)(history),
+    'NumPy': rivals.in_numpy(theta)(history),
+    'by kind': rivals.over_kinds(history, lambda kind, w: rivals.numpy_residuals(theta[kind], w)),
+  }
+  for name, found in leaves.items():
+    assert set(found) == set(wanted)
+    assert {path: leaf.shape for path, leaf in found.items()} == {
+      path: leaf.shape for path, leaf in wanted.items()
+    }
+    assert 0 < rivals.largest_difference(found, wanted) < 1e-5, name
+
+
+def test_a_difference_is_seen():
+  wanted = {'a': np.zeros((2, 3)), 'b': np.ones(2)}
+  found = {'a': np.zeros((2, 3)), 'b': np.array([1.0, 1.25])}
+  assert rivals.largest_difference(found, wanted) == 0.25
+  assert rivals.check_equal('NumPy', 0.25, 0.5) == 0.25
+  for difference in (0.75, np.nan):
+    with pytest.raises(ArithmeticError, match='NumPy differs by'):
+      rivals.check_equal('NumPy', difference, 0.5)
+
+
+def test_the_operations_are_those_of_the_fused_form():
+  params, columns = references.random_theta()['fc'], 7
+  jaxpr = jax.make_jaxpr(known.residuals)(params, jnp.zeros((5, columns)))
+  flops = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      ((contracted,), _), _ = equation.params['dimension_numbers']
+      left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+      if out[-1] == columns:  # The other products are of kernels alone.
+        flops += 2 * np.prod(out) * left[contracted]
+  assert flops / columns == rivals.FUSED_FLOPS
+
+
+def test_keras_computes_what_the_module_does():
+  pytest.importorskip('tensorflow')
+  theta, windows = references.random_theta(), windows_of()
+  model = keras_rivals.known_model(theta['conv'])
+  assert model.count_params() == 9425
+  found = model.predict(windows, batch_size=64, verbose=0)[:, 0]
+  np.testing.assert_allclose(found, module(theta['conv'], windows), rtol=0, atol=1e-5)
+  history = histories.of_network(SMALL)
+  keras = keras_rivals.KerasKNOWN(theta, windows, (32, 128))
+  assert keras.batch_size in (32, 128)
+  assert rivals.largest_difference(keras(history), rivals.in_numpy(theta)(history)) < 1e-5
+
+
+# --- histories, times, memory ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('weights', [100, 101, 12_345, 100_000])
+def test_a_history_has_as_many_weights_as_asked_for(weights):
+  history = histories.of_size(weights)
+  assert histories.num_predicted(history) == (weights, 4)
+  assert set(histories.by_kind(history)) == {'conv', 'fc', 'bias'}
+  assert len(history) == 5
+  kernels = [stage['dense']['kernel'] for stage in history]
+  assert all((a != b).mean() > 0.9 for a, b in itertools.pairwise(kernels))
+
+
+def test_normalisation_is_not_counted():
+  history = histories.of_network(Target('cnn_bn', (8, 8, 1), {'width': 2, 'convs': 1}))
+  assert histories.num_predicted(history)[0] == 9 * 2 + (32 * 16 + 16) + (16 * 10 + 10)
+
+
+def test_contestants_run_in_turn_and_are_called_once_before():
+  calls = []
+  times = timing.race({name: lambda n=name: calls.append(n) for name in 'abc'}, 3, '', show=False)
+  assert ''.join(calls) == 'cab' + 'abc' + 'bca' + 'cab'
+  assert {name: len(seconds) for name, seconds in times.items()} == {'a': 3, 'b': 3, 'c': 3}
+
+
+def test_ratios_are_taken_within_rounds():
+  times = {'ours': [1.0, 2.0, 4.0], 'theirs': [3.0, 4.0, 4.0]}
+  assert timing.speedups(times, 'ours') == {'theirs': {'median': 2.0, 'low': 1.5, 'high': 2.5}}
+  assert timing.rates({'ours': [1.0, 2.0, 4.0]}, 8)['ours'] == {
+    'median': 4.0, 'low': 3.0, 'high': 6.0
+  }  # fmt: skip
+
+
+def test_the_limit_is_that_of_the_products():
+  flops = {'product': 100.0 * rivals.FUSED_FLOPS}
+  found = predicting.roofline({'product': [2.0] * 3, 'known_paper': [4.0] * 3}, flops, 50)
+  assert found['limit']['product']['median'] == 50.0  # Weights a second; 12.5 of them were done.
+  assert found['achieved']['product']['median'] == 0.25
+
+
+def test_memory_beyond_inputs_and_outputs_is_seen():
+  def call(history):
+    temporary = np.ones(2**24, np.float32)
+    return [leaf + temporary[0] for leaf in history]
+
+  found = child._watched(call, [np.zeros(2**23, np.float32)])
+  assert found['outputs'] == 2**25
+  # The temporary array, and next to nothing of the outputs' 32 MiB.
+  assert 60 * 2**20 < found['extra'] < 80 * 2**20
+
+
+def test_files_are_predicted_by_the_script(quick):
+  *_, path, found = quick
+  section = found['sections']['streaming']
+  assert (section['weights'], section['leaves']) == (25_000, 3)
+  assert section['inputs'] == 5 * section['outputs'] == 5 * 2 * 25_000
+  assert section['files'] == 1
+  last = section['calls'][-1]
+  assert not last['killed'] and last['seconds'] > 0
+  # Python with JAX takes more than nothing; all that it took is far less than was allowed.
+  assert all(2**26 < call['peak'] < 2**31 for call in section['calls'])
+  goal = next(goal for goal in found['goals'] if 'from files' in goal['what'])
+  assert goal['found'] == max(call['peak'] for call in section['calls']) / 2**20 and goal['met']
+  assert '25,000 weights in 3 leaves, bfloat16' in path.read_text()
+
+
+def test_what_is_streamed_is_a_random_walk_in_shards(tmp_path):
+  assert streamed.write_history(tmp_path, 2_500, 1_000, show=False) == 3
+  stages = [weight_files.open_weights(tmp_path / str(stage)) for stage in range(5)]
+  for stage in stages:
+    assert [leaf.size for leaf in stage.leaves.values()] == [1_000, 1_000, 500]
+  assert set(from_files.find_kinds(stages[0].leaves, {}).values()) == {'fc'}
+  values = []
+  for stage in stages:
+    with stage.leaves['dense1/kernel'].open(tmp_path) as reader:
+      values.append(reader.read(0, 1_000).astype(np.float64))
+  assert np.std(values[0]) == pytest.approx(0.05, rel=0.1)
+  assert np.std(np.diff(values, axis=0), axis=1) == pytest.approx(0.005, rel=0.1)
+
+
+def test_a_call_is_watched_and_killed(tmp_path):
+  program = (
+    'import pathlib, time; data = b"1" * 2**27; pathlib.Path("flag").touch(); time.sleep(60)'
+  )
+  flag = tmp_path / 'flag'
+  command = [sys.executable, '-c', program.replace('"flag"', repr(str(flag)))]
+  found = streamed.call(command, tmp_path / 'log', kill_at=flag.exists)
+  assert found['killed'] and 0 < found['seconds'] < 50
+  ended = streamed.call([sys.executable, '-c', 'print("done")'], tmp_path / 'log')
+  assert not ended['killed']
+  with pytest.raises(RuntimeError, match=r'exit code 3:(.|\n)*no such weights'):
+    streamed.call(
+      [sys.executable, '-c', 'print("no such weights", flush=True); raise SystemExit(3)'],
+      tmp_path / 'log',
+    )
+
+
+def test_without_room_files_are_unmeasured(monkeypatch):
+  monkeypatch.setattr(streamed.shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(0, 0, 10))
+  section = streamed.measure(QUICK, show=False)
+  # Five stages, the prediction, and what a kill may leave of it.
+  assert re.fullmatch(r'.* has 10 bytes free; wanted 350,000\.', section['unmeasured'])
+  assert [goal.met for goal in goals.goals({'streaming': section})] == [None]
+  assert f'Unmeasured: {section["unmeasured"]}' in list(report._streaming(section))
+
+
+def test_growth_is_the_power_of_the_size():
+  def entry(weights, steps, seconds):
+    spread = dict.fromkeys(('median', 'low', 'high'), seconds / weights)
+    return {'predictor': 'p', 'steps': steps, 'weights': weights, 'seconds_a_weight': spread}
+
+  # The smallest costs what a call costs, and is left out.
+  linear = [entry(10**i, 1, max(10.0**i, 5e3)) for i in range(3, 8)]
+  square = [entry(10**i, 3, 1e-3 * 100.0**i) for i in range(3, 8)]
+  found = children.growth([*linear, *square])
+  assert found == {'p, 1': pytest.approx(1.0), 'p, 3': pytest.approx(2.0)}
+
+
+# --- goals, GPU, mistakes -------------------------------------------------------------------------
+
+
+def test_goals_are_judged_by_the_medians():
+  section = {
+    'model': 'cnn',
+    'speedup': {'Keras': {'median': 1.2}, 'Keras with XLA': {'median': 0.9}},
+  }
+  (goal,) = goals.goals({'training': section})
+  assert (goal.found, goal.met) == (0.9, False)
+  section['speedup'].pop('Keras with XLA')
+  (goal,) = goals.goals({'training': section})
+  assert (goal.found, goal.met) == (1.2, True)
+  section['speedup'].clear()
+  (goal,) = goals.goals({'training': section})
+  assert (goal.found, goal.met) == (None, None)
+  quick, slow = (
+    {'seconds_spread': {'a': {'median': 0.01}}},
+    {'seconds_spread': {'a': {'median': 9}}},
+  )
+  found = goals.goals({'gpu': {'network': quick, 'large': slow, 'epoch': quick}})
+  assert [goal.met for goal in found] == [True, False, True]
+
+
+def test_without_a_gpu_its_part_is_unmeasured():
+  section = accelerator.measure(dataclasses.replace(QUICK, gpu_anywhere=False), show=False)
+  assert section == {'unmeasured': 'JAX runs on cpu, not on a GPU.'}
+  assert [goal.met for goal in goals.goals({'gpu': section})] == [None] * 3
+  assert f'Unmeasured: {section["unmeasured"]}' in list(report._gpu(section))
+  assert not FULL.gpu_anywhere
+
+
+def test_the_part_for_gpus_runs(quick):
+  *_, path, found = quick
+  section = found['sections']['gpu']
+  assert section['backend'] == 'cpu' and section['network']['steps'] == 3
+  for part, weights, leaves in (('network', 718, 6), ('large', 20_000, 2)):
+    assert (section[part]['weights'], section[part]['leaves']) == (weights, leaves)
+    assert set(section[part]['seconds']) == {'known_paper', 'known'}
+    for name, seconds in section[part]['seconds'].items():
+      assert section[part]['seconds_spread'][name] == quartiles(seconds)
+      assert section[part]['weights_a_second'][name] == quartiles(weights / np.array(seconds))
+  seconds = np.array(section['epoch']['seconds']['fit'])
+  assert len(seconds) == QUICK.gpu_repetitions
+  assert section['epoch']['images_a_second']['fit'] == quartiles(QUICK.gpu_images / seconds)
+  assert len(goals.goals({'gpu': section})) == 5
+  text = path.read_text()
+  assert '20,000 weights in 2 leaves, bfloat16' in text and 'in bfloat16, 64 images' in text
+
+
+def test_noise_is_what_networks_are_trained_on():
+  images, labels = training_speed.random_images(7, (4, 5, 3))
+  assert images.shape == (7, 4, 5, 3) and images.dtype == np.uint8
+  assert labels.shape == (7,) and set(labels) <= set(range(training_speed.CLASSES))
+
+
+def test_mistakes_are_found_before_anything_is_measured(monkeypatch, tmp_path):
+  with pytest.raises(UserError, match=r"unknown section 'memry'\. Did you mean 'memory'"):
+    runner.run(tmp_path / 'a.md', only=['memry'])
+  with pytest.raises(UserError, match=r"'.*a\.txt'; wanted a Markdown file"):
+    runner.run(tmp_path / 'a.txt')
+  real = os.access
+  monkeypatch.setattr(os, 'access', lambda path, mode: path[:5] != '/proc' and real(path, mode))
+  with pytest.raises(UserError, match=r"section 'compile' reads .* or --only=predict,training,gpu"):
+    runner.run(tmp_path / 'a.md')
+  monkeypatch.undo()
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match='cannot write in'):
+    runner.run(tmp_path / 'file' / 'a.md')
+  assert [path.name for path in tmp_path.iterdir()] == ['file']

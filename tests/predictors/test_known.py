@@ -1,0 +1,188 @@
+"""KNOWN against the authors' Keras outputs, and against a NumPy float64 copy of the formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+import scipy.stats
+
+import know_jax
+from know_jax import kinds, trees
+from know_jax.predictors import known
+from know_jax.predictors.known import KNOWN
+
+KERAS_NAMES = {'conv': 'Conv', 'fc': 'FC', 'bias': 'Bias'}
+
+
+@pytest.fixture(scope='module')
+def keras_pairs(official):
+  """Kind -> histories [1000, 5] and the authors' residuals [1000]."""
+  pairs = np.load(official / 'keras_pairs.npz')
+  return {kind: (pairs[f'{k}_in'], pairs[f'{k}_out']) for kind, k in KERAS_NAMES.items()}
+
+
+@pytest.fixture(scope='module')
+def official_theta(official):
+  return know_jax.load_known(official)
+
+
+@pytest.fixture(scope='module')
+def theta():
+  return references.random_theta()
+
+
+def in_float64(tree):
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def apply_module(params, histories):
+  return jax.vmap(lambda w: KNOWN().apply({'params': params}, w))(histories)
+
+
+def test_known_has_9425_parameters():
+  params = jax.eval_shape(KNOWN().init, jax.random.key(0), jnp.zeros(5))['params']
+  assert trees.num_weights(params) == 9425
+
+
+def test_a_shorter_history_takes_fewer_parameters():
+  theta = jax.eval_shape(lambda key: known.init_theta(key, history_length=3), jax.random.key(0))
+  assert known.history_length(theta['conv']) == 3
+  assert trees.num_weights(theta['conv']) == 9425 - 2 * 2 * 64
+
+
+@pytest.mark.parametrize('kind', kinds.KINDS)
+def test_the_module_gives_what_the_authors_keras_code_gave(kind, keras_pairs, official_theta):
+  histories, wanted = keras_pairs[kind]
+  assert wanted.std() > 1e-4
+  found = apply_module(official_theta[kind], histories)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', kinds.KINDS)
+def test_the_fused_form_gives_what_the_authors_keras_code_gave(kind, keras_pairs, official_theta):
+  histories, wanted = keras_pairs[kind]
+  found = known.residuals(official_theta[kind], jnp.asarray(histories.T))
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_predict_gives_what_the_authors_keras_code_gave(keras_pairs, official_theta):
+  shapes = {'conv': (5, 5, 4, 10), 'fc': (20, 50), 'bias': (1000,)}
+  wanted = {kind: w[:, -1] + residual for kind, (w, residual) in keras_pairs.items()}
+  stages = [
+    {
+      'stem': {'kernel': keras_pairs['conv'][0][:, t].reshape(shapes['conv'])},
+      'head': {
+        'kernel': keras_pairs['fc'][0][:, t].reshape(shapes['fc']),
+        'bias': keras_pairs['bias'][0][:, t],
+      },
+    }
+    for t in range(5)
+  ]
+  found = know_jax.predict(stages, theta=official_theta)
+  found = {
+    'conv': found['stem']['kernel'], 'fc': found['head']['kernel'], 'bias': found['head']['bias']
+  }  # fmt: skip
+  for kind, leaf in found.items():
+    assert leaf.shape == shapes[kind]
+    np.testing.assert_allclose(leaf.ravel(), wanted[kind], rtol=0, atol=1e-6, err_msg=kind)
+
+
+def test_keras_outputs_follow_from_the_formula_in_float64(keras_pairs, official_theta):
+  # Of the reference rather than of the package: it is what other tests lean on.
+  for kind, (histories, wanted) in keras_pairs.items():
+    found = references.known_residual(in_float64(official_theta[kind]), histories.astype(float))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6, err_msg=kind)
+
+
+@pytest.mark.parametrize('form', ['module', 'fused'])
+def test_the_formula_in_float64(form, theta):
+  histories = np.random.default_rng(0).normal(0, 0.3, (300, 5))
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), theta['conv'])
+    if form == 'module':
+      found = apply_module(params, jnp.asarray(histories))
+    else:
+      found = known.residuals(params, jnp.asarray(histories.T))
+    assert found.dtype == jnp.float64
+  wanted = references.known_residual(in_float64(theta['conv']), histories)
+  assert np.abs(wanted).max() > 0.3
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_the_fused_form_equals_the_module_in_float32(theta):
+  histories = np.random.default_rng(1).normal(0, 0.3, (300, 5)).astype(np.float32)
+  found = known.residuals(theta['fc'], jnp.asarray(histories.T))
+  np.testing.assert_allclose(found, apply_module(theta['fc'], histories), rtol=0, atol=1e-6)
+
+
+def test_rollout_slides_the_window_over_its_own_predictions(theta):
+  histories = np.random.default_rng(2).normal(0, 0.1, (5, 40)).astype(np.float32)
+  found = known.rollout(known.fuse(theta['bias']), jnp.asarray(histories), (1, 3, 4))
+  params = in_float64(theta['bias'])
+  wanted = [references.known(histories.astype(float), n, params=params) for n in (1, 3, 4)]
+  np.testing.assert_allclose(found, np.stack(wanted), rtol=0, atol=3e-6)
+
+
+# Of the two initialisers each is Keras' formula for the bound of a uniform distribution.
+GLOROT = {
+  'squeeze': (64, 8), 'gate': (8, 64), 'offset': (8, 64), 'amplitude': (8, 64)
+}  # fmt: skip
+BOUNDS = {
+  **{f'{s}/{name}': np.sqrt(6 / sum(shape)) for name, shape in GLOROT.items()
+     for s in ('weights', 'differences')},
+  'weights/embed': np.sqrt(3 * 0.1 / 5),
+  'differences/embed': np.sqrt(3 * 0.1 / 4),
+  'weights/project': np.sqrt(3 * 0.1 / 64),
+  'differences/project': np.sqrt(3 * 0.1 / 64),
+  'residual': np.sqrt(6 / (64 + 1)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def many_inits():
+  """Path -> the leaf in 20 fresh networks."""
+  keys = jax.random.split(jax.random.key(3), 20)
+  inits = [KNOWN().init(key, jnp.zeros(5))['params'] for key in keys]
+  return trees.named_leaves(jax.tree.map(lambda *leaves: np.stack(leaves), *inits))
+
+
+def test_initial_biases_are_zero(many_inits):
+  biases = {path: leaf for path, leaf in many_inits.items() if path.endswith('/bias')}
+  assert len(biases) == len(BOUNDS)
+  for path, leaf in biases.items():
+    assert not leaf.any(), path
+
+
+@pytest.mark.parametrize('layer', BOUNDS)
+def test_initial_kernels_are_uniform_within_keras_bounds(layer, many_inits):
+  leaf = np.asarray(many_inits[f'{layer}/kernel'], np.float64).ravel()
+  bound = BOUNDS[layer]
+  assert np.abs(leaf).max() <= bound * (1 + 1e-6)
+  assert scipy.stats.kstest(leaf, scipy.stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
+
+
+def test_kinds_start_from_different_weights():
+  theta = known.init_theta(jax.random.key(0))
+  assert sorted(theta) == sorted(kinds.KINDS)
+  first = {kind: float(theta[kind]['residual']['kernel'][0, 0]) for kind in theta}
+  assert len(set(first.values())) == len(kinds.KINDS)
+
+
+def test_the_penalty_is_the_l1_norm_of_embed_and_project():
+  params = references.random_theta()['conv']
+  constant = jax.tree.map(lambda leaf: np.full_like(leaf, -2.0), params)
+  kernels = (5 * 64 + 64 * 32) + (4 * 64 + 64 * 32)
+  biases = 2 * (64 + 32)
+  wanted = 2.0 * (1e-6 * kernels + 0.1 * biases)
+  np.testing.assert_allclose(known.penalty(constant), wanted, rtol=1e-6)
+
+
+def test_the_penalty_leaves_the_other_layers_alone(theta):
+  gradients = trees.named_leaves(jax.jit(jax.grad(known.penalty))(theta['conv']))
+  values = trees.named_leaves(theta['conv'])
+  for path, gradient in gradients.items():
+    weight = 0.0
+    if path.split('/')[-2] in ('embed', 'project'):
+      weight = 0.1 if path.endswith('bias') else 1e-6
+    np.testing.assert_allclose(gradient, weight * np.sign(values[path]), rtol=1e-6, err_msg=path)

@@ -1,0 +1,927 @@
+"""The study: arms in pairs, rows that outlive kills, and a report of the rows alone."""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import SIZES, STEPS, assert_same_bits, small_config, snapshot
+
+from know_jax import forgetting, seeds, transfer, trees
+from know_jax import kinds as kinds_
+from know_jax.data.sources import mean_image
+from know_jax.errors import UserError
+from know_jax.io import checkpoints, files
+from know_jax.io import journal as journal_
+from know_jax.io.files import locked
+from know_jax.io.journal import append_line, read_lines
+from know_jax.nowcast.api import PREDICTORS
+from know_jax.predictors import known, parameters
+from know_jax.runs.record import config_dict
+from know_jax.study import analysis, arms, design, report, results, runner, summary, tables
+from know_jax.study import sources as study_sources
+from know_jax.study.results import COLUMNS, TIMING_COLUMNS
+from know_jax.training import loop
+
+
+@pytest.fixture(scope='module')
+def theta(tmp_path_factory):
+  """Parameters of KNOWN that read three stages, not trained but for a last bias that moves."""
+  params = known.init_theta(jax.random.key(0), 3)
+  for kind in params.values():
+    kind['residual']['bias'] = kind['residual']['bias'] + 0.01
+  path = tmp_path_factory.mktemp('theta') / 'known.safetensors'
+  parameters.save_known(path, params, {})
+  return str(path)
+
+
+def small_study(theta, **fields):
+  """From runs.small_config: two starts that are equal, and one of every kind of arm."""
+  config = design.default_config()
+  config.source.update({k: v for k, v in small_config().items() if k in config.source})
+  config.transfer.update(
+    classes=(5, 6, 7, 8, 9), labels_per_class=10, batch_size=24, warmup_epochs=1, warmup_lr=0.01,
+    epochs=2, lr=0.02, weight_decay=0.01,
+  )  # fmt: skip
+  config.update(source_seeds=2, transfer_seeds=2, history=3, steps=2, curve_epochs=(0, 2))
+  config.arms = (
+    'scratch',
+    'persistence',
+    {'predictor': 'persistence', 'batch_norm': 'reset'},
+    'incremental',
+    'extra',
+    {'predictor': 'task_vector', 'steps': (1,)},
+    {'predictor': 'magmax', 'steps': (1,)},
+    {'predictor': 'known', 'name': 'known', 'theta': theta},
+    *arms.shrink_sweep((0.5,)),
+  )
+  config.ablations = (
+    {'group': 'history', 'predictor': 'log_fit', 'history': 4, 'steps': (1,)},
+    {'group': 'BatchNorm', 'predictor': 'shrink', 'batch_norm': 'recalibrate', 'steps': (1,)},
+    {'group': 'learning rate', 'predictor': 'persistence', 'lr_scale': 2.0},
+  )
+  config.update(fields)
+  return config
+
+
+LINES = [
+  ('main', 'scratch', 0), ('main', 'persistence', 0), ('main', 'persistence BatchNorm reset', 0),
+  ('main', 'incremental', 0), ('main', 'extra', 0), ('main', 'task_vector', 1),
+  ('main', 'magmax', 1), ('main', 'known', 1), ('main', 'known', 2), ('main', 'shrink c=0.5', 1),
+  ('history', 'log_fit S=4', 1), ('BatchNorm', 'shrink BatchNorm recalibrate', 1),
+  ('learning rate', 'persistence lr x2', 0),
+]  # fmt: skip
+PAIRS = list(itertools.product((0, 1), (0, 1)))
+ROWS = 4 * len(LINES)
+TRAININGS = ROWS - 4  # Those of magmax are those of task_vector.
+
+
+@pytest.fixture(scope='module')
+def studied(finished, theta, tmp_path_factory):
+  """The workdir of a finished study; tests write to copies of it."""
+  workdir = tmp_path_factory.mktemp('study') / 'run'
+  # One of the two source runs is the run that many tests share.
+  shutil.copytree(finished, workdir / 'sources' / '1-0-r0.4')
+  text = runner.run(small_study(theta), workdir, show_progress=False)
+  assert text == f'{ROWS} of {ROWS} trainings are in {workdir / "results.csv"}'
+  return workdir
+
+
+@pytest.fixture
+def copy(studied, tmp_path):
+  shutil.copytree(studied, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def read(workdir):
+  return results.read_table(workdir / 'results.csv', COLUMNS)
+
+
+def arm_of(study, name, step=1):
+  (found,) = [a for a in study.arms if (a.name, a.step) == (name, step)]
+  return found
+
+
+@pytest.fixture(scope='module')
+def study(theta):
+  return design.Study(small_study(theta))
+
+
+@pytest.fixture(scope='module')
+def source_run(studied):
+  return study_sources.Run(studied / 'sources' / '1-0-r0.4')
+
+
+# -- the rows ------------------------------------------------------------------------------------
+
+
+def test_there_is_a_row_for_each_training(studied):
+  rows = read(studied)
+  assert [
+    (r['group'], r['arm'], r['step'], r['source_seed'], r['transfer_seed']) for r in rows
+  ] == [(*line, *pair) for line in LINES for pair in PAIRS]
+  for row in rows:
+    assert 0 < row['accuracy'] < 1 and 0 < row['loss'] < 10
+    curve = results.read_curve(row['curve'])
+    assert [epoch for epoch, _ in curve] == ([] if row['transfer_seed'] else [0, 2])
+    assert all(accuracy == row['accuracy'] for _, accuracy in curve[1:])
+    assert row['multiple'] == pytest.approx(
+      0 if row['predictor'] == 'scratch' else 2.5 ** row['step']
+    )
+    assert (row['source'], row['target'], row['model']) == ('digits', 'digits', 'cnn_bn')
+    if row['predictor'] == 'scratch':
+      assert math.isnan(row['source_accuracy']) and math.isnan(row['weight_norm'])
+    else:
+      assert 0 <= row['source_accuracy'] <= 1
+    if row['arm'] == 'persistence':
+      assert row['weight_norm'] == 1
+
+
+def test_seconds_are_kept_apart(studied):
+  timings = results.read_table(studied / 'timings.csv', TIMING_COLUMNS)
+  tasks = [row['task'] for row in timings]
+  # Two source runs of five stages; predictions of all lines but four.
+  assert {task: tasks.count(task) for task in set(tasks)} == {
+    'pretrain': 2, 'forget': 8, 'incremental': 2, 'extra': 2, 'predict': 2 * 7,
+    'transfer': TRAININGS,
+  }  # fmt: skip
+  assert all(row['seconds'] > 0 for row in timings)
+  assert 'seconds' not in COLUMNS
+
+
+def test_equal_weights_are_trained_once_and_have_equal_rows(studied):
+  rows = read(studied)
+  named = {}
+  for row in rows:
+    key = (row['arm'], row['step'], row['source_seed'], row['transfer_seed'])
+    named[key] = (row['weights'], row['accuracy'], row['loss'])
+  for pair in PAIRS:
+    assert named['magmax', 1, *pair] == named['task_vector', 1, *pair]
+  others = [value for key, value in named.items() if key[0] != 'magmax']
+  assert len(set(others)) == TRAININGS
+  # Another learning rate makes another training of equal weights.
+  for pair in PAIRS:
+    found = [named[name, 0, *pair] for name in ('persistence', 'persistence lr x2')]
+    assert found[0][0] == found[1][0] and found[0][1:] != found[1][1:]
+
+
+def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run):
+  """The same training by hand, from the checkpoint, with `transfer.train_one`."""
+  config = study.config['transfer']
+  subset = transfer.labelled_subset(study.train.labels, 10, 1)
+  mean = mean_image(study.train.images)
+  data, test = (loop.put_data(part.images, part.labels, mean) for part in (study.train, study.test))
+  newest = forgetting.restore_stage(source_run.workdir, 0)
+  older = forgetting.restore_stage(source_run.workdir, 1)
+  predicted = jax.tree.map(lambda a, b: a + (a - b), newest['params'], older['params'])
+  kept = kinds_.leaf_kinds(newest)
+  moved = jax.tree_util.tree_map_with_path(
+    lambda path, old, new: old if kept[f'params/{trees.path_string(path)}'] == 'keep' else new,
+    newest['params'],
+    predicted,
+  )
+  found = transfer.train_one(
+    study.model, {**newest, 'params': moved}, data, subset, test, config, 1
+  )
+  (row,) = [
+    r
+    for r in read(studied)
+    if (r['arm'], r['step'], r['source_seed'], r['transfer_seed']) == ('task_vector', 1, 0, 1)
+  ]
+  assert (row['accuracy'], row['loss']) == (found['accuracy'], found['loss'])
+
+
+def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
+  subset = study.subsets[0]
+  mean = mean_image(study.train.images)
+  data, test = (loop.put_data(part.images, part.labels, mean) for part in (study.train, study.test))
+  # At a constant rate a training of one epoch is the first half of one of two.
+  config = study.config['transfer'] | {'schedule': 'constant'}
+  arguments = (study.model, source_run.stages[-1], data, subset, test)
+  found = transfer.train_one(*arguments, config, 0, [2, 0, 1])
+  whole = transfer.train_one(*arguments, config, 0)
+  assert (found['accuracy'], found['loss']) == (whole['accuracy'], whole['loss'])
+  wanted = [
+    transfer.train_one(*arguments, config | {'epochs': epochs}, 0)['accuracy']
+    for epochs in (0, 1, 2)
+  ]
+  assert found['curve'] == list(zip((0, 1, 2), wanted, strict=True))
+  assert transfer.train_one(*arguments, config, 0, [])['curve'] == []
+
+
+def test_arms_of_a_pair_share_head_labels_and_order(monkeypatch, copy, theta):
+  (copy / 'journal.jsonl').unlink()
+  calls = []
+
+  def fit(model, start, data, indices, **options):
+    calls.append((start.state, indices, options))
+    return start.state
+
+  monkeypatch.setattr(loop, 'fit', fit)
+  monkeypatch.setattr(loop, 'evaluate', lambda *_: {'accuracy': 0.5, 'loss': 1.0})
+  runner.run(small_study(theta), copy, show_progress=False)
+  assert len(calls) == TRAININGS * 2  # Warm-up and fine-tuning.
+  described = {}
+  for state, indices, options in calls:
+    parts = (state.params['head']['kernel'], indices, jax.random.key_data(options['key']))
+    key = tuple(np.asarray(part).tobytes() for part in parts)
+    described[key] = described.get(key, 0) + 1
+  # Four pairs with two phases each, all arms alike in them; heads, labels and orders all differ.
+  assert sorted(described.values()) == [TRAININGS // 4] * 8
+  heads, labels, orders = (set(column) for column in zip(*described, strict=True))
+  assert (len(heads), len(labels), len(orders)) == (4, 4, 8)
+
+
+def test_seeds_of_different_sources_differ():
+  pairs = itertools.product(range(40), range(1000))
+  assert len({design.combined_seed(*pair) for pair in pairs}) == 40_000
+
+
+# -- running on ----------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+  """Ends a study where it stands."""
+
+
+def test_killed_at_random_points_it_ends_with_the_same_bytes(monkeypatch, copy, theta):
+  config = small_study(theta, transfer_seeds=1)
+  config.arms = ('scratch', 'persistence', 'extra', *arms.shrink_sweep((0.5,)))
+  runner.run(config, copy, show_progress=False)  # Trains nothing: all is there.
+  wanted = (copy / 'results.csv').read_bytes()
+  for path in ('journal.jsonl', 'results.csv', 'timings.csv', 'sources/1-1-r0.4/extra-3'):
+    _remove(copy / path)
+  rng, kills, countdown = random.Random(0), 0, 0
+
+  def mortal(real):
+    def wrapped(*args, **options):
+      nonlocal countdown
+      countdown -= 1
+      if countdown == 0:
+        raise Crash
+      return real(*args, **options)
+
+    return wrapped
+
+  places = [(loop, 'fit'), (loop, 'evaluate'), (checkpoints, 'save')]
+  places += [(files, 'append_line'), (results, 'write_atomic')]
+  with monkeypatch.context() as patch:
+    for module, name in places:
+      patch.setattr(module, name, mortal(getattr(module, name)))
+    while kills < 10:
+      countdown = rng.randrange(1, 12)
+      with pytest.raises(Crash):
+        runner.run(config, copy, show_progress=False)
+      kills += 1
+      if kills % 3 == 1 and (copy / 'journal.jsonl').exists():
+        # What a kill within the writing of a line leaves.
+        with (copy / 'journal.jsonl').open('ab') as file:
+          file.write(b'{"key": "0')
+    countdown = -1
+    runner.run(config, copy, show_progress=False)
+  assert (copy / 'results.csv').read_bytes() == wanted
+
+
+def _remove(path):
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_the_same_command_again_trains_nothing(monkeypatch, copy, theta):
+  before = snapshot(copy)
+
+  def never(*args, **options):
+    raise AssertionError
+
+  monkeypatch.setattr(loop, 'fit', never)
+  monkeypatch.setattr(loop, 'evaluate', never)
+  runner.run(small_study(theta), copy, show_progress=False)
+  assert snapshot(copy) == before
+
+
+def test_arms_and_seeds_may_be_added_and_taken_away(monkeypatch, copy, theta):
+  calls, real = [], transfer.train_one
+  monkeypatch.setattr(runner, 'train_one', lambda *args: calls.append(args) or real(*args))
+  config = small_study(theta, transfer_seeds=1, ablations=())
+  config.arms = ('persistence', 'extra', 'average')
+  runner.run(config, copy, show_progress=False)
+  assert len(calls) == 2 * 2  # Two source seeds, steps 1 and 2 of average.
+  assert {(r['arm'], r['transfer_seed']) for r in read(copy)} == {
+    ('persistence', 0), ('extra', 0), ('average', 0),
+  }  # fmt: skip
+  with pytest.raises(UserError, match=r'another config\. transfer\.epochs: found 2'):
+    config.transfer.epochs = 3
+    runner.run(config, copy, show_progress=False)
+
+
+def test_a_source_that_another_process_is_at_is_left_to_it(copy, theta):
+  (copy / 'journal.jsonl').unlink()
+  turn = copy / 'sources' / '.1-0-r0.4.turn'
+  config = small_study(theta, ablations=())
+  config.arms = ('persistence',)
+  with locked(turn):
+    text = runner.run(config, copy, show_progress=False)
+  assert '2 of 4 trainings' in text and 'at work in other processes: 1-0-r0.4' in text
+  assert {row['source_seed'] for row in read(copy)} == {1}
+  assert '4 of 4 trainings' in runner.run(config, copy, show_progress=False)
+
+
+def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy, theta):
+  (copy / 'journal.jsonl').unlink()
+  real = transfer.train_one
+
+  def train_one(model, variables, *rest):
+    if variables is None:
+      raise loop.DivergedError('the loss is nan')
+    return real(model, variables, *rest)
+
+  monkeypatch.setattr(runner, 'train_one', train_one)
+  monkeypatch.setattr(study_sources.Run, '_extra', _diverge)
+  shutil.rmtree(copy / 'sources/1-0-r0.4/extra-3')
+  config = small_study(theta, transfer_seeds=1, ablations=())
+  config.arms = ('scratch', 'persistence', 'extra')
+  runner.run(config, copy, show_progress=False)
+  accuracies = {(r['arm'], r['source_seed']): r['accuracy'] for r in read(copy)}
+  diverged = {('scratch', 0), ('scratch', 1), ('extra', 0)}
+  assert {key for key, value in accuracies.items() if math.isnan(value)} == diverged
+  text = (copy / 'report.md').read_text() if report.write(copy, copy / 'report.md') else ''
+  assert re.search(r'scratch \(no pre-training\) +\| diverged 2/2', text)
+  # They are results like any others, and not tried again.
+  monkeypatch.setattr(runner, 'train_one', None)
+  runner.run(config, copy, show_progress=False)
+
+
+def _diverge(self, history):
+  raise loop.DivergedError('the loss is nan')
+
+
+def test_the_plan_says_how_much_there_is_and_writes_nothing(studied, theta, tmp_path):
+  text = runner.plan(small_study(theta), tmp_path / 'none')
+  assert 'forgetting runs: 2 (0 done), 5 stages each' in text
+  assert 'arms: 10 main, 1 history, 1 BatchNorm, 1 learning rate' in text
+  assert f'trainings: {ROWS} (0 done)' in text and 'unmeasured' in text
+  assert not (tmp_path / 'none').exists()
+  before = snapshot(studied)
+  text = runner.plan(small_study(theta, source_seeds=3, transfer_seeds=3), studied)
+  assert 'forgetting runs: 3 (2 done)' in text
+  assert f'trainings: {9 * len(LINES)} ({ROWS} done)' in text
+  timings = results.read_table(studied / 'timings.csv', TIMING_COLUMNS)
+  spent = {'transfer': 0.0, 'rest': 0.0}
+  for row in timings:
+    spent['transfer' if row['task'] == 'transfer' else 'rest'] += row['seconds']
+  left = spent['rest'] / 2 + 5 * len(LINES) * spent['transfer'] / TRAININGS
+  assert f'time left: about {left / 60:.0f} minutes' in text
+  assert f'{spent["transfer"] / TRAININGS:.2f} s a training' in text
+  assert snapshot(studied) == before
+
+
+# -- what arms start from ------------------------------------------------------------------------
+
+
+def test_extra_training_takes_as_many_steps_as_forgetting(monkeypatch, source_run):
+  calls = []
+
+  def fit(model, start, data, indices, **options):
+    calls.append((indices, options))
+    return start.state
+
+  monkeypatch.setattr(loop, 'fit', fit)
+  for history in (2, 3, 5):
+    assert_same_bits(source_run._extra(history), source_run.stages[-1])
+    indices, options = calls.pop()
+    assert options['epochs'] * (len(indices) // options['batch_size']) == sum(STEPS[1:history])
+    counts = np.bincount(indices, minlength=SIZES[0])
+    assert counts.max() - counts.min() <= 1 and len(counts) == SIZES[0]
+
+
+def test_extra_training_moves_the_newest_weight(source_run, study):
+  variables, seconds = source_run.start(arm_of(study, 'extra', 0))
+  newest = trees.named_leaves(source_run.stages[-1])
+  assert all((leaf != newest[path]).any() for path, leaf in trees.named_leaves(variables).items())
+  assert seconds > 0
+
+
+def test_incremental_training_goes_from_the_smallest_subset_to_all(monkeypatch, source_run):
+  calls = []
+
+  def fit(model, start, data, indices, **options):
+    calls.append((start.state, indices, options['epochs'], options['lr']))
+    return start.state.replace(step=start.state.step + 1)
+
+  monkeypatch.setattr(loop, 'fit', fit)
+  monkeypatch.setitem(source_run.settings, 'stage_epochs', 3)
+  monkeypatch.setitem(source_run.settings, 'stage_lr', 0.02)
+  source_run._incremental(3)
+  assert [len(indices) for _, indices, _, _ in calls] == SIZES[2::-1]
+  # As long as the same subsets took in forgetting, so that both cost the same.
+  assert [(epochs, lr) for _, _, epochs, lr in calls] == [(3, 0.02), (3, 0.02), (2, 0.01)]
+  for (_, small, *_), (_, large, *_) in itertools.pairwise(calls):
+    assert set(small) < set(large)
+  # From the same fresh network as the pre-training.
+  fresh = loop.init_variables(
+    forgetting.load_task(source_run.settings).model, seeds.named_key(0, 'init'), (8, 8, 1)
+  )
+  assert_same_bits(calls[0][0].params, fresh['params'])
+
+
+@pytest.mark.parametrize('name', ['task_vector', 'shrink', 'known'])
+def test_kinds_alone_move_their_leaves_only(source_run, study, theta, name):
+  newest = source_run.stages[-1]
+  found = kinds_.leaf_kinds(newest)
+  base = arms.Arm('main', name, name, 1, 3, 0.4, theta=theta if name == 'known' else None)
+  whole = trees.named_leaves(source_run.start(base)[0])
+  for chosen in (('conv',), ('fc',), ('bias',), ('conv', 'bias')):
+    alone = dataclasses.replace(base, kinds=chosen)
+    for path, leaf in trees.named_leaves(source_run.start(alone)[0]).items():
+      wanted = whole if found[path] in chosen else trees.named_leaves(newest)
+      assert leaf.tobytes() == np.asarray(wanted[path]).tobytes(), path
+
+
+def test_histories_are_the_newest_stages(source_run):
+  from know_jax import predict
+
+  for length in (2, 3, 4):
+    arm = arms.Arm('history', 'log_fit', 'log_fit', 1, length, 0.4)
+    wanted = predict(source_run.stages[-length:], predictor='log_fit', rate=0.4)
+    assert_same_bits(source_run.start(arm)[0], jax.device_get(wanted))
+
+
+def test_batch_norm_policies_reach_the_weights(source_run):
+  newest = source_run.stages[-1]
+  arm = arms.Arm('main', '', 'persistence', 0, 3, 0.4, batch_norm='reset')
+  reset, _ = source_run.start(arm)
+  assert (reset['batch_stats']['norm1']['mean'] == 0).all()
+  assert (newest['batch_stats']['norm1']['mean'] != 0).any()
+  recalibrated, _ = source_run.start(dataclasses.replace(arm, batch_norm='recalibrate'))
+  assert_same_bits(recalibrated['params'], newest['params'])
+  assert (
+    recalibrated['batch_stats']['norm1']['mean'] != newest['batch_stats']['norm1']['mean']
+  ).all()
+
+
+def below_the_head(variables, kinds=('conv', 'fc', 'bias')):
+  found = kinds_.leaf_kinds(variables)
+  return np.concatenate(
+    [
+      np.ravel(leaf).astype(np.float64)
+      for path, leaf in trees.named_leaves(variables).items()
+      if found[path] in kinds and '/head/' not in path
+    ]
+  )
+
+
+def test_scores_equal_numpy(source_run, study):
+  arm = arm_of(study, 'task_vector', 1)
+  _, third, second, first, newest = (below_the_head(stage) for stage in source_run.stages)
+  variables, _ = source_run.start(arm)
+  scores = source_run.scores(arm, variables)
+  np.testing.assert_allclose(below_the_head(variables), 2 * newest - first, atol=1e-6)
+  norm = np.linalg.norm(2 * newest - first) / np.linalg.norm(newest)
+  assert scores['weight_norm'] == pytest.approx(norm, rel=1e-5)
+  # Theta^0 from Theta^1 and Theta^2.
+  error = np.abs(2 * first - second - newest).mean() / np.abs(first - newest).mean()
+  assert scores['retrodiction']['all'] == pytest.approx(error, rel=1e-5)
+  for kind in ('conv', 'fc'):
+    a, b, c = (below_the_head(stage, (kind,)) for stage in source_run.stages[2:])
+    error = np.abs(2 * b - a - c).mean() / np.abs(b - c).mean()
+    assert scores['retrodiction'][kind] == pytest.approx(error, rel=1e-4)
+  # Two stages hidden: Theta^2 - Theta^4 is added to Theta^2; three hidden are too many.
+  later = dataclasses.replace(arm, step=2, predictor='magmax')
+  moves = np.stack([second - third, second - below_the_head(source_run.stages[0])])
+  moved = np.where(abs(moves[1]) >= abs(moves[0]), moves[1], moves[0])
+  error = np.abs(second + moved - newest).mean() / np.abs(second - newest).mean()
+  assert source_run.retrodiction(later)['all'] == pytest.approx(error, rel=1e-5)
+  assert source_run.retrodiction(dataclasses.replace(arm, step=3)) == {}
+  assert source_run.retrodiction(arm_of(study, 'persistence', 0)) == {}
+  # KNOWN reads three stages: with two hidden there are just enough.
+  known_arm = arm_of(study, 'known', 2)
+  assert source_run.retrodiction(known_arm).keys() >= {'all', 'conv', 'fc'}
+  assert source_run.retrodiction(dataclasses.replace(known_arm, step=3)) == {}
+  task = forgetting.load_task(source_run.settings)
+  test = loop.put_data(task.test.images, task.test.labels, task.mean)
+  metrics = loop.evaluate(task.model, variables, test)
+  assert (scores['source_accuracy'], scores['source_loss']) == tuple(
+    metrics[name] for name in ('accuracy', 'loss')
+  )
+
+
+def test_digests_tell_weights_apart_but_not_heads(source_run):
+  newest, older = source_run.stages[-1], source_run.stages[-2]
+  same = study_sources.weights_digest(newest)
+  other_head = {**newest, 'params': {**newest['params'], 'head': older['params']['head']}}
+  assert study_sources.weights_digest(other_head) == same
+  assert study_sources.weights_digest(older) != same
+  other_stats = {**newest, 'batch_stats': older['batch_stats']}
+  assert study_sources.weights_digest(other_stats) != same
+
+
+# -- arms and amounts ----------------------------------------------------------------------------
+
+
+def test_all_predictors_are_main_arms():
+  config = config_dict(design.default_config())
+  found = arms.arms_of(config, batch_norm=True)
+  assert {arm.predictor for arm in found} == {*PREDICTORS, 'scratch', 'incremental', 'extra'}
+  for name in set(PREDICTORS) - {'persistence'}:
+    steps = [arm.step for arm in found if arm.name == name]
+    assert steps == [1, 2, 3], name
+  sweep = [dict(arm.options)['c'] for arm in found if arm.name.startswith('shrink c=')]
+  assert len(set(sweep)) >= 5
+  without = arms.arms_of(config, batch_norm=False)
+  assert {a.name for a in found} - {a.name for a in without} == {'persistence BatchNorm reset'}
+
+
+def test_the_authors_weights_are_an_arm_where_they_are_given(known_file):
+  config = design.default_config()
+  config.arms = ('persistence', 'known')
+  config.official = str(known_file)
+  found = arms.arms_of(config_dict(config), batch_norm=True)
+  assert [(a.name, a.step, a.theta) for a in found if a.name == 'known_official'] == [
+    ('known_official', n, str(known_file)) for n in (1, 2, 3)
+  ]
+
+
+def test_standard_ablations_are_arms():
+  for batch_norm in (True, False):
+    config = design.default_config()
+    config.ablations = arms.standard_ablations(batch_norm=batch_norm)
+    found = arms.arms_of(config_dict(config), batch_norm=batch_norm)
+    groups = {arm.group for arm in found}
+    wanted = {'main', 'history', 'rate', 'kinds', 'learning rate'}
+    assert groups == wanted | ({'BatchNorm'} if batch_norm else set())
+    assert {arm.history for arm in found if arm.group == 'history'} == {2, 3, 4}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'arms': ('persistence', 'knwon')}, "unknown predictor 'knwon'. Did you mean 'known'"),
+    ({'arms': ('shrink',)}, "arms lack 'persistence'"),
+    ({'arms': ('persistence', {'name': 'x'})}, 'the name of a predictor, or a dict'),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'step': 1})}, "arms 'step'. Did you mean"),
+    ({'arms': ('persistence', 'average', 'average')}, "'main' are called 'average' at step 1"),
+    ({'arms': ('persistence', {'predictor': 'task_vector', 'steps': (3,)})},
+     "arm 'task_vector' cannot do step 3: predictor 'task_vector' needs a history of 4 stages"),
+    ({'arms': ('persistence', 'known')}, "'known' cannot do step 1: .*needs a history of 5 stages"),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'history': 6})},
+     "arm 'shrink' has history 6; wanted 2 to 5, source.stages"),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'options': {'d': 1}})}, "has no option 'd'"),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'kinds': ('cnv',)})}, "kind 'cnv'. Did you"),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'batch_norm': 'rest'})}, "'rest'. Did"),
+    ({'arms': ('persistence', {'predictor': 'extra', 'steps': (1,)})}, "'extra' has steps"),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'group': 'x'})}, 'and none in arms'),
+    ({'ablations': ('shrink',)}, 'wanted a group in ablations'),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'lr_scale': 0})}, 'lr_scale 0.0; wanted a'),
+    ({'source_seeds': 0}, 'source_seeds is 0; wanted 1'),
+    ({'transfer_seeds': 1001}, 'transfer_seeds is 1001; wanted 1 to 1000'),
+    ({'amounts': (1.0, 2.0)}, r'amounts are \(1.0, 2.0\); wanted different shares'),
+    ({'amounts': (1.0, 0.05)}, 'stage 1 .* has 12 examples; wanted at least one batch of 16'),
+    ({'curve_epochs': (3,)}, 'curve_epochs hold 3; wanted 0 to 2, transfer.epochs'),
+    ({'source.optimizer': 'adm'}, "unknown optimizer 'adm'"),
+    ({'transfer.batch_size': 20}, 'batch_size is 20; wanted a positive multiple of the 8'),
+    ({'transfer.image_size': (16, 16)}, "leaf 'params/dense/kernel' has shape"),
+    ({'transfer.labels_per_class': 500}, 'labels_per_class is 500, but class'),
+  ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_before_anything_is_written(theta, tmp_path, fields, message):
+  config = small_study(theta)
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(UserError, match=message):
+    runner.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_amounts_are_nested_and_ablations_are_of_the_first(theta):
+  config = small_study(theta, amounts=(1.0, 0.4), source_seeds=1, transfer_seeds=1)
+  config.ablations = ({'group': 'rate', 'predictor': 'shrink', 'rate': 0.5, 'steps': (1,)},)
+  config.source.stages = 4
+  study = design.Study(config)
+  assert [source.name for source in study.sources()] == ['1-0-r0.4', '0.4-0-r0.4', '1-0-r0.5']
+  sizes = [study.settings(source).train_examples for source in study.sources()]
+  assert sizes == [625, 250, 625]
+  images = [
+    {image.tobytes() for image in forgetting.load_task(study.settings(source)).train.images}
+    for source in study.sources()
+  ]
+  assert images[1] < images[0] == images[2]
+  assert len(list(study.cells())) == 2 * 10 + 1
+  (rate,) = [arm for arm in study.arms if arm.group == 'rate']
+  assert rate.name == 'shrink r=0.5' and rate.multiple == 2.0
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_tables_are_read_as_they_were_written(tmp_path):
+  columns = {'name': str, 'count': int, 'share': float}
+  rows = [
+    {'name': 'a,"b"\nc', 'count': 3, 'share': 0.1 + 0.2},
+    {'name': '', 'count': -1, 'share': 1e-300},
+    {'name': 'x', 'count': 0, 'share': np.float64(2 / 3)},
+  ]
+  path = tmp_path / 'table.csv'
+  results.write_table(path, columns, rows)
+  assert results.read_table(path, columns) == rows
+  results.write_table(path, columns, [{'name': 'x', 'count': 1, 'share': None}])
+  assert math.isnan(results.read_table(path, columns)[0]['share'])
+  curve = [(0, 0.1), (12, 1 / 3)]
+  assert results.read_curve(results.curve_text(curve)) == curve
+  for text, message in (
+    ('a,b\n', 'has the columns a,b; wanted name,count,share'),
+    ('', 'has the columns nothing'),
+    ('name,count,share\nx,1\n', 'line 2 has 2 cells; wanted 3'),
+    ('name,count,share\nx,one,1\n', "line 2 has count 'one'; wanted int"),
+  ):
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+      results.read_table(path, columns)
+  with pytest.raises(UserError, match=r'cannot read .*: No such file'):
+    results.read_table(tmp_path / 'none', columns)
+
+
+def test_of_equal_keys_in_the_journal_the_first_counts(tmp_path):
+  path = tmp_path / 'journal.jsonl'
+  journal = journal_.Journal(path)
+  assert journal.get('a') is None
+  journal.add('a', x=1)
+  append_line(path, {'key': 'a', 'x': 2})
+  append_line(path, {'key': 'b', 'x': 3})
+  assert journal.get('b') is None
+  journal.reload()
+  assert (journal.get('a')['x'], journal.get('b')['x']) == (1, 3)
+  assert len(read_lines(path)) == 3
+
+
+# -- analysis and report -------------------------------------------------------------------------
+
+
+def line(arm, predictor, accuracies, norms=None, step=1, option='', group='main'):
+  """A line of made-up rows: accuracies by source seed and transfer seed."""
+  rows = {}
+  for i, group_values in enumerate(accuracies):
+    for j, accuracy in enumerate(group_values):
+      rows[i, j] = {
+        **{name: '' if kind is str else math.nan for name, kind in COLUMNS.items()},
+        'group': group, 'arm': arm, 'predictor': predictor, 'step': step, 'option': option,
+        'batch_norm': 'keep', 'lr_scale': 1.0, 'multiple': 2.0**step, 'amount': 1.0,
+        'source_seed': i,
+        'transfer_seed': j, 'accuracy': accuracy, 'weight_norm': 1.0 if norms is None else norms[i],
+        'history': 5, 'rate': 0.5, 'labels_per_class': 10,
+      }  # fmt: skip
+  return analysis.Line(group, arm, predictor, step, 1.0, rows)
+
+
+NAIVE = line('persistence', 'persistence', [[0.5, 0.6], [0.7, 0.7], [0.4, 0.4]], step=0)
+
+
+def test_differences_are_paired():
+  other = line('known', 'known', [[0.6, 0.6], [math.nan, 0.75], [0.4, 0.5]])
+  found = analysis.differences(other, analysis.to_line(NAIVE))
+  np.testing.assert_allclose(np.concatenate(found), [10, 0, 5, 0, 10], atol=1e-9)
+  assert [len(group) for group in found] == [2, 1, 2]
+  comparison = analysis.compare(found)
+  assert comparison.mean == pytest.approx(5)
+  assert (comparison.sources, comparison.pairs, comparison.p_exact) == (3, 5, 0.25)
+  assert comparison.p_t < 1e-12  # All three sources have 5 points: no spread at all.
+  assert comparison.low <= 5 <= comparison.high
+  assert analysis.compare([]) is None
+
+
+def test_the_shrink_curve_is_read_at_the_weight_norm():
+  sweep = [
+    line('shrink c=0.5', 'shrink', [[0.7, 0.8], [0.9, 0.9], [0.4, 0.2]], [0.5] * 3, option='c=0.5'),
+    line('shrink c=-0.5', 'shrink', [[0.3, 0.2], [0.7, 0.7], [0.4, 0.4]], [1.5] * 3, option='c=-1'),
+  ]
+  other = line('known', 'known', [[0.7, 0.7], [0.7, 0.7], [0.9, 0.9]], [0.75, 1.25, 0.4])
+  reference = analysis.to_shrink_curve(other, [NAIVE, other, *sweep])
+  found = [reference(pair) for pair in other.rows]
+  # Half way to 0.5; half way to 1.5; beyond the sweep.
+  assert found == [pytest.approx(0.6), pytest.approx(0.7), 0.7, 0.7, None, None]
+
+
+def test_choices_are_made_by_the_other_sources():
+  one = line('a', 'known', [[0.9], [0.1], [0.1]], step=1)
+  two = line('a', 'known', [[0.5], [0.5], [0.2]], step=2)
+  lost = line('a', 'known', [[math.nan], [1.0], [1.0]], step=3)
+  found = analysis.cross_chosen([one, two, lost])
+  # For source 0 the others prefer two (0.35 to 0.1); for 1 and 2 one (0.5 to 0.35, 0.5 to 0.5).
+  assert {pair: row['step'] for pair, row in found.rows.items()} == {
+    (0, 0): 2,
+    (1, 0): 1,
+    (2, 0): 1,
+  }
+  assert analysis.cross_chosen([lost]) is None
+  alone = analysis.cross_chosen([line('a', 'known', [[0.1]]), line('b', 'known', [[0.9]])])
+  assert alone.first['arm'] == 'a'
+
+
+def test_the_published_numbers_are_those_of_the_paper():
+  rows = {(row['times'], row['method']): row for row in tables.published(1)}
+  assert rows['1', 'naive_transfer']['p100'] == '92.40'
+  assert [rows[n, 'known']['p100'] for n in '248'] == ['93.00', '93.27', '93.55']
+  source = Path(__file__).parents[2] / '..' / 'shared' / 'paper'
+  if source.is_dir():
+    for number, name in ((1, 'cifar100_to_cifar10'), (6, 'history_length'), (7, 'time_cost')):
+      packed = source / f'table{number}_{name}.csv'
+      ours = Path(tables.__file__).parent / 'published' / f'table{number}.csv'
+      assert ours.read_bytes() == packed.read_bytes()
+
+
+@pytest.fixture(scope='module')
+def reported(studied, tmp_path_factory):
+  path = tmp_path_factory.mktemp('report') / 'docs' / 'transfer.md'
+  return path, report.write(studied, path)
+
+
+def cells(text, heading):
+  """First cell -> other cells, of the first table below a heading."""
+  after = text.split(f'## {heading}', 1)[1]
+  found = [row for row in after.splitlines() if row.startswith('|')]
+  body = list(itertools.takewhile(lambda row: row.startswith('|'), after.splitlines()[2:]))
+  assert body and found[: len(body)] == body
+  parsed = [[cell.strip() for cell in row.split('|')[1:-1]] for row in body]
+  assert all(re.fullmatch('-+:?', cell) for cell in parsed[1])
+  assert len({len(row) for row in body}) == 1  # Columns are aligned.
+  return parsed[0], {row[0]: row[1:] for row in parsed[2:]}
+
+
+def test_the_report_says_what_the_rows_say(studied, reported):
+  path, answer = reported
+  text, rows = path.read_text(), read(studied)
+  accuracy = {}
+  for row in rows:
+    pair = (row['source_seed'], row['transfer_seed'])
+    accuracy.setdefault((row['arm'], row['step']), {})[pair] = 100 * row['accuracy']
+
+  header, body = cells(text, 'Accuracy after transfer')
+  assert header[:4] == ['arm', 'x1', 'x2.5', 'x6.25']
+  for name, arm in (('task_vector', 'task_vector'), ('persistence (naive)', 'persistence')):
+    for step, cell in enumerate(body[name][:3]):
+      values = list(accuracy.get((arm, step), {}).values())
+      wanted = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if values else ''
+      assert cell == wanted
+  assert body['persistence (naive)'][3] == '92.40 ± 0.11'
+  assert body['known'][4] == ''  # The paper has no step of x2.5.
+
+  _, body = cells(text, 'Differences to naive')
+  naive = accuracy['persistence', 0]
+  for name, key in (('known x6.25', ('known', 2)), ('extra training', ('extra', 0))):
+    (row,) = [value for title, value in body.items() if title.startswith(name)]
+    differences = [accuracy[key][pair] - naive[pair] for pair in naive]
+    assert row[0] == '4'
+    assert row[1].startswith(f'{np.mean(differences):+.2f} (')
+  assert set(body) & {'shrink c=0.5 x2.5', 'persistence (naive)'} == set()
+  _, body = cells(text, 'The shrink sweep')
+  assert list(body) == ['shrink c=0.5 x2.5']
+
+  _, body = cells(text, 'Before any further')
+  (mean,) = {
+    np.mean([r['retrodiction'] for r in rows if (r['arm'], r['step']) == ('task_vector', 1)])
+  }
+  assert body['task_vector x2.5'][2] == f'{mean:.3f}'
+  assert body['persistence (naive)'][1:] == ['1.000', '', '', '', '']
+  for group in ('history', 'BatchNorm', 'learning rate'):
+    assert len(cells(text, f'Ablation: {group}')[1]) == 1
+  _, body = cells(text, 'KNOWN against its rivals')
+  assert list(body) == ['known, best step', 'known x2.5', 'known x6.25']
+  assert '## Why' in text and 'rank correlation of weight norm' in text
+  # The answer: a sentence for each of naive, shrink and equal compute.
+  assert answer in text
+  for name in ('naive transfer', 'the best of 1 ways to shrink', 'extra training of equal compute'):
+    assert len(re.findall(rf'- Against {name}.*points \(95 % interval', answer)) == 1
+
+
+def test_the_report_shows_times(studied, reported):
+  text = reported[0].read_text()
+  timings = results.read_table(studied / 'timings.csv', TIMING_COLUMNS)
+  pretraining = [row['seconds'] for row in timings if row['task'] == 'pretrain']
+  # Stage 3 is there for retrodiction only.
+  forgetting_seconds = [
+    sum(r['seconds'] for r in timings
+        if (r['task'], r['source_seed']) == ('forget', seed) and r['step'] in (1, 2))
+    for seed in (0, 1)
+  ]  # fmt: skip
+  _, body = cells(text, 'Time')
+  unit = np.median(pretraining)
+  assert body['pre-training'][:3] == [f'{unit:.2f}', '1.000', '3800']
+  assert body['forgetting (stages 1 to 2)'][0] == f'{np.median(forgetting_seconds):.2f}'
+  assert body['pre-training and forgetting'][2:] == ['7372', '1.9400']
+
+
+def test_the_pictures_are_there_and_show_something(reported):
+  path, _ = reported
+  names = re.findall(r'!\[.*\]\((.*)\)', path.read_text())
+  assert len(names) == 5
+  for name in names:
+    image = np.asarray(Image.open(path.parent / name).convert('L'))
+    assert image.shape[0] > 300 and (image < 128).sum() > 1000
+
+
+def test_reports_of_the_same_results_are_the_same_files(studied, reported, tmp_path):
+  path, _ = reported
+  report.write(studied, tmp_path / 'transfer.md')
+  assert snapshot(tmp_path) == snapshot(path.parent)
+
+
+def test_a_report_of_nothing(studied, tmp_path):
+  with pytest.raises(UserError, match=r'cannot read .*results.csv: No such file'):
+    report.write(tmp_path, tmp_path / 'x.md')
+  results.write_table(tmp_path / 'results.csv', COLUMNS, [])
+  results.write_table(tmp_path / 'timings.csv', TIMING_COLUMNS, [])
+  with pytest.raises(UserError, match='has no rows yet; run the study first'):
+    report.write(tmp_path, tmp_path / 'x.md')
+  rows = [row for row in read(studied) if row['arm'] != 'persistence']
+  results.write_table(tmp_path / 'results.csv', COLUMNS, rows)
+  with pytest.raises(UserError, match='have no naive transfer for amount 1'):
+    report.write(tmp_path, tmp_path / 'x.md')
+  assert not (tmp_path / 'x.md').exists()
+
+
+def test_histories_stand_beside_the_papers(monkeypatch):
+  lines = [line(f'task_vector S={s}', 'task_vector', [[0.5]], group='history') for s in (2, 3)]
+  for found, s in zip(lines, (2, 3), strict=True):
+    found.first['history'] = s
+  text = tables.ablations([*lines, NAIVE], NAIVE)[-1]
+  assert '| task_vector S=2 | 2 | 50.00 | 92.69 ± 0.09 |' in text
+  assert '| task_vector S=3 | 3 | 50.00 |              |' in text
+
+
+# --- several studies on one page ------------------------------------------------------------------
+
+
+def write_study(folder, gains, faster=None):
+  """A results.csv with made-up accuracies: arm -> points above naive, for two source seeds."""
+  rows = []
+  naive = {'arm': 'persistence', 'predictor': 'persistence', 'step': 0}
+  made = [({**naive, 'group': 'main'}, 0.0)]
+  for (arm, step), gain in gains.items():
+    predictor = 'shrink' if arm.startswith('shrink') else arm
+    option = 'c=0.5' if arm.startswith('shrink c') else ''
+    made.append(
+      ({'group': 'main', 'arm': arm, 'predictor': predictor, 'step': step, 'option': option}, gain)
+    )
+  for scale, gain in (faster or {}).items():
+    made.append(({**naive, 'group': 'learning rate', 'arm': f'x{scale}', 'lr_scale': scale}, gain))
+  for about, gain in made:
+    for source, transfer_seed in itertools.product(range(2), range(3)):
+      about = {'option': '', 'kinds': '', 'curve': '', 'weights': '', 'lr_scale': 1.0} | about
+      accuracy = 0.5 + 0.1 * source + 0.01 * transfer_seed + gain / 100
+      rows.append(
+        dict.fromkeys(COLUMNS, 1)
+        | {'history': 5, 'rate': 0.5, 'batch_norm': 'keep', 'amount': 1.0, 'weight_norm': 1.0}
+        | {'source': 'a', 'target': 'b', 'model': folder.name, 'multiple': 2.0 ** about['step']}
+        | {'source_seed': source, 'transfer_seed': transfer_seed, 'accuracy': accuracy, **about}
+      )
+  folder.mkdir(parents=True)
+  results.write_table(folder / results.RESULTS, COLUMNS, rows)
+  results.write_table(folder / results.TIMINGS, TIMING_COLUMNS, [])
+  return folder
+
+
+def test_several_studies_on_one_page(tmp_path):
+  first = write_study(
+    tmp_path / 'first',
+    {
+      ('known', 1): 1.0,
+      ('known', 2): 2.0,
+      ('extra', 0): 0.5,
+      ('shrink', 1): 3.0,
+      ('scratch', 0): -4.0,
+    },
+    faster={2.0: 1.5, 3.0: 4.0, 0.5: -1.0},
+  )
+  second = write_study(tmp_path / 'second', {('known', 1): -0.5, ('shrink c=0.5', 1): -2.0})
+  answer = summary.write([first, second], tmp_path / 'all.md')
+  text = (tmp_path / 'all.md').read_text()
+  assert answer in text
+  rows = [
+    [cell.strip() for cell in row.split('|')[1:-1]] for row in text.splitlines() if '|' in row
+  ]
+  # Constant differences have intervals of no width; the best step is +2 and -0.5, by construction.
+  assert rows[2:] == [
+    ['[a to b, first](all_first.md)', '2 x 3', '56.00', '+2.00 (+2.00 to +2.00)',
+     '-1.00 (-1.00 to -1.00)', '+1.50 (+1.50 to +1.50)', '+3.00 (+3.00 to +3.00)',
+     '-4.00 (-4.00 to -4.00)', '+4.00 (+4.00 to +4.00) at 3 times'],
+    ['[a to b, second](all_second.md)', '2 x 3', '56.00', '-0.50 (-0.50 to -0.50)',
+     '+1.50 (+1.50 to +1.50)', '', '-2.00 (-2.00 to -2.00)', '', ''],
+  ]  # fmt: skip
+  assert (
+    'the best step of KNOWN changes accuracy by -0.50 to +2.00 points over 2 studies: in 1 the '
+    '95 % interval lies above zero, in 1 below, and in 0 it includes zero. Against the best'
+  ) in answer
+  assert 'by -1.00 to +1.50 points over 2 studies: in 1 the' in answer
+  assert answer.endswith('it changes accuracy by +1.50 (+1.50 to +1.50) points.')
+  for name in ('first', 'second'):
+    alone = report.write(tmp_path / name, tmp_path / 'alone.md')
+    assert alone in (tmp_path / f'all_{name}.md').read_text()
+
+
+def test_studies_of_one_name_are_refused(tmp_path):
+  with pytest.raises(UserError, match="two studies are called 'a'"):
+    summary.write([tmp_path / 'x' / 'a', tmp_path / 'y' / 'a'], tmp_path / 'all.md')
