@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from know_jax import forgetting, landscape, transfer
 from know_jax.data.augmentation import Augmentation
-from know_jax.meta import collect, evaluation, meta_training, short_transfer
+from know_jax.meta import collect, evaluation, meta_training
 from know_jax.models import build_model
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.runs.record import config_dict
@@ -23,7 +23,6 @@ PIPELINES = {
   'bin/collect.py': collect,
   'bin/meta_train.py': meta_training,
   'bin/evaluate_known.py': evaluation,
-  'bin/short_transfer.py': short_transfer,
   'bin/study.py': design,
   'bin/landscape.py': landscape,
 }
@@ -99,7 +98,7 @@ def test_names_and_values_are_known(path):
   if pipeline is collect:
     collect.check_config(config)
     assert set(config['datasets']) <= DATASETS
-  elif pipeline in (evaluation, meta_training, short_transfer):
+  elif pipeline in (evaluation, meta_training):
     pipeline.check_config(config)
   elif pipeline is forgetting:
     assert config['dataset'] in DATASETS

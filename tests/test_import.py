@@ -27,7 +27,7 @@ def run(source):
 HISTORY = """
 import jax, numpy as np
 import know_jax
-from know_jax import known
+from know_jax.predictors import known
 rng = np.random.default_rng(0)
 history = [
   {'conv': {'kernel': rng.normal(size=(3, 3, 1, 2)).astype(np.float32)},

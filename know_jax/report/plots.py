@@ -145,28 +145,3 @@ def _flat(variables: Any) -> np.ndarray:
     np.ravel(leaf).astype(np.float32) for path, leaf in leaves.items() if kinds[path] != kinds_.KEEP
   ]
   return np.concatenate(parts)
-
-
-def plot_gains(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-  """Draws retrodiction error against the gain of a short transfer, one point an arm.
-
-  Args:
-    path: the PNG file to write.
-    found: for each arm `arm`, `error`, `accuracy_gain` in points, and the latter's `_low`, `_high`.
-  """
-  figure = new_figure(9, 5.5)
-  axes = figure.subplots()
-  for i, line in enumerate(found):
-    gain = line['accuracy_gain']
-    ends = [[gain - line['accuracy_gain_low']], [line['accuracy_gain_high'] - gain]]
-    axes.errorbar(
-      [line['error']], [gain], yerr=ends, fmt=MARKERS[i % len(MARKERS)], color=f'C{i % 10}',
-      capsize=2, linewidth=1, label=line['arm'],
-    )  # fmt: skip
-  axes.axhline(0.0, color='grey', linewidth=0.5)
-  axes.axvline(1.0, color='grey', linewidth=0.5)
-  axes.set_xscale('log')
-  axes.set_xlabel('retrodiction error / error of copying (left: closer to the true weights)')
-  axes.set_ylabel('gain in accuracy after a short transfer (points)')
-  axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1.0, 0.5))
-  figure.savefig(path, dpi=110)
