@@ -50,7 +50,7 @@ def main() -> None:
     output = cli.require('output', because='--history is given')
     job = from_files.prepare(
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
-      kinds=from_files.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
+      kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
       on_bad=_ON_BAD.value,
     )  # fmt: skip
     print(kinds_.kinds_table(job.leaves, job.kinds))

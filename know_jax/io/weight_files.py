@@ -2,7 +2,7 @@
 
 A tensor's path is its name with `.` replaced by `/`: `model.dense.kernel` is `model/dense/kernel`,
 by which kinds are told. Names as Flax gives them are so told apart; PyTorch's `dense.weight` is not
-Flax's `dense/kernel` (see `streaming.find_kinds`). Orbax joins the keys of a tree by `.` too.
+Flax's `dense/kernel` (see `kinds.find_kinds`). Orbax joins the keys of a tree by `.` too.
 
 The safetensors library maps files into memory, and every page it has looked at counts as resident;
 here files are read by `pread`, and nothing of them stays. A tensor of an Orbax checkpoint is copied

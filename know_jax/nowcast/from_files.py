@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,7 +111,7 @@ def prepare(
     predictors: names in `PREDICTORS`.
     steps: how far; the weights of every step from 1 on will be written.
     rate: r, as in `nowcast.predict`.
-    kinds: regular expression -> kind, see `find_kinds`.
+    kinds: regular expression -> kind, see `kinds.find_kinds`.
     known: file or folder with the parameters of KNOWN, as `load_known` takes; None: those shipped.
     on_bad: what becomes of bad leaves, as in `nowcast.predict`.
     memory: bytes that may be taken for what must be whole: leaves of `tsv`, chunks of Orbax.
@@ -135,8 +134,8 @@ def prepare(
     names = (f'the newest stage ({stages[-1].path})', f'stage {number} ({stage.path})')
     trees.check_same(newest, _structs(stage), names=names)
   job = Job(
-    stages, find_kinds(newest, kinds or {}), tuple(dict.fromkeys(predictors)), steps, rate, on_bad,
-    known,
+    stages, kinds_.find_kinds(newest, kinds or {}), tuple(dict.fromkeys(predictors)), steps, rate,
+    on_bad, known,
   )  # fmt: skip
   for name in job.predictors:
     _check_predictor(job, name)
@@ -206,100 +205,6 @@ def _check_memory(job: Job, predictor: str, memory: int) -> None:
 
 def _is_matrix(leaf: Leaf, kind: str) -> bool:
   return kind in ('conv', 'fc') and len(leaf.shape) > 1
-
-
-# --- kinds ----------------------------------------------------------------------------------------
-
-
-def parse_kinds(rules: Sequence[str]) -> dict[str, str]:
-  """Rules as given to `--kinds`, 'regex=kind': regular expression -> kind.
-
-  Raises:
-    UserError: a rule is not of that form, or its kind is unknown.
-  """
-  found = {}
-  for rule in rules:
-    pattern, equals, kind = rule.rpartition('=')
-    if not equals or not pattern:
-      raise UserError(f"kinds: found {rule!r}; wanted 'regex=kind', as in 'embed=keep'.")
-    found[pattern] = kind
-  return found
-
-
-def find_kinds(leaves: Mapping[str, Any], rules: Mapping[str, str]) -> dict[str, str]:
-  """The kind of every leaf, by its path: its name with `.` replaced by `/`.
-
-  The first rule whose regular expression is found in the path decides; then, for the names that
-  PyTorch gives, what cannot be mistaken; then `trees.default_kind`, for the names of Flax:
-
-  - `weight` of rank 4 or 5 is a convolution;
-  - `weight` of rank 2 is a dense kernel if a `bias` is beside it. Without one it may be an
-    embedding, and must be named by a rule; so must `weight` of rank 3, a convolution or a stack of
-    dense kernels;
-  - `weight` of rank 1 is a normalisation's scale, kept, as are a `bias` beside it, `running_mean`
-    and `running_var`.
-
-  Args:
-    leaves: path -> anything with a shape and a dtype.
-    rules: regular expression -> 'conv', 'fc', 'bias' or 'keep'.
-
-  Raises:
-    UserError: a leaf has no kind, or a rule is wrong or fits no leaf.
-  """
-  patterns = {}
-  for pattern, kind in rules.items():
-    if kind not in (*kinds_.KINDS, kinds_.KEEP):
-      raise unknown_name(f'kind of {pattern!r}', kind, (*kinds_.KINDS, kinds_.KEEP))
-    try:
-      patterns[re.compile(pattern)] = kind
-    except re.error as error:
-      raise UserError(f'kinds: {pattern!r} is no regular expression: {error}.') from error
-  for compiled in patterns:
-    if not any(compiled.search(path) for path in leaves):
-      raise UserError(
-        f'kinds: {compiled.pattern!r} is found in no path; the first is {next(iter(leaves))!r}.'
-      )
-  unknown = []
-
-  def kind_of(path: str, leaf: Any) -> Any:
-    kind = next((kind for pattern, kind in patterns.items() if pattern.search(path)), None)
-    kind = kind or _torch_kind(path, leaf, leaves)
-    if kind is None and kinds_.default_kind(path, leaf) is None:
-      unknown.append(path)
-      return kinds_.KEEP
-    return kind
-
-  found = kinds_.leaf_kinds(dict(leaves), kind_of)
-  if unknown:
-    path = unknown[0]
-    more = f' (and {len(unknown) - 1} more such leaves)' if len(unknown) > 1 else ''
-    raise UserError(
-      f'leaf {path!r} with shape {tuple(leaves[path].shape)} has no known kind{more}. Say which it '
-      f"is: --kinds='{re.escape(path.rpartition('/')[2])}=KIND,...', KIND one of "
-      f'{", ".join((*kinds_.KINDS, kinds_.KEEP))}; the first regular expression found in a path '
-      'decides.'
-    )
-  return found
-
-
-def _torch_kind(path: str, leaf: Any, leaves: Mapping[str, Any]) -> str | None:
-  parent, slash, name = path.rpartition('/')
-
-  def rank(sibling: str) -> int | None:
-    found = leaves.get(f'{parent}{slash}{sibling}')
-    return None if found is None else len(found.shape)
-
-  if not trees.is_floating(leaf):
-    return None
-  if name == 'weight':
-    if rank(name) == 1:
-      return kinds_.KEEP
-    if rank(name) in (4, 5):
-      return 'conv'
-    return 'fc' if rank(name) == 2 and rank('bias') == 1 else None
-  if name in ('running_mean', 'running_var') or (name == 'bias' and rank('weight') == 1):
-    return kinds_.KEEP
-  return None
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import references
 
+from know_jax import kinds
 from know_jax.benchmark import (
   accelerator,
   child,
@@ -34,7 +35,7 @@ from know_jax.benchmark.settings import FULL, QUICK, Target
 from know_jax.errors import UserError
 from know_jax.io import weight_files
 from know_jax.io.sealed import read_sealed
-from know_jax.nowcast import api, from_files
+from know_jax.nowcast import api
 from know_jax.predictors import known
 from know_jax.trees import named_leaves
 
@@ -294,7 +295,7 @@ def test_what_is_streamed_is_a_random_walk_in_shards(tmp_path):
   stages = [weight_files.open_weights(tmp_path / str(stage)) for stage in range(5)]
   for stage in stages:
     assert [leaf.size for leaf in stage.leaves.values()] == [1_000, 1_000, 500]
-  assert set(from_files.find_kinds(stages[0].leaves, {}).values()) == {'fc'}
+  assert set(kinds.find_kinds(stages[0].leaves, {}).values()) == {'fc'}
   values = []
   for stage in stages:
     with stage.leaves['dense1/kernel'].open(tmp_path) as reader:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from runs import snapshot
 
 import know_jax
-from know_jax import trees
+from know_jax import kinds, trees
 from know_jax.errors import UserError
 from know_jax.io import checkpoints, weight_files
 from know_jax.io.sealed import read_sealed
@@ -533,9 +533,9 @@ def structs(shapes):
 
 def test_kinds_by_names():
   wanted = dict(zip(structs(NAMES), TOLD, strict=True))
-  assert from_files.find_kinds(structs(NAMES), {}) == wanted
-  rules = from_files.parse_kinds(['^fc=keep', 'fc/weight=conv', r'bias$=fc'])
-  found = from_files.find_kinds(structs(NAMES), rules)
+  assert kinds.find_kinds(structs(NAMES), {}) == wanted
+  rules = kinds.parse_kinds(['^fc=keep', 'fc/weight=conv', r'bias$=fc'])
+  found = kinds.find_kinds(structs(NAMES), rules)
   assert found == wanted | {
     'fc/weight': 'keep', 'fc/bias': 'keep', 'bn/bias': 'fc', 'dense/bias': 'fc', 'ln/bias': 'fc'
   }  # fmt: skip
@@ -555,8 +555,8 @@ def test_unknown_kinds_are_named(name, shape):
   path = name.replace('.', '/')
   message = f"leaf '{path}' with shape .* has no known kind .and 1 more such leaves.*--kinds='"
   with pytest.raises(UserError, match=message):
-    from_files.find_kinds(structs({name: shape, 'z.tensor': (1, 1)}), {})
-  found = from_files.find_kinds(structs({name: shape, 'z.tensor': (1, 1)}), {'.': 'keep'})
+    kinds.find_kinds(structs({name: shape, 'z.tensor': (1, 1)}), {})
+  found = kinds.find_kinds(structs({name: shape, 'z.tensor': (1, 1)}), {'.': 'keep'})
   assert set(found.values()) == {'keep'}
 
 
