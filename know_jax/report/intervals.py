@@ -115,6 +115,29 @@ def paired_t_test(differences: ArrayLike) -> float:
   return float(2 * t.sf(statistic, values.size - 1))
 
 
+def t_interval(means: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+  """Student's interval for the mean of source seeds' means; NaN for fewer than two.
+
+  With a handful of source seeds a bootstrap interval is too narrow; this one has its level if the
+  means are normal.
+
+  Args:
+    means: one a source seed.
+    level: the chance that it covers the true mean.
+
+  Returns:
+    Lower and upper end.
+  """
+  values = np.asarray(means, np.float64)
+  if values.size < 2:
+    return math.nan, math.nan
+  from scipy.stats import t
+
+  error = values.std(ddof=1) / math.sqrt(values.size)
+  half = t.ppf((1 + level) / 2, values.size - 1) * error
+  return float(values.mean() - half), float(values.mean() + half)
+
+
 def holm(p_values: ArrayLike) -> np.ndarray:
   """P values adjusted for being many (Holm, 1979), float64 of the same length; NaN stays NaN.
 

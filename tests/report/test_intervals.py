@@ -141,6 +141,21 @@ def test_paired_t_without_spread():
   assert math.isnan(intervals.paired_t_test([2.0]))
 
 
+@settings(deadline=None)
+@given(
+  st.lists(numbers, min_size=2, max_size=9).filter(lambda x: np.std(x) > 1e-3),
+  st.floats(0.5, 0.999),
+)
+def test_the_t_interval_equals_scipy(means, level):
+  wanted = scipy.stats.ttest_1samp(means, 0.0).confidence_interval(level)
+  np.testing.assert_allclose(intervals.t_interval(means, level), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_t_interval_without_spread():
+  assert intervals.t_interval([2.0, 2.0]) == (2.0, 2.0)
+  assert all(map(math.isnan, intervals.t_interval([2.0])))
+
+
 # -- many tests ----------------------------------------------------------------------------------
 
 
