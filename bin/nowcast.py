@@ -7,8 +7,9 @@ Every predicted weight becomes a checkpoint, predictions/<predictor>/<step> in t
 
     python bin/nowcast.py --history=OLDEST,...,NEWEST --output=DIR
 
-each a safetensors file, an index of several, a folder with either, or an Orbax checkpoint. Then
-DIR/<predictor>/<step> holds safetensors files; the same command goes on with what a kill left.
+each in a format of know_jax.io.formats (safetensors, Orbax, ...); or a folder that holds them, as
+checkpoint-500, checkpoint-1000, ... Then DIR/<predictor>/<step> is the newest checkpoint with its
+weights replaced; the same command resumes what a kill left.
 """
 
 from absl import flags
@@ -36,11 +37,24 @@ _KNOWN = flags.DEFINE_string(
   'known', None, 'Parameters of KNOWN: a safetensors file or a folder of .h5 files; else shipped.'
 )
 _ON_BAD = flags.DEFINE_enum('on_bad', 'keep', list(ON_BAD), 'Leaves with a bad prediction.')
-_HISTORY = flags.DEFINE_list('history', None, 'Files with the stages, oldest first.')
+_HISTORY = flags.DEFINE_list('history', None, 'Files with the stages, oldest first; or one folder.')
 flags.DEFINE_string('output', None, 'With --history: folder for the predictions.')
 _RATE = flags.DEFINE_float('rate', 0.5, 'With --history: sampling rate of the stages.')
 _KINDS = flags.DEFINE_list('kinds', [], "With --history: 'regex=kind' where names do not tell it.")
 _MEMORY = flags.DEFINE_integer('memory', 1024, 'With --history: MiB for what is taken whole (tsv).')
+_ONLY = flags.DEFINE_string('only', None, 'With --history: regex of the leaves to predict.')
+_SKIP = flags.DEFINE_string('skip', None, 'With --history: regex of leaves to keep as they are.')
+_OPTION = flags.DEFINE_multi_string(
+  'option', [], 'With --history: option of a predictor, as lam=0.3; may be given several times.'
+)
+_FORMAT = flags.DEFINE_string(
+  'format', None, "With --history: 'safetensors' to convert to; else that of the newest stage."
+)
+_DTYPE = flags.DEFINE_string(
+  'dtype', None, 'With --history: float32, bfloat16 or float16 for what is written; else as it is.'
+)
+_DRY_RUN = cli.define_dry_run('With --history: print what would be done, and write nothing.')
+_OF_FILES = ('output', 'rate', 'kinds', 'memory', 'only', 'skip', 'option', 'format', 'dtype')
 
 
 def main() -> None:
@@ -51,12 +65,17 @@ def main() -> None:
     job = from_files.prepare(
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
       kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
-      on_bad=_ON_BAD.value,
+      on_bad=_ON_BAD.value, options=from_files.parse_options(_OPTION.value), only=_ONLY.value,
+      skip=_SKIP.value, format=_FORMAT.value, dtype=_DTYPE.value,
     )  # fmt: skip
+    print('\n'.join(f'stage {i}: {stage.path}' for i, stage in enumerate(job.stages)))
     print(kinds_.kinds_table(job.leaves, job.kinds))
+    if _DRY_RUN.value:
+      print(from_files.plan(job, output))
+      return
     from_files.write(job, output)
     return
-  cli.refuse('output', 'rate', 'kinds', 'memory', because='no --history is given')
+  cli.refuse(*_OF_FILES, 'dry_run', because='no --history is given')
   workdir = cli.workdir()
   trajectory, _ = forgetting.load_trajectory(workdir)
   print(from_run.kinds_report(trajectory))

@@ -11,7 +11,7 @@ from know_jax.benchmark.goals import goals
 from know_jax.benchmark.machine import machine
 from know_jax.benchmark.settings import FULL, QUICK, Settings
 from know_jax.errors import UserError, reason, unknown_name
-from know_jax.io.files import write_atomic
+from know_jax.io.files import local_path, write_atomic
 from know_jax.io.sealed import write_sealed
 
 
@@ -68,7 +68,7 @@ def run(
           f'section {name!r} reads memory from /proc, which is not there; wanted Linux, or '
           f'--only={others}.'
         )
-  path = Path(path).expanduser()
+  path = local_path(path, 'output')
   if path.suffix != '.md':
     raise UserError(f'the output is {str(path)!r}; wanted a Markdown file, as in benchmark.md.')
   try:

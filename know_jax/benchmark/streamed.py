@@ -17,7 +17,7 @@ import safetensors.flax
 from know_jax.benchmark.child import status
 from know_jax.benchmark.children import environment
 from know_jax.benchmark.settings import STAGES, Settings
-from know_jax.io.weight_files import INDEX
+from know_jax.io.safetensors import INDEX
 from know_jax.system.progress import progress
 
 PREDICTOR = 'known'

@@ -38,7 +38,7 @@ from jax.experimental import multihost_utils
 
 from know_jax import trees
 from know_jax.errors import UserError, reason
-from know_jax.io.files import fsync_directory, hidden_sibling, locked
+from know_jax.io.files import fsync_directory, hidden_sibling, local_path, locked
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.jsonable import digest, plain
 from know_jax.system.machine import memory_bytes
@@ -301,7 +301,7 @@ def _check_leaves(
 def _absolute(path: str | os.PathLike) -> Path:
   # Resolved, because a link to a checkpoint must survive that the checkpoint is replaced.
   try:
-    return Path(path).expanduser().resolve()
+    return local_path(path, 'checkpoint').resolve()
   except (OSError, RuntimeError, ValueError) as error:
     raise UserError(f'{os.fspath(path)!r} is not a usable path: {error}.') from error
 

@@ -2,20 +2,61 @@
 
 import contextlib
 import errno
-import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from know_jax.errors import UserError
+
+try:
+  import fcntl
+except ImportError:
+  import msvcrt
+
+  def _lock(fd: int) -> None:
+    msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+else:
+
+  def _lock(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 LOCK_SECONDS = 10.0
 """How long a writer waits for another process that writes the same path."""
 
 
+_URL = re.compile('([A-Za-z][A-Za-z0-9+.-]+):/')  # A `Path` has one slash of the two.
+
+
+def local_path(path: str | os.PathLike, what: str) -> Path:
+  """A path on this machine, with `~` for the home folder.
+
+  Args:
+    path: as the user gave it; `file://` is taken off.
+    what: what is given, for the error: '--output'.
+
+  Raises:
+    UserError: it is a URL of another place, such as `gs://bucket`.
+  """
+  text = os.fspath(path)
+  if scheme := _URL.match(text):
+    if scheme[1] != 'file':
+      raise UserError(
+        f'{what}: found {text!r}; expected a path on this machine. Copy it here first, or mount it '
+        '(gcsfuse, mountpoint-s3, rclone).'
+      )
+    text = '/' + text[scheme.end() :].lstrip('/')
+  return Path(text).expanduser()
+
+
 def fsync_directory(path: Path) -> None:
-  """Makes the names in a directory durable."""
+  """Makes the names in a directory durable, where the system has that for directories."""
+  if not hasattr(os, 'O_DIRECTORY'):
+    return
   fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
   try:
     os.fsync(fd)
@@ -46,9 +87,9 @@ def locked(path: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
   name = hidden_sibling(path, 'lock')
   deadline = time.monotonic() + wait_seconds
   while True:
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | getattr(os, 'O_CLOEXEC', 0), 0o666)
     try:
-      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(fd)
       # The holder before us removed the file: a lock on a file without a name keeps nobody out.
       if os.path.samestat(os.fstat(fd), name.stat()):
         break
@@ -66,7 +107,9 @@ def locked(path: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
     yield
   finally:
     try:
-      name.unlink(missing_ok=True)
+      # Windows refuses, as the file is open; then it stays, and locks as well as a new one.
+      with contextlib.suppress(PermissionError):
+        name.unlink(missing_ok=True)
     finally:
       os.close(fd)
 
@@ -105,7 +148,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
   """
   temporary = hidden_sibling(path, 'tmp')
   try:
-    with temporary.open('wb') as file:
+    with temporary.open('w+b') as file:
       yield file
       file.flush()
       os.fsync(file.fileno())

@@ -38,7 +38,7 @@ from ml_collections.config_dict import placeholder
 
 from know_jax import forgetting, kinds, trees
 from know_jax.errors import UserError, unknown_name
-from know_jax.io.files import locked, write_atomic
+from know_jax.io.files import local_path, locked, write_atomic
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.jsonable import digest
 from know_jax.models import MODELS
@@ -218,7 +218,7 @@ def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str
   """
   config = config_dict(config)
   check_config(config)
-  output = Path(output).expanduser()
+  output = local_path(output, 'output')
   if dry_run:
     return _listing(config, output)
   together = config.pop('together')

@@ -4,9 +4,9 @@ What is written for every predictor, and what a killed run goes on from:
 
 ```
 <output>/<predictor>/record.json   the run: options, digests of the history, finished shards
-<output>/<predictor>/<step>/model-00001-of-00002.safetensors ...   the predicted weights
-<output>/<predictor>/<step>/model.safetensors.index.json           which tensor is in which file
-<output>/<predictor>/<step>/nowcast.json                           what this is, with checksums
+<output>/<predictor>/<step>/...    the newest checkpoint with its weights replaced
+<output>/<predictor>/<step>/nowcast.json   what this is, with checksums
+<output>/<predictor>/<step>/README.md      the same for people
 ```
 
 Predictors that work coordinate by coordinate take `nowcast.forecast` a slice at a time. KNOWN
@@ -20,7 +20,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,22 +34,16 @@ import numpy as np
 
 from know_jax import kinds as kinds_
 from know_jax import trees
-from know_jax.errors import UserError, reason, unknown_name
-from know_jax.io.files import locked, write_atomic
+from know_jax.errors import PredictionWarning, UserError, reason, unknown_name
+from know_jax.io import safetensors
+from know_jax.io.files import local_path, locked, write_atomic
+from know_jax.io.formats import open_weights
 from know_jax.io.sealed import write_sealed
-from know_jax.io.weight_files import (
-  INDEX,
-  Leaf,
-  Reader,
-  Sink,
-  Weights,
-  file_order,
-  open_weights,
-  writing,
-)
+from know_jax.io.weights import Leaf, Reader, Shard, Sink, Weights
 from know_jax.jsonable import digest
 from know_jax.nowcast import api, engine
 from know_jax.nowcast import health as health_
+from know_jax.nowcast import stages as stages_
 from know_jax.predictors import known_leaf
 from know_jax.predictors.methods import METHODS
 from know_jax.predictors.parameters import load_known, theta_digest, trained_range
@@ -60,6 +57,8 @@ MEMORY = 1 << 30
 """Bytes for what cannot be taken in slices: leaves of `tsv`, chunks of Orbax."""
 
 _RECORD = 'record.json'
+_TIED = re.compile(r'(^|/)(lm_head|embed_out|output_projection|decoder)/weight$')
+"""Output layers that many models share with their embedding, and that savers then leave out."""
 # Beside the stages of a leaf, in float32: the two factors and the workspace of its decomposition.
 _TSV_COPIES = 16
 
@@ -76,6 +75,12 @@ class Job:
     rate: r.
     on_bad: what becomes of bad leaves, a choice of `guards.ON_BAD`.
     known: file or folder with the parameters of KNOWN; None: those shipped.
+    options: of the predictors.
+    leaves: path -> leaf of the newest stage, with the dtype that is written.
+    shards: the files of the newest stage, None where others are written.
+    format: of what is written.
+    dtype: the name of that which floating-point leaves are written in, None for their own.
+    notes: what to tell about the history.
   """
 
   stages: list[Weights]
@@ -85,11 +90,12 @@ class Job:
   rate: float
   on_bad: str
   known: str | None
-
-  @property
-  def leaves(self) -> dict[str, Leaf]:
-    """Path -> leaf of the newest stage, by whose names predictions are written."""
-    return self.stages[-1].leaves
+  options: dict[str, Any]
+  leaves: dict[str, Leaf]
+  shards: tuple[Shard, ...] | None
+  format: str
+  dtype: str | None
+  notes: tuple[str, ...]
 
 
 def prepare(
@@ -102,12 +108,17 @@ def prepare(
   known: str | None = None,
   on_bad: str = 'keep',
   memory: int = MEMORY,
+  options: Mapping[str, Any] | None = None,
+  only: str | None = None,
+  skip: str | None = None,
+  format: str | None = None,
+  dtype: str | None = None,
 ) -> Job:
   """Checks a history in files and what is asked of it; reads headers and metadata, no weights.
 
   Args:
-    history: the stages, oldest (smallest subset) first; each what `weight_files.open_weights`
-      takes.
+    history: the stages, oldest (smallest subset) first; each what `formats.open_weights` takes;
+      or one folder that holds them, see `stages.expand`.
     predictors: names in `PREDICTORS`.
     steps: how far; the weights of every step from 1 on will be written.
     rate: r, as in `nowcast.predict`.
@@ -115,11 +126,17 @@ def prepare(
     known: file or folder with the parameters of KNOWN, as `load_known` takes; None: those shipped.
     on_bad: what becomes of bad leaves, as in `nowcast.predict`.
     memory: bytes that may be taken for what must be whole: leaves of `tsv`, chunks of Orbax.
+    options: of the predictors, as `nowcast.predict` takes them.
+    only: regular expression; leaves in whose path it is not found are kept.
+    skip: regular expression; leaves in whose path it is found are kept.
+    format: 'safetensors' to write that; None: the newest stage's, where it can be written.
+    dtype: 'float32', 'bfloat16' or 'float16' to write floating-point leaves in; None: their own.
 
   Raises:
-    UserError: a stage cannot be read, differs from the newest in names, shapes or dtypes, a leaf
-      has no kind, a predictor is unknown or cannot do the steps with this history, or something
-      that must be whole is too large; the leaf is named.
+    UserError: a stage cannot be read, is there twice or out of order, differs from the newest in
+      the names, shapes or dtypes of predicted leaves, a leaf has no kind, a predictor is unknown
+      or cannot do the steps with this history, or something that must be whole is too large; the
+      leaf is named.
   """
   if not predictors:
     raise UserError(f'no predictor is given; wanted some of {", ".join(METHODS)}.')
@@ -128,23 +145,171 @@ def prepare(
       raise unknown_name('predictor', name, METHODS)
   if not history:
     raise UserError('the history is empty; wanted the weights of at least one stage.')
-  stages = [open_weights(path) for path in history]
-  newest = _structs(stages[-1])
-  for number, stage in enumerate(stages[:-1]):
-    names = (f'the newest stage ({stages[-1].path})', f'stage {number} ({stage.path})')
-    trees.check_same(newest, _structs(stage), names=names)
+  stages = [open_weights(path) for path in stages_.expand(history)]
+  stages_.check_paths(stages)
+  newest = stages[-1]
+  chosen = _not_chosen(newest.leaves, only, skip)
+  found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})})
+  notes = [note for stage in stages for note in stage.notes]
+  _check_stages(stages, found, notes, skip)
+  _check_complex(newest.leaves, {**chosen, **(kinds or {})})
+  for note in notes:
+    warnings.warn(note, PredictionWarning, stacklevel=2)
+  shards, leaves = _output(newest, format, dtype)
   job = Job(
-    stages, kinds_.find_kinds(newest, kinds or {}), tuple(dict.fromkeys(predictors)), steps, rate,
-    on_bad, known,
+    stages, found, tuple(dict.fromkeys(predictors)), steps, rate, on_bad, known,
+    dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
+    tuple(notes),
   )  # fmt: skip
   for name in job.predictors:
     _check_predictor(job, name)
     _check_memory(job, name, memory)
+  _ = job.shards or _new_shards(job, SHARD_BYTES)  # An error, if a dtype cannot be written.
   return job
 
 
-def _structs(stage: Weights) -> dict[str, jax.ShapeDtypeStruct]:
-  return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in stage.leaves.items()}
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+  """Options as given to `--option`, 'name=value': a number or truth where it reads as one.
+
+  Raises:
+    UserError: a text is not of that form.
+  """
+  options = {}
+  for text in texts:
+    name, equals, value = text.partition('=')
+    if not equals or not name.isidentifier():
+      raise UserError(f"option: found {text!r}; expected 'name=value', as in 'lam=0.3'.")
+    try:
+      options[name] = json.loads(value)
+    except ValueError:
+      options[name] = value
+  return options
+
+
+def plan(job: Job, output: str | os.PathLike) -> str:
+  """What `write` would do, in a few lines: weights of each kind, bytes, disk and time.
+
+  The time is that of one slice of weights, which is predicted in memory, taken for all.
+  """
+  output = local_path(output, 'output')
+  place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+  sizes = dict.fromkeys((*kinds_.KINDS, kinds_.KEEP), 0)
+  for path, kind in job.kinds.items():
+    sizes[kind] += job.leaves[path].size
+  predicted = sum(sizes.values()) - sizes[kinds_.KEEP]
+  read = sum(leaf.nbytes for stage in job.stages for leaf in stage.leaves.values())
+  written = sum(leaf.nbytes for leaf in job.leaves.values())
+  seconds = 0.0
+  for name in job.predictors if predicted else ():
+    stage = {'a/kernel': np.zeros((1 << 9, 1 << 9), np.float32)}
+    for _ in range(2):  # The first call compiles.
+      began = time.perf_counter()
+      api.forecast(
+        [stage] * len(job.stages), job.steps, predictor=name, theta=_theta(job, name),
+        rate=job.rate, on_bad='ignore', **job.options,
+      )  # fmt: skip
+      taken = time.perf_counter() - began
+    seconds += taken * predicted / (1 << 18)
+  kinds = ', '.join(f'{size:,} {kind}' for kind, size in sizes.items())
+  return (
+    f'weights: {kinds}\n'
+    f'reads {read / 1e6:,.1f} MB; writes {job.steps} x {len(job.predictors)} checkpoints of '
+    f'{written / 1e6:,.1f} MB ({job.format}) to {output}, where '
+    f'{shutil.disk_usage(place).free / 1e6:,.1f} MB are free\n'
+    f'predicting takes about {seconds:,.0f} s on this machine, reading and writing not counted\n'
+    'dry run: nothing was written'
+  )
+
+
+def _not_chosen(leaves: Mapping[str, Leaf], only: str | None, skip: str | None) -> dict[str, str]:
+  """The rule that keeps the leaves that are not to be predicted, by their full names."""
+  kept: set[str] = set()
+  for name, pattern in (('only', only), ('skip', skip)):
+    if pattern is None:
+      continue
+    try:
+      found = {path for path in leaves if re.search(pattern, path)}
+    except re.error as error:
+      raise UserError(f'{name}: {pattern!r} is no regular expression: {error}.') from error
+    if not found:
+      raise UserError(f'{name}: {pattern!r} is found in no path; the first is {min(leaves)!r}.')
+    kept |= found if name == 'skip' else leaves.keys() - found
+  return {f'^(?:{"|".join(map(re.escape, sorted(kept)))})$': kinds_.KEEP} if kept else {}
+
+
+def _check_stages(
+  stages: Sequence[Weights], kinds: dict[str, str], notes: list[str], skip: str | None
+) -> None:
+  """Compares the leaves to be predicted in all stages; changes `kinds` of tied ones that lack."""
+  newest = stages[-1]
+  lacking = {path for stage in stages[:-1] for path in kinds.keys() - stage.leaves.keys()}
+  for path in sorted(lacking):
+    if kinds[path] != kinds_.KEEP and _TIED.search(path):
+      kinds[path] = kinds_.KEEP
+      notes.append(
+        f'leaf {path!r} is missing in some stages, as an output layer that is tied to the '
+        'embedding is: it is kept as in the newest stage.'
+      )
+  predicted = {p: leaf for p, leaf in newest.leaves.items() if kinds[p] != kinds_.KEEP}
+  if not predicted:
+    notes.append('nothing is predicted: all leaves are kept as in the newest stage.')
+  for number, stage in enumerate(stages[:-1]):
+    extra = {
+      path: leaf
+      for path, leaf in stage.leaves.items()
+      if path not in newest.leaves and not (skip and re.search(skip, path))
+    }
+    if tied := [path for path in extra if _TIED.search(path)]:
+      notes.append(f'leaf {tied[0]!r} of {stage.path} is not in the newest stage: it is left out.')
+    there = {path: leaf for path, leaf in stage.leaves.items() if path in predicted} | {
+      path: leaf for path, leaf in extra.items() if path not in tied and trees.is_floating(leaf)
+    }
+    names = (f'the newest stage ({newest.path})', f'stage {number} ({stage.path})')
+    trees.check_same(predicted, there, names=names)
+
+
+def _check_complex(leaves: Mapping[str, Leaf], rules: Mapping[str, str]) -> None:
+  for path, leaf in leaves.items():
+    told = any(re.search(pattern, path) for pattern, kind in rules.items() if kind == kinds_.KEEP)
+    if leaf.dtype.kind == 'c' and not told:
+      raise UserError(
+        f'leaf {path!r} has dtype {leaf.dtype}, which is not predicted; expected real numbers. '
+        f"Keep it as it is, --skip='^{re.escape(path)}$', or save real and imaginary parts as two."
+      )
+
+
+_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def _output(
+  newest: Weights, format: str | None, dtype: str | None
+) -> tuple[tuple[Shard, ...] | None, dict[str, Leaf]]:
+  """The shards of the newest stage if they can be written again, and the leaves to be written."""
+  if format not in (None, 'safetensors', newest.format):
+    raise UserError(
+      f'format is {format!r}; expected safetensors, or nothing for that of the newest stage '
+      f'({newest.format}).'
+    )
+  if dtype is not None and dtype not in _DTYPES:
+    raise unknown_name('dtype', dtype, _DTYPES)
+  to = jnp.dtype(dtype) if dtype is not None else None
+  leaves = {
+    path: dataclasses.replace(leaf, dtype=to) if to and trees.is_floating(leaf) else leaf
+    for path, leaf in newest.leaves.items()
+  }
+  if format is None and newest.format != 'safetensors' and newest.shards and to:
+    raise UserError(
+      f'dtype is {dtype!r}, but a {newest.format} checkpoint is written with its own dtypes; add '
+      "format='safetensors'."
+    )
+  if format == 'safetensors' or not newest.shards:
+    return None, leaves
+  if to is None:
+    return newest.shards, leaves
+  return tuple(
+    safetensors.rewritten(shard.name, {p: leaves[p] for p in shard.paths}, newest.metadata)
+    for shard in newest.shards
+  ), leaves
 
 
 def _own_known(job: Job, predictor: str) -> str | None:
@@ -177,7 +342,7 @@ def _check_predictor(job: Job, predictor: str) -> None:
     job.rate,
     lambda path, _: job.kinds.get(path),  # type: ignore[arg-type, return-value]
     job.on_bad,
-    {},
+    job.options,
   )
 
 
@@ -191,7 +356,7 @@ def _check_memory(job: Job, predictor: str, memory: int) -> None:
           f'{needed} bytes are needed, at most {memory} are allowed. Give it the kind '
           f"{kinds_.KEEP!r}, or more memory, or leave 'tsv' out."
         )
-    for stage in job.stages:
+    for stage in job.stages if job.kinds[path] != kinds_.KEEP else job.stages[-1:]:
       # Compressed, decompressed, and in the form that is handed out.
       needed = 3 * stage.leaves[path].chunk_bytes
       if needed > memory:
@@ -217,12 +382,13 @@ def write(
   shard_bytes: int = SHARD_BYTES,
   show_progress: bool = True,
 ) -> list[Path]:
-  """Predicts and writes; the same call goes on with what a killed one left, to the same bytes.
+  """Predicts and writes; the same call resumes what a killed one left, to the same bytes.
 
   Args:
     job: as `prepare` gives it.
     output: the folder; made if missing.
-    shard_bytes: the size of a file from which on another is begun; a tensor is in one file.
+    shard_bytes: where the files are not those of the newest stage, the size of one from which on
+      another is begun; a tensor is in one file.
     show_progress: whether bars are shown.
 
   Returns:
@@ -233,21 +399,22 @@ def write(
       the history, or, with `on_bad='raise'`, in a prediction: the leaf is named. Shards finished
       before stay.
   """
-  output = Path(output).expanduser()
+  output = local_path(output, 'output')
   for stage in job.stages:
     for name in job.predictors:
       if stage.path.resolve().is_relative_to((output / name).resolve()):
         raise UserError(f'the history {stage.path} lies in {output / name}, which is written to.')
-  shards = _shards(job.leaves, shard_bytes)
+  shards = job.shards or _new_shards(job, shard_bytes)
   for name in job.predictors:
     folder = output / name
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _RECORD).exists():
       raise UserError(f'{folder} holds something else, without {_RECORD}; give another --output.')
-  history = []
+  history: list[dict[str, Any]] = []
   with progress(len(job.stages), 'read history', 'stage', show=show_progress) as bar:
     for stage in job.stages:
       history.append({'path': str(stage.path), 'files': stage.identify()})
       bar.update()
+  stages_.check_content(job.stages, [stage['files'] for stage in history])
   try:
     output.mkdir(parents=True, exist_ok=True)
     _check_space(job, output)
@@ -261,20 +428,22 @@ def write(
     raise UserError(f'cannot write {output}: {reason(error)}.') from error
 
 
-def _shards(leaves: Mapping[str, Leaf], shard_bytes: int) -> dict[str, list[str]]:
-  """File name -> the paths of its leaves."""
-  groups: list[list[str]] = [[]]
+def _new_shards(job: Job, shard_bytes: int) -> tuple[Shard, ...]:
+  """Files of safetensors of no more than that many bytes, but for those of one large leaf."""
+  groups: list[dict[str, Leaf]] = [{}]
   size = 0
-  for path, leaf in leaves.items():
+  for path, leaf in job.leaves.items():
     if groups[-1] and size + leaf.nbytes > shard_bytes:
-      groups.append([])
+      groups.append({})
       size = 0
-    groups[-1].append(path)
+    groups[-1][path] = leaf
     size += leaf.nbytes
-  return {
-    f'model-{number:05}-of-{len(groups):05}.safetensors': group
+  return tuple(
+    safetensors.rewritten(
+      f'model-{number:05}-of-{len(groups):05}.safetensors', group, job.stages[-1].metadata
+    )
     for number, group in enumerate(groups, 1)
-  }
+  )
 
 
 def _check_space(job: Job, output: Path) -> None:
@@ -282,7 +451,8 @@ def _check_space(job: Job, output: Path) -> None:
   there = sum(
     path.stat().st_size
     for name in job.predictors
-    for path in (output / name).glob('*/*.safetensors')
+    for path in (output / name).glob('*/**/*')
+    if path.is_file()
   )
   if (free := shutil.disk_usage(output).free) < total - there:
     raise UserError(f'{output} has {free} bytes free; wanted {total - there} for the predictions.')
@@ -295,7 +465,7 @@ class _Run:
   Attributes:
     theta: its parameters in NumPy, None for predictors without.
     folders: those of the steps.
-    shards: file name -> the paths of its leaves.
+    shards: file name -> what is written there.
     about: what the cards say of it.
     record: what is finished.
   """
@@ -303,7 +473,7 @@ class _Run:
   predictor: str
   theta: Any
   folders: list[Path]
-  shards: dict[str, list[str]]
+  shards: dict[str, Shard]
   about: dict[str, Any]
   record: RunRecord
 
@@ -312,7 +482,7 @@ def _open_run(
   job: Job,
   predictor: str,
   folder: Path,
-  shards: dict[str, list[str]],
+  shards: tuple[Shard, ...],
   history: list[dict[str, Any]],
 ) -> _Run:
   theta = _theta(job, predictor)
@@ -321,12 +491,15 @@ def _open_run(
     'rate': job.rate,
     'on_bad': job.on_bad,
     'known': None if theta is None else theta_digest(theta),
+    'options': job.options,
     'kinds': job.kinds,
   }
   config = {
     **about,
     'steps': job.steps,
-    'shards': [len(paths) for paths in shards.values()],
+    'format': job.format,
+    'dtype': job.dtype,
+    'shards': [[shard.name, len(shard.paths)] for shard in shards],
     # Files may have been moved since.
     'history': [digest(stage['files']) for stage in history],
   }
@@ -334,7 +507,10 @@ def _open_run(
   folders = [folder / str(n) for n in range(1, job.steps + 1)]
   for step in folders:
     step.mkdir(exist_ok=True)
-  return _Run(predictor, theta, folders, shards, {**about, 'history': history}, record)
+  return _Run(
+    predictor, theta, folders, {shard.name: shard for shard in shards},
+    {**about, 'history': history}, record,
+  )  # fmt: skip
 
 
 def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
@@ -344,7 +520,7 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
     for name, entry in record.get('shards', {}).items()
     if all(_is_intact(step / name, entry['files'][i]) for i, step in enumerate(folders))
   }
-  sizes = {name: sum(job.leaves[path].size for path in paths) for name, paths in shards.items()}
+  sizes = {name: sum(job.leaves[path].size for path in s.paths) for name, s in shards.items()}
   done = sum(sizes[name] for name in finished)
   with progress(
     sum(sizes.values()), run.predictor, 'weights', initial=done, show=show_progress, scale=True
@@ -363,11 +539,10 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       on_bad=job.on_bad,
       stacklevel=4,
     )
-  total = sum(leaf.nbytes for leaf in job.leaves.values())
-  weight_map = {job.leaves[path].name: name for name, paths in shards.items() for path in paths}
-  index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(weight_map.items()))}
+  index = _index(job, shards)
   for n, step in enumerate(folders, 1):
-    write_atomic(step / INDEX, (json.dumps(index, indent=2) + '\n').encode())
+    if index is not None:
+      write_atomic(step / index[0], (json.dumps(index[1], indent=2) + '\n').encode())
     bad = {path: values for path, values in health.items() if _is_bad(values)[n - 1]}
     card = {
       'format': FORMAT,
@@ -381,6 +556,19 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
     }
     write_sealed(step / CARD, card)
   return folders
+
+
+def _index(job: Job, shards: Mapping[str, Shard]) -> tuple[str, dict[str, Any]] | None:
+  """Name and content of the index that says which tensor is in which file."""
+  newest = job.stages[-1]
+  total = {'total_size': sum(leaf.nbytes for leaf in job.leaves.values())}
+  if job.shards is None:
+    files = {job.leaves[p].name: name for name, shard in shards.items() for p in shard.paths}
+    return safetensors.INDEX, {'metadata': total, 'weight_map': dict(sorted(files.items()))}
+  if newest.index is None or job.dtype is None:
+    return newest.index
+  name, content = newest.index
+  return name, {**content, 'metadata': {**content.get('metadata', {}), **total}}
 
 
 def _is_intact(path: Path, wanted: dict[str, Any]) -> bool:
@@ -397,15 +585,13 @@ def _is_bad(health: Any) -> np.ndarray:
 
 def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
   """Writes one file for every step, all or none; returns what the record says of them."""
-  paths, files = run.shards[name], [folder / name for folder in run.folders]
-  leaves = file_order([job.leaves[path] for path in paths])
-  path_of = {job.leaves[path].name: path for path in paths}
-  metadata = job.stages[-1].metadata
+  shard, files = run.shards[name], [folder / name for folder in run.folders]
   health = {}
   with contextlib.ExitStack() as stack:
-    sinks = [stack.enter_context(writing(file, leaves, metadata)) for file in files]
-    for leaf in leaves:
-      path = path_of[leaf.name]
+    sinks = [stack.enter_context(shard.writing(file)) for file in files]
+    for path in shard.paths:
+      for sink in sinks:
+        sink.begin(job.leaves[path])
       with _history(job, path, files[0].parent) as history:
         if job.kinds[path] == kinds_.KEEP:
           _copy_newest(history, sinks, bar)
@@ -432,7 +618,7 @@ class _LeafHistory:
   @property
   def width(self) -> np.dtype:
     """The dtype to compute in."""
-    return np.dtype(jnp.promote_types(self.leaf.dtype, jnp.float32))
+    return np.dtype(np.float64 if self.readers[-1].dtype == np.float64 else np.float32)
 
   def slices(self, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, self.leaf.size, size):
@@ -460,15 +646,17 @@ class _LeafHistory:
 @contextlib.contextmanager
 def _history(job: Job, path: str, scratch: Path) -> Iterator[_LeafHistory]:
   with contextlib.ExitStack() as stack:
-    readers = [stack.enter_context(stage.leaves[path].open(scratch)) for stage in job.stages]
+    # Kept leaves may differ in the older stages, which are not read for them.
+    stages = job.stages if job.kinds[path] != kinds_.KEEP else job.stages[-1:]
+    readers = [stack.enter_context(stage.leaves[path].open(scratch)) for stage in stages]
     yield _LeafHistory(path, job.kinds[path], job.leaves[path], readers)
 
 
 def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) -> None:
   for start, stop in history.slices(engine.BATCH):
-    if trees.is_floating(history.leaf):
-      history.read(start, stop)
     newest = history.readers[-1].read(start, stop)
+    if newest.dtype != history.leaf.dtype:
+      newest = newest.astype(history.leaf.dtype)
     for sink in sinks:
       sink.write(newest)
     if bar is not None:
@@ -552,6 +740,7 @@ def _by_forecast(
       rate=job.rate,
       kinds=lambda path, leaf: history.kind,
       on_bad='ignore',
+      **job.options,
     )
     return np.asarray(found.weights[history.path]).reshape(job.steps, -1)
 

@@ -15,6 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from know_jax.errors import PredictionWarning, UserError, reason, unknown_name
+from know_jax.io.files import local_path
 from know_jax.system import processes
 from know_jax.system.signals import Terminated, raise_again, raise_terminated
 
@@ -70,7 +71,7 @@ def define_workdir() -> None:
 
 def workdir() -> Path:
   """The directory of the run; says which it is if the default is taken."""
-  path = Path(flags.FLAGS.workdir).expanduser()
+  path = local_path(flags.FLAGS.workdir, '--workdir')
   if flags.FLAGS['workdir'].using_default_value:
     print(f'No --workdir is given: {path.absolute()} is used.')
   return path

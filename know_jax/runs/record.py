@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from know_jax.errors import UserError, reason
+from know_jax.io.files import local_path
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.jsonable import plain, restored
 from know_jax.system.processes import from_first, in_all
@@ -136,7 +137,7 @@ class RunRecord:
       UserError: the workdir holds a run of another kind or config (each differing field is
         named), a damaged record, or cannot be written; or a process does not see it.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = local_path(workdir, flag)
     content = from_first(lambda: cls._open(workdir, config, kind, flag)._content)
 
     def check_seen() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from know_jax.errors import UserError, reason
+from know_jax.io.files import local_path
 from know_jax.report import intervals
 from know_jax.study import pictures, tables
 from know_jax.study.analysis import (
@@ -36,7 +37,7 @@ def write(workdir: str | Path, path: str | Path) -> str:
   Raises:
     UserError: there are no results, they lack naive transfer, or a file cannot be written.
   """
-  workdir, path = Path(workdir).expanduser(), Path(path).expanduser()
+  workdir, path = local_path(workdir, 'workdir'), local_path(path, 'report')
   lines, main, naive = read_lines(workdir)
   timings = read_table(workdir / TIMINGS, TIMING_COLUMNS)
   amounts = list(dict.fromkeys(line.amount for line in lines if line.group == MAIN))

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from know_jax import forgetting
 from know_jax.data.sources import mean_image
 from know_jax.errors import UserError, reason
-from know_jax.io.files import hidden_sibling, locked
+from know_jax.io.files import hidden_sibling, local_path, locked
 from know_jax.io.journal import Journal
 from know_jax.runs.record import RunRecord
 from know_jax.study.arms import TRAINED, Arm
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
       study; later, if a source run diverges.
   """
   study = Study(config)
-  workdir = Path(workdir).expanduser()
+  workdir = local_path(workdir, 'workdir')
   record = RunRecord.open(workdir, study.lasting, kind=KIND)
   record.update(study=study.config)
   journal = Journal(workdir / _JOURNAL)
@@ -268,7 +268,7 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
   Raises:
     UserError: a value does not fit.
   """
-  study, workdir = Study(config), Path(workdir).expanduser()
+  study, workdir = Study(config), local_path(workdir, 'workdir')
   journal, sources = Journal(workdir / _JOURNAL), study.sources()
   finished = [s for s in sources if _is_finished(study, s, workdir / 'sources' / s.name)]
   cells = list(study.cells())

@@ -33,7 +33,7 @@ from know_jax.benchmark import (
 )
 from know_jax.benchmark.settings import FULL, QUICK, Target
 from know_jax.errors import UserError
-from know_jax.io import weight_files
+from know_jax.io import formats
 from know_jax.io.sealed import read_sealed
 from know_jax.nowcast import api
 from know_jax.predictors import known
@@ -292,7 +292,7 @@ def test_files_are_predicted_by_the_script(quick):
 
 def test_what_is_streamed_is_a_random_walk_in_shards(tmp_path):
   assert streamed.write_history(tmp_path, 2_500, 1_000, show=False) == 3
-  stages = [weight_files.open_weights(tmp_path / str(stage)) for stage in range(5)]
+  stages = [formats.open_weights(tmp_path / str(stage)) for stage in range(5)]
   for stage in stages:
     assert [leaf.size for leaf in stage.leaves.values()] == [1_000, 1_000, 500]
   assert set(kinds.find_kinds(stages[0].leaves, {}).values()) == {'fc'}

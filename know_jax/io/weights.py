@@ -1,0 +1,320 @@
+"""Weights in files, read and written a slice at a time: what all formats have in common.
+
+A format is a module of this folder with `detect(path)` and `open(path)`, listed in `formats.py`. A
+leaf is read by its offset in a file. Formats that do not have its bytes in one piece, such as
+compressed ones, first copy it to a nameless file. Files are read by `pread`, and nothing of them
+stays in memory. Headers are taken for hostile: nothing is read by an offset, a length or a file
+name that has not been checked against the file.
+
+A leaf's path is its name with `.` replaced by `/`: `model.dense.kernel` is `model/dense/kernel`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from know_jax.errors import UserError, reason
+from know_jax.io.files import replacing
+
+_BLOCK = 1 << 20
+_position = threading.Lock()
+
+
+def _read_at(file: int, buffer: memoryview, place: int) -> int:
+  if hasattr(os, 'preadv'):
+    return os.preadv(file, [buffer], place)
+  with _position:  # Windows: the descriptor has one position.
+    os.lseek(file, place, os.SEEK_SET)
+    data = os.read(file, len(buffer))
+  buffer[: len(data)] = data
+  return len(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """One leaf, open for reading.
+
+  Attributes:
+    file: the descriptor of a file in which the leaf's bytes lie in row-major order.
+    offset: where in the file they begin.
+    dtype: of the leaf.
+    what: what is read, for errors.
+  """
+
+  file: int
+  offset: int
+  dtype: np.dtype
+  what: str
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """The elements `start` to `stop` of the leaf in row-major order: `[stop - start]`.
+
+    Raises:
+      UserError: the file has been cut off, or cannot be read.
+    """
+    data = np.empty((stop - start) * self.dtype.itemsize, np.uint8)
+    done, place = 0, self.offset + start * self.dtype.itemsize
+    while done < data.size:
+      try:
+        count = _read_at(self.file, memoryview(data)[done:], place + done)
+      except OSError as error:
+        raise UserError(f'cannot read {self.what}: {reason(error)}.') from error
+      if not count:
+        raise UserError(f'cannot read {self.what}: the file has become shorter.')
+      done += count
+    return data.view(self.dtype)
+
+
+Opener = Callable[[Path], contextlib.AbstractContextManager[Reader]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """What is known of a leaf before it is read.
+
+  Attributes:
+    name: as in the file.
+    shape: its shape.
+    dtype: its dtype; `V1` for bytes that NumPy has no dtype for, which can only be copied.
+    open: `open(folder)` gives a context with its `Reader`; the folder is for a nameless file.
+    chunk_bytes: what is held at once while it is opened: the chunks of Orbax are compressed.
+    place: where its bytes begin in the file of its shard, None if they are not in one piece there.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  open: Opener
+  chunk_bytes: int = 0
+  place: int | None = None
+
+  @property
+  def size(self) -> int:
+    """The number of its elements."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """The bytes of its elements."""
+    return self.size * self.dtype.itemsize
+
+
+class Sink:
+  """A file that is being written.
+
+  Attributes:
+    size: the bytes written.
+    checksum: their SHA-256 so far.
+  """
+
+  def __init__(self, file: IO[bytes]):
+    self._file = file
+    self.size = 0
+    self.checksum: Any = hashlib.sha256()
+
+  def begin(self, leaf: Leaf) -> None:
+    """Says which leaf's elements are written next."""
+
+  def write(self, data: bytes | np.ndarray) -> None:
+    """Writes bytes, or the elements of an array in row-major order."""
+    # The view is needed because bfloat16 has no buffer interface.
+    raw = raw_bytes(data).data if isinstance(data, np.ndarray) else data
+    self._file.write(raw)
+    self.checksum.update(raw)
+    self.size += len(raw)
+
+  def mark(self) -> tuple[int, Any]:
+    """Where the file ends now; `go_back` returns to it."""
+    return self.size, self.checksum.copy()
+
+  def go_back(self, mark: tuple[int, Any]) -> None:
+    """Takes back what was written after the mark."""
+    self.size, checksum = mark
+    self.checksum = checksum.copy()
+    self._file.seek(self.size)
+    self._file.truncate()
+
+
+class _PatchSink(Sink):
+  """A copy of a file in which leaves are replaced; they come in the order of their places."""
+
+  def __init__(self, file: IO[bytes], source: IO[bytes]):
+    super().__init__(file)
+    self._source = source
+
+  def begin(self, leaf: Leaf) -> None:
+    assert leaf.place is not None
+    self.copy(leaf.place)
+
+  def copy(self, stop: int | None = None) -> None:
+    """Copies the source from where the file ends now."""
+    self._source.seek(self.size)
+    while count := _BLOCK if stop is None else min(stop - self.size, _BLOCK):
+      if not (data := self._source.read(count)):
+        return
+      self.write(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A file, or a folder, of a checkpoint that is written as a whole.
+
+  Attributes:
+    name: of the file in the checkpoint's folder.
+    paths: of its leaves, in the order in which they are written.
+    writing: `writing(path)` gives a context with a `Sink`: what is at the path is replaced, durably
+      and as a whole, when the context is left without an error.
+  """
+
+  name: str
+  paths: tuple[str, ...]
+  writing: Callable[[Path], contextlib.AbstractContextManager[Sink]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """The weights of one stage.
+
+  Attributes:
+    path: as given.
+    format: the name of its format.
+    leaves: path -> leaf, sorted by path.
+    shards: how a copy of it with other values is written.
+    identify: `identify()` reads all files and gives name -> size and SHA-256; sealed checkpoints
+      are compared with their manifests.
+    metadata: free strings of its header.
+    home: the folder whose side files (configs, tokenizers) belong to it, None if it is a file.
+    index: the name and content of a sharded checkpoint's index.
+    notes: what to tell about it.
+  """
+
+  path: Path
+  format: str
+  leaves: dict[str, Leaf]
+  shards: tuple[Shard, ...]
+  identify: Callable[[], dict[str, dict[str, Any]]]
+  metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+  home: Path | None = None
+  index: tuple[str, dict[str, Any]] | None = None
+  notes: tuple[str, ...] = ()
+
+
+def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:
+  """Path -> leaf, sorted by path.
+
+  Raises:
+    UserError: there is none, or two have the same path.
+  """
+  found: dict[str, Leaf] = {}
+  for leaf in leaves:
+    path = leaf.name.replace('.', '/')
+    if path in found:
+      raise UserError(
+        f'{where}: tensors {found[path].name!r} and {leaf.name!r} have the same path {path!r}.'
+      )
+    found[path] = leaf
+  if not found:
+    raise UserError(f'{where} holds no tensor.')
+  return dict(sorted(found.items()))
+
+
+def identify_files(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+  """Name -> size and SHA-256 of files, by their names relative to a folder.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  found = {}
+  for path in files:
+    try:
+      with path.open('rb') as file:
+        checksum = hashlib.file_digest(file, 'sha256').hexdigest()
+        found[path.relative_to(root).as_posix()] = {
+          'size': os.fstat(file.fileno()).st_size,
+          'sha256': checksum,
+        }
+    except OSError as error:
+      raise UserError(f'cannot read {path}: {reason(error)}.') from error
+  return found
+
+
+def files_below(folder: Path) -> list[Path]:
+  """All files in a folder and its subfolders."""
+  return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
+def opener(path: Path, offset: int, dtype: np.dtype, name: str) -> Opener:
+  """For a leaf whose bytes lie in one piece in a file."""
+
+  @contextlib.contextmanager
+  def opened(_: Path) -> Iterator[Reader]:
+    try:
+      file = path.open('rb')
+    except OSError as error:
+      raise UserError(f'cannot read {path}: {reason(error)}.') from error
+    with file:
+      yield Reader(file.fileno(), offset, dtype, f'tensor {name!r} of {path}')
+
+  return opened
+
+
+def patching(source: Path, finish: Callable[[IO[bytes]], None] | None = None) -> Any:
+  """The `writing` of a shard that is a copy of a file with its leaves replaced in their places.
+
+  Args:
+    source: the file that is copied.
+    finish: what is done with the file when all is written, such as mending checksums.
+  """
+
+  @contextlib.contextmanager
+  def writing(path: Path) -> Iterator[Sink]:
+    with source.open('rb') as old, replacing(path) as file:
+      sink = _PatchSink(file, old)
+      yield sink
+      sink.copy()
+      if finish is not None:
+        finish(file)
+        file.flush()
+        with path.with_name(file.name).open('rb') as written:
+          sink.checksum = hashlib.file_digest(written, 'sha256')
+
+  return writing
+
+
+def raw_bytes(data: np.ndarray) -> np.ndarray:
+  """The bytes of an array in row-major order."""
+  return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+
+def read_json(data: bytes, what: str) -> dict[str, Any]:
+  """A JSON object in which no name stands twice.
+
+  Raises:
+    UserError: it is something else.
+  """
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for name in found:
+      name.encode()  # JSON can hold halves of characters, which no file should.
+    if len(found) != len(pairs):
+      raise ValueError('a name stands twice in it')
+    return found
+
+  try:
+    content = json.loads(data.decode(), object_pairs_hook=unique)
+  except (ValueError, RecursionError) as error:
+    text = str(error) if not isinstance(error, RecursionError) else 'nested too deep'
+    raise UserError(f'{what}: {text}; wanted JSON.') from error
+  if not isinstance(content, dict):
+    raise UserError(f'{what}: found JSON of another form; wanted an object.')
+  return content

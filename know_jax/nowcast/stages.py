@@ -1,0 +1,128 @@
+"""The stages of a history in files: found in a folder, in their order, each once."""
+
+import itertools
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from know_jax.errors import PredictionWarning, UserError
+from know_jax.io import checkpoints, formats
+from know_jax.io.files import local_path
+from know_jax.io.weights import Weights
+
+_NUMBER = re.compile(r'^(?P<before>.*?)(?P<step>\d+)(?P<after>\D*)$')
+_COUNTED = re.compile(r'(?:^|[^a-z])(checkpoint|ckpt|step|steps|epoch|iter|iteration)$', re.I)
+
+
+def expand(history: Sequence[str | os.PathLike]) -> list[Path]:
+  """The paths of the stages: a folder given alone stands for the checkpoints in it, by their steps.
+
+  Args:
+    history: as given; `checkpoint-500`, `checkpoint-1000` in one folder, or `epoch_1.safetensors`,
+      or the steps of a CheckpointManager, need not be named one by one.
+
+  Raises:
+    UserError: a path is of another machine, or the folder has several such series.
+  """
+  paths = [local_path(path, 'history') for path in history]
+  if len(paths) != 1 or not paths[0].is_dir():
+    return paths
+  whole = formats.detect(paths[0])
+  if whole is not None and whole.__name__.endswith('orbax'):
+    return paths  # The parts of such a folder look like checkpoints.
+  series: dict[tuple[str, str], list[tuple[int, Path]]] = {}
+  for path in paths[0].iterdir():
+    number = _NUMBER.match(path.name)
+    if number and not path.name.startswith('.') and not re.search(r'\d-of-\d', path.name):
+      series.setdefault((number['before'], number['after']), []).append((int(number['step']), path))
+  # With those that are damaged: an error will name them.
+  series = {
+    key: sorted(entries)
+    for key, entries in series.items()
+    if any(formats.detect(path) for _, path in entries)
+  }
+  # A folder that is a checkpoint itself may hold one other beside it.
+  series = {key: found for key, found in series.items() if whole is None or len(found) > 1}
+  if len(series) > 1:
+    names = ' and '.join(f'{found[0][1].name} ...' for found in series.values())
+    raise UserError(f'{paths[0]} holds several series of checkpoints: {names}. Name the stages.')
+  return [path for _, path in next(iter(series.values()))] if series else paths
+
+
+def check_paths(stages: Sequence[Weights]) -> None:
+  """Checks what paths and records tell of a history.
+
+  Raises:
+    UserError: a stage is given twice, or records (the examples of a know_jax checkpoint, the step
+      of checkpoints that lie side by side) show that a newer stage comes first; both are named.
+  """
+  seen: dict[Path, int] = {}
+  for number, stage in enumerate(stages):
+    _check_new(seen, stage.path.resolve(), number, stages)
+  for older, newer in itertools.pairwise(stages):
+    before, after = _recorded(older), _recorded(newer)
+    if before[0] == after[0] and before[1] > after[1]:
+      raise UserError(
+        f'the history must be given oldest first: {older.path} has {before[0][0]} {before[1]}, '
+        f'and {newer.path}, given after it, {after[1]}. Give them in the order of their '
+        f'{before[0][0]}.'
+      )
+  numbers = [_NUMBER.match(stage.path.stem) for stage in stages]
+  if len(stages) > 1 and len({n and n['before'] for n in numbers}) == 1:
+    steps = [int(n['step']) for n in numbers if n]
+    if len(steps) == len(stages) and all(a > b for a, b in itertools.pairwise(steps)):
+      warnings.warn(
+        f'the history looks reversed: its names count down, from {stages[0].path.name} to '
+        f'{stages[-1].path.name}; the oldest stage must come first.',
+        PredictionWarning,
+        stacklevel=3,
+      )
+
+
+def check_content(stages: Sequence[Weights], identities: Sequence[dict[str, Any]]) -> None:
+  """Checks that no two stages have files of the same bytes.
+
+  Raises:
+    UserError: two have; both are named.
+  """
+  seen: dict[Any, int] = {}
+  for number, identity in enumerate(identities):
+    content = tuple(sorted(file['sha256'] for file in identity.values()))
+    _check_new(seen, content, number, stages)
+
+
+def _check_new(seen: dict[Any, int], what: Any, number: int, stages: Sequence[Weights]) -> None:
+  if (other := seen.setdefault(what, number)) != number:
+    raise UserError(
+      f'stages {other} ({stages[other].path}) and {number} ({stages[number].path}) are the same; '
+      'expected a stage of its own for each place in the history.'
+    )
+
+
+def _recorded(stage: Weights) -> tuple[tuple[str, Path | None], float]:
+  """What a stage's age is counted by, where that holds, and the count."""
+  path = stage.path
+  if stage.format == 'orbax' and (path / 'manifest.json').is_file():
+    examples = checkpoints.read_metadata(path).get('examples')
+    if isinstance(examples, (int, float)):
+      return ('examples', None), examples
+  folder = path if path.is_dir() else path.parent
+  if stage.home is not None and (folder / 'trainer_state.json').is_file():
+    try:
+      step = json.loads((folder / 'trainer_state.json').read_text())['global_step']
+      if isinstance(step, int):
+        return ('global_step', folder.resolve().parent), step
+    except (OSError, ValueError, KeyError, TypeError):
+      pass  # The trainer's file is none of ours: its name may still tell.
+  number = _NUMBER.match(path.stem if path.is_file() else path.name)
+  if number:
+    counted = _COUNTED.search(number['before'].rstrip('-_=. '))
+    is_step = stage.format == 'orbax' and (path / '_CHECKPOINT_METADATA').exists()
+    if counted or (is_step and not number['before']):
+      name = counted[1].lower() if counted else 'step'
+      return (name, path.resolve().parent), int(number['step'])
+  return ('', None), 0

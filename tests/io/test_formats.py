@@ -1,0 +1,116 @@
+"""Files of every format that people bring: read, or named for what they are.
+
+References: the libraries that write the formats, and the safetensors library.
+"""
+
+import gzip
+import io
+import pickle
+import re
+import tarfile
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from know_jax.errors import UserError
+from know_jax.io.formats import open_weights
+
+
+def zipped(*names):
+  data = io.BytesIO()
+  with zipfile.ZipFile(data, 'w') as archive:
+    for name in names:
+      archive.writestr(name, b'x')
+  return data.getvalue()
+
+
+def tarred():
+  data = io.BytesIO()
+  with tarfile.open(fileobj=data, mode='w') as archive:
+    archive.addfile(tarfile.TarInfo('model'), io.BytesIO())
+  return data.getvalue()
+
+
+def array():
+  data = io.BytesIO()
+  np.save(data, np.zeros(3))
+  return data.getvalue()
+
+
+OLD_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+
+
+@pytest.mark.parametrize(
+  ('name', 'data', 'message'),
+  [
+    ('m.gguf', b'GGUF\3\0\0\0' + bytes(300), 'is a GGUF file; load it by from_pretrained'),
+    ('m.pt', OLD_TORCH, "is a PyTorch file in torch.save's old form; load it by torch.load"),
+    ('m.pkl', pickle.dumps({'a': np.zeros(3)}), 'is a Python pickle, which may run any code and'),
+    ('m.ckpt', pickle.dumps([1] * 99, 4), 'is a Python pickle'),
+    ('m.npy', array(), 'is arrays of NumPy without names'),
+    ('m.gz', gzip.compress(b'x'), 'is a file compressed by gzip; unpack it'),
+    ('m.tar', tarred(), 'is a tar archive; unpack it'),
+    ('m.zip', zipped('a.txt', 'b.txt'), 'is a zip archive of 2 files; unpack it'),
+    ('s.pt', zipped('m/data.pkl', 'm/constants.pkl'), 'is a TorchScript program; save its state_'),
+    ('cut.zip', zipped('a.txt')[:40], 'is a zip archive that is cut off or damaged'),
+    ('m.onnx', b'\x08\x07\x12' + bytes(300), 'is an ONNX file; take the checkpoint'),
+    ('m.tflite', b'\0\0\0\0TFL3', 'is a TensorFlow Lite file'),
+    ('m.ckpt.index', b'\0\0\x0amodel', 'is the index of a TensorFlow checkpoint; load it in Keras'),
+    ('m.safetensors', b'version https://git-lfs.github.com/spec/v1\n', 'is a pointer of Git LFS'),
+    ('m.safetensors', b'', 'is empty; write it again'),
+    ('page.safetensors', b'<!DOCTYPE html>', 'is a web page'),
+    ('z.safetensors', zipped('a'), 'is a zip archive of 1 files'),
+  ],
+)  # fmt: skip
+def test_other_formats_are_named_with_the_way_on(tmp_path, name, data, message):
+  (tmp_path / name).write_bytes(data)
+  with pytest.raises(UserError, match=f'{re.escape(name)} {re.escape(message)}'):
+    open_weights(tmp_path / name)
+
+
+def test_folders_of_other_formats_are_named(tmp_path):
+  (tmp_path / 'saved').mkdir()
+  (tmp_path / 'saved' / 'saved_model.pb').write_bytes(b'\x08\1')
+  with pytest.raises(UserError, match='saved is a TensorFlow SavedModel; load it in Keras'):
+    open_weights(tmp_path / 'saved')
+  (tmp_path / 'tf').mkdir()
+  for name in ('checkpoint', 'model.index', 'model.data-00000-of-00001'):
+    (tmp_path / 'tf' / name).write_bytes(b'\0\0')
+  with pytest.raises(UserError, match='tf is a TensorFlow checkpoint; load it in Keras'):
+    open_weights(tmp_path / 'tf')
+  (tmp_path / 'llama').mkdir()
+  (tmp_path / 'llama' / 'config.json').write_text('{}')
+  (tmp_path / 'llama' / 'm.gguf').write_bytes(b'GGUF' + bytes(99))
+  with pytest.raises(UserError, match=r'llama holds no weights that are read: m.gguf is a GGUF'):
+    open_weights(tmp_path / 'llama')
+
+
+def test_a_header_whose_length_reads_like_a_pickle_is_no_pickle(tmp_path):
+  # 0x0280 bytes begin with b'\x80\x02', as a pickle of protocol 2.
+  path = tmp_path / 'a'
+  safetensors.numpy.save_file({'a': np.arange(3)}, path, {'note': 'x' * (640 - 96)})
+  data = path.read_bytes()
+  length = int.from_bytes(data[:8], 'little')
+  header = data[8 : 8 + length].rstrip().ljust(0x280)
+  path.write_bytes((0x280).to_bytes(8, 'little') + header + data[8 + length :])
+  assert path.read_bytes()[:2] == b'\x80\x02'
+  assert open_weights(path).leaves['a'].shape == (3,)
+
+
+@pytest.mark.parametrize(
+  'dtype',
+  [
+    ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16, np.complex64, np.uint16,
+    np.int64, np.bool_, np.float16, np.uint64,
+  ],
+)  # fmt: skip
+def test_all_dtypes_of_safetensors_are_read(tmp_path, dtype):
+  values = (np.arange(12).reshape(3, 4) % 7).astype(dtype)
+  safetensors.numpy.save_file({'x': values}, tmp_path / 'a.safetensors')
+  leaf = open_weights(tmp_path / 'a.safetensors').leaves['x']
+  assert (leaf.dtype, leaf.shape) == (values.dtype, (3, 4))
+  with leaf.open(tmp_path) as reader:
+    assert reader.read(2, 9).tobytes() == values.reshape(-1)[2:9].tobytes()
