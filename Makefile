@@ -30,7 +30,7 @@ venv: $(VENV)/stamp
 demo: venv
 	$(BIN)/python bin/forget.py --workdir=$(DEMO) --config=configs/forget_digits.py
 	$(BIN)/python bin/nowcast.py --workdir=$(DEMO) --steps=3 \
-	  --predictor=known,known_history_free,shrink,average,task_vector,linear_fit,log_fit,tsv
+	  --predictor=known_leaf,known_leaf_history_free,shrink,average,task_vector,linear_fit,log_fit,tsv
 	$(BIN)/python bin/transfer.py --workdir=$(DEMO) --config=configs/transfer_digits.py
 
 lint: venv

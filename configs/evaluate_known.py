@@ -18,6 +18,6 @@ HERE = Path(__file__).parent
 
 def get_config() -> ConfigDict:
   config = evaluation.default_config()
-  config.known = runpy.run_path(str(HERE / 'meta_train.py'))['get_config']()
-  config.known_paper = runpy.run_path(str(HERE / 'meta_train_paper.py'))['get_config']()
+  config.known_leaf = runpy.run_path(str(HERE / 'meta_train.py'))['get_config']()
+  config.known = runpy.run_path(str(HERE / 'meta_train_paper.py'))['get_config']()
   return config

@@ -13,7 +13,7 @@ from know_jax import landscape
 
 def get_config() -> ConfigDict:
   config = landscape.default_config()
-  config.predictors = ('known', 'task_vector', 'log_fit', 'shrink')
+  config.predictors = ('known_leaf', 'task_vector', 'log_fit', 'shrink')
   config.steps = 3
   config.grid = (25, 25)
   return config

@@ -1,4 +1,4 @@
-"""The shipped `known_paper`: the paper's network and recipe.
+"""The shipped `known`: the paper's network and recipe.
 
 Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_paper.py
 Hardware:  1 CPU core, 50 seconds

@@ -48,7 +48,7 @@ def get_config(size: str = 'paper') -> ConfigDict:
     config.source_seeds = 1
     # The most telling first: what a cut-off session leaves out comes last.
     config.arms = (
-      'persistence', 'known', *shrink_sweep((0.2, 0.5, 0.7)), 'task_vector', 'log_fit',
-      'known_paper', 'extra', 'scratch',
+      'persistence', 'known_leaf', *shrink_sweep((0.2, 0.5, 0.7)), 'task_vector', 'log_fit',
+      'known', 'extra', 'scratch',
     )  # fmt: skip
   return config

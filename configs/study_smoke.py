@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
   config.ablations = (
     {'group': 'history', 'predictor': 'log_fit', 'history': 3, 'steps': (1,)},
     {'group': 'rate', 'predictor': 'task_vector', 'rate': 0.6, 'steps': (1,)},
-    {'group': 'BatchNorm', 'predictor': 'known', 'batch_norm': 'recalibrate', 'steps': (1,)},
-    {'group': 'kinds', 'predictor': 'known', 'kinds': ('bias',), 'steps': (1,)},
+    {'group': 'BatchNorm', 'predictor': 'known_leaf', 'batch_norm': 'recalibrate', 'steps': (1,)},
+    {'group': 'kinds', 'predictor': 'known_leaf', 'kinds': ('bias',), 'steps': (1,)},
   )
   return config

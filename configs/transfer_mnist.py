@@ -2,7 +2,7 @@
 
 Command:   python bin/transfer.py --workdir=W --config=configs/transfer_mnist.py
 Hardware:  2 CPU cores, 6 minutes for 20 arms x 5 seeds
-Result:    from configs/fashion_mnist_cnn.py: scratch 78.6 %, naive 79.5 %, known x2 80.0 %,
+Result:    from configs/fashion_mnist_cnn.py: scratch 78.6 %, naive 79.5 %, known_leaf x2 80.0 %,
            shrink x4 81.3 %
 Paper:     section 4.2 (new head, warm-up of head and BatchNorm at 1e-3, then all, cosine from 4e-4)
 """

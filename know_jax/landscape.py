@@ -28,8 +28,8 @@ from know_jax.data.sources import to_device_input
 from know_jax.errors import UserError, reason, unknown_name
 from know_jax.io.sealed import write_sealed
 from know_jax.nowcast import api
-from know_jax.predictors.methods import METHODS
-from know_jax.predictors.parameters import load_known
+from know_jax.predictors.methods import METHODS, check_used
+from know_jax.predictors.parameters import load_known, network_of
 from know_jax.report.plots import new_figure, principal_plane
 from know_jax.runs.record import config_dict
 from know_jax.seeds import named_key
@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
     {
       'seed': 0,
       # Drawn on the surface, `steps` of each.
-      'predictors': ('known', 'task_vector', 'log_fit', 'shrink'),
+      'predictors': ('known_leaf', 'task_vector', 'log_fit', 'shrink'),
       'steps': 3,
       # Parameters of KNOWN: a file or folder, as `load_known` takes; None: those shipped.
       'known': placeholder(str),
@@ -256,12 +256,14 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   workdir = Path(workdir).expanduser()
   trajectory, record = forgetting.load_trajectory(workdir)
   theta = None if config['known'] is None else load_known(config['known'])
+  network = None if theta is None else network_of(theta)
+  check_used(config['known'], network, config['predictors'])
   forecasts = {
     name: api.forecast(
       trajectory,
       config['steps'],
       predictor=name,
-      theta=theta if METHODS[name].leaf_fn is None else None,
+      theta=theta if METHODS[name].shipped == network else None,
       rate=record['config']['rate'],
     )
     for name in config['predictors']

@@ -80,7 +80,7 @@ def known_file(tmp_path_factory) -> Path:
 
   from know_jax.predictors import known, parameters
 
-  path = tmp_path_factory.mktemp('known') / 'known.safetensors'
+  path = tmp_path_factory.mktemp('known_leaf') / 'known.safetensors'
   parameters.save_known(path, known.init_theta(jax.random.key(0)), {})
   return path
 

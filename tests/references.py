@@ -175,7 +175,7 @@ def known(history, n, *, params):
   return window[..., -1]
 
 
-def known_history_free(history, n, *, params):
+def known_leaf_history_free(history, n, *, params):
   length = params['weights']['embed']['kernel'].shape[0]
   return known(np.stack([history[-1]] * length), n, params=params)
 

@@ -129,7 +129,9 @@ def test_variants_are_studies_too(name, variant):
   config = config_dict(config)
   check_transfer(config['transfer'])
   found = arms.arms_of(config, batch_norm=variant != 'cnn')
-  assert {'persistence', 'known', 'extra', 'shrink', 'task_vector'} <= {a.predictor for a in found}
+  assert {'persistence', 'known_leaf', 'extra', 'shrink', 'task_vector'} <= {
+    a.predictor for a in found
+  }
 
 
 def test_the_demo_forgets_and_transfers_between_different_classes():

@@ -15,7 +15,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_names_first_and_all_names(
   )
 
 
-@pytest.mark.parametrize('name', ['zzzz', None, 3, ['known']])
+@pytest.mark.parametrize('name', ['zzzz', None, 3, ['known_leaf']])
 def test_an_unknown_name_may_be_anything(name):
   message = str(unknown_name('model', name, ['cnn', 'resnet18']))
   assert message == f'unknown model {name!r}. Known: cnn, resnet18.'

@@ -37,7 +37,8 @@ history = [
 shapes = jax.eval_shape(known.init_theta, jax.random.key(0))
 theta = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), shapes)
 def run(name, theta):
-  options = {'theta': theta} if name.startswith('known') else {}
+  # Parameters of the paper's network; known_leaf has shipped ones of its own.
+  options = {'theta': theta} if name in ('known', 'known_history_free') else {}
   # Random weights are like none that KNOWN was trained on.
   predicted = know_jax.predict(history, 2, predictor=name, on_bad='ignore', **options)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(predicted)), name
@@ -126,7 +127,7 @@ def test_all_predictors_work_with_core_dependencies_only():
 
 
 def test_the_shipped_weights_work_with_core_dependencies_only():
-  source = "run('known', None)\nprint('done')"
+  source = "run('known', None); run('known_leaf', None)\nprint('done')"
   assert run(core_only() + HISTORY + source) == 'done\n'
 
 

@@ -115,7 +115,7 @@ def predict_where_the_weights_are():
     for shard in leaf.addressable_shards:
       part = np.asarray(wanted[path])[shard.index]
       np.testing.assert_allclose(shard.data, part, rtol=1e-5, atol=1e-6, err_msg=path)
-  plan = engine.plan_of(arrays, 1, 'known', None, 0.5, None, 'keep', {})
+  plan = engine.plan_of(arrays, 1, 'known_leaf', None, 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
   hlo = engine._run.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=4' in hlo

@@ -16,7 +16,7 @@ from know_jax.errors import PredictionWarning
 from know_jax.nowcast import api
 from know_jax.training import loop
 
-PREDICTORS = ('known_paper', 'known')
+PREDICTORS = ('known', 'known_leaf')
 STEPS = 3
 
 

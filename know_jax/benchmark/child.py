@@ -77,7 +77,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 def _call(predictor: str, steps: int) -> Callable[[History], Any]:
   if predictor in api.PREDICTORS:
     return lambda history: api.predict(history, steps, predictor=predictor)
-  return rivals.plain_vmap(load_known(shipped='known_paper'), None)
+  return rivals.plain_vmap(load_known(), None)
 
 
 def _start_xla(_: History) -> jax.Array:

@@ -16,7 +16,7 @@ from know_jax.benchmark.settings import Settings
 from know_jax.benchmark.timing import spread
 from know_jax.system.progress import progress
 
-PREDICTORS = ('known_paper', 'known')
+PREDICTORS = ('known', 'known_leaf')
 
 
 def memory(settings: Settings, *, show: bool = True) -> list[dict[str, Any]]:

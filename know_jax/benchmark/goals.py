@@ -44,7 +44,7 @@ def _at_most(what: str, wanted: float, found: float | None) -> Goal:
 def _predict(section: Mapping[str, Any]) -> Iterator[Goal]:
   network = section['networks'][-1]
   model, keras = network['model'], network['speedup'].get(predicting.KERAS)
-  yield _at_least(f'`known_paper` over Keras, {model}', 4, keras['median'] if keras else None)
+  yield _at_least(f'`known` over Keras, {model}', 4, keras['median'] if keras else None)
   achieved = [entry['median'] for entry in network['roofline']['achieved'].values()]
   yield _at_least(f'share of the arithmetic limit, {model}', 0.5, min(achieved))
   ours = (predicting.OURS, predicting.CONDITIONED)

@@ -17,8 +17,8 @@ from know_jax.nowcast import api
 from know_jax.predictors.parameters import load_known
 from know_jax.trees import named_leaves
 
-OURS = 'known_paper'
-CONDITIONED = 'known'
+OURS = 'known'
+CONDITIONED = 'known_leaf'
 PLAIN, NUMPY, KERAS = 'plain vmap', 'NumPy', 'Keras'
 PRODUCT, LARGE_PRODUCT = 'product as in KNOWN', 'large product'
 
@@ -42,7 +42,7 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
 def _network(target: Target, settings: Settings, show: bool) -> dict[str, Any]:
   history = of_network(target)
   weights, leaves = num_predicted(history)
-  theta, conditioned = load_known(shipped='known_paper'), load_known()
+  theta, conditioned = load_known(), load_known(shipped='known_leaf')
   placed = jax.device_put(history)
 
   def ours(predictor: str) -> Any:
@@ -50,8 +50,8 @@ def _network(target: Target, settings: Settings, show: bool) -> dict[str, Any]:
 
   plain = rivals.plain_vmap(theta, settings.plain_chunk)
   contestants: dict[str, Any] = {
-    OURS: ours('known_paper'),
-    CONDITIONED: ours('known'),
+    OURS: ours('known'),
+    CONDITIONED: ours('known_leaf'),
     PLAIN: lambda: plain(placed),
   }
   others: dict[str, rivals.Rival] = {}

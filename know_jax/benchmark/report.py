@@ -62,14 +62,15 @@ def _predict(section: Mapping[str, Any]) -> Iterable[str]:
   yield '## Prediction'
   chunk = f'{section["plain_chunk"]:,}'
   yield (
-    "One step ahead for every weight of a network. `known_paper` is the paper's KNOWN in "
-    '`know_jax.predict`, `known` the one conditioned on the leaf (another function, and far less '
-    'work). Both look at what they predict, as by default; the others do not. *plain vmap* is the '
-    f'Flax module under `jax.vmap` and `jax.jit`, leaf by leaf, at most {chunk} weights at a time '
-    'so that it fits memory. *NumPy* is the formula in chunks of 8,192. *Keras* is the functional '
-    'model rebuilt from its description, with the same weights; `predict` is called once for each '
-    'kind of leaf with the fastest of several batch sizes. Differences are the largest to the '
-    'plain module over all weights (for `known`, to its formula over whole leaves).'
+    "One step ahead for every weight of a network. `known` is the paper's KNOWN in "
+    '`know_jax.predict`, `known_leaf` the one conditioned on the leaf (another function, and far '
+    'less work). Both check what they predict, as by default; the others do not. *plain vmap* is '
+    f'the Flax module under `jax.vmap` and `jax.jit`, leaf by leaf, at most {chunk} weights at a '
+    'time so that it fits memory. *NumPy* is the formula in chunks of 8,192. *Keras* is the '
+    'functional model rebuilt from its description, with the same weights; `predict` is called '
+    'once for each kind of leaf with the fastest of several batch sizes. Differences are the '
+    'largest to the plain module over all weights (for `known_leaf`, to its formula over whole '
+    'leaves).'
   )
   if section['keras_absent']:
     yield section['keras_absent']
@@ -81,7 +82,7 @@ def _predict(section: Mapping[str, Any]) -> Iterable[str]:
     )
     rates, speedup = network['weights_a_second'], network['speedup']
     yield _table(
-      ('', 'million weights a second', '`known_paper` is faster by', 'difference'),
+      ('', 'million weights a second', '`known` is faster by', 'difference'),
       [
         (
           name,
@@ -94,7 +95,7 @@ def _predict(section: Mapping[str, Any]) -> Iterable[str]:
     )
     roofline = network['roofline']
     yield (
-      f'Roofline: `known_paper` needs {roofline["flops_a_weight"] / 1000:.1f} kFLOP a weight in '
+      f'Roofline: `known` needs {roofline["flops_a_weight"] / 1000:.1f} kFLOP a weight in '
       'matrix products (its 128 exponentials not counted).'
     )
     yield _table(

@@ -20,7 +20,7 @@ from know_jax.benchmark.settings import STAGES, Settings
 from know_jax.io.safetensors import INDEX
 from know_jax.system.progress import progress
 
-PREDICTOR = 'known'
+PREDICTOR = 'known_leaf'
 
 _SCRIPT = Path(__file__).parents[2] / 'bin' / 'nowcast.py'
 _ITEM = jnp.bfloat16.dtype.itemsize

@@ -49,7 +49,7 @@ SPLITS = ('run', 'family', 'dataset')
 OVERALL = 'overall'
 COLUMNS = (*KINDS, OVERALL)
 TRAINED = (
-  'known', 'known_history_free', 'known_paper', 'known_paper_history_free', 'least_squares'
+  'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'least_squares'
 )  # fmt: skip
 """Arms that are fitted on the meta-dataset, anew for every split."""
 
@@ -65,18 +65,18 @@ NETWORK_FIELDS = (
 
 def default_config() -> ConfigDict:
   """Every field of the benchmark."""
-  known, paper = meta_training.default_config(), meta_training.default_config()
-  paper.architecture = 'paper'
+  known, known_leaf = meta_training.default_config(), meta_training.default_config()
+  known.architecture = 'paper'
   return ConfigDict(
     {
       # The two recipes; their seed and shares must agree, as they decide the test runs.
+      'known_leaf': known_leaf,
       'known': known,
-      'known_paper': paper,
       # Beside the trained ones; each with its default options.
       'predictors': ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink'),
       'splits': SPLITS,
       # Arms whose predicted networks are also scored on their test sets, in the split `run`, ...
-      'networks': ('known', 'known_paper', 'least_squares', 'task_vector', 'log_fit', 'average'),
+      'networks': ('known_leaf', 'known', 'least_squares', 'task_vector', 'log_fit', 'average'),
       # ... under these policies for BatchNorm's running statistics.
       'batch_norm': ('keep', 'recalibrate'),
       'resamples': 10000,
@@ -105,7 +105,7 @@ def check_config(config: Mapping[str, Any]) -> None:
   Raises:
     UserError: one does not fit.
   """
-  for recipe, architecture in (('known', None), ('known_paper', 'paper')):
+  for recipe, architecture in (('known_leaf', None), ('known', 'paper')):
     meta_training.check_config(config[recipe])
     if config[recipe]['leave_out']:
       raise UserError(
@@ -117,10 +117,10 @@ def check_config(config: Mapping[str, Any]) -> None:
         f'{recipe}.architecture is {config[recipe]["architecture"]!r}; wanted {architecture!r}.'
       )
   for name in ('seed', 'validation_share', 'test_share'):
-    if config['known'][name] != config['known_paper'][name]:
+    if config['known_leaf'][name] != config['known'][name]:
       raise UserError(
-        f'known.{name} is {config["known"][name]} and known_paper.{name} '
-        f'{config["known_paper"][name]}; wanted the same, as it decides the test runs.'
+        f'known_leaf.{name} is {config["known_leaf"][name]} and known.{name} '
+        f'{config["known"][name]}; wanted the same, as it decides the test runs.'
       )
   for name in config['predictors']:
     if name not in METHODS:
@@ -197,7 +197,7 @@ def run(
     arms += [Arm(name, name) for name in config['predictors']]
     if official_theta is not None:
       arms.append(Arm('known_official', 'known', {'theta': official_theta}))
-    parts = meta_training.parts_of({**config['known'], 'leave_out': left_out}, abouts)
+    parts = meta_training.parts_of({**config['known_leaf'], 'leave_out': left_out}, abouts)
     with progress(len(parts['test']), f'test on {left_out or "all"}', 'run') as bar:
       for number in parts['test']:
         about = _about(split, left_out, abouts[number])
@@ -217,7 +217,7 @@ def run(
   write_atomic(workdir / 'report.md', text.encode())
   cards = {
     recipe: read_card(workdir / 'training' / recipe / 'all' / 'known.safetensors')
-    for recipe in ('known', 'known_paper')
+    for recipe in ('known_leaf', 'known')
     if 'run' in config['splits']
   }
   if cards:
@@ -240,23 +240,23 @@ def split_groups(
   }
   groups = [group for split in SPLITS if split in config['splits'] for group in found[split]]
   for _, left_out in groups:
-    meta_training.parts_of({**config['known'], 'leave_out': left_out}, abouts)
+    meta_training.parts_of({**config['known_leaf'], 'leave_out': left_out}, abouts)
   return groups
 
 
 def trained_arms(config: Mapping[str, Any], data: Path, folder: Path, left_out: str) -> list[Arm]:
   """The arms fitted without a family or data set; trains what is not trained yet."""
   thetas = {}
-  for recipe in ('known', 'known_paper'):
+  for recipe in ('known_leaf', 'known'):
     path = folder / recipe / (left_out or 'all')
     meta_training.run(ConfigDict({**config[recipe], 'leave_out': left_out}), data, path)
     thetas[recipe] = load_known(path / 'known.safetensors')
-  fitted = read_sealed(folder / 'known' / (left_out or 'all') / 'least_squares.json', 'fit')
+  fitted = read_sealed(folder / 'known_leaf' / (left_out or 'all') / 'least_squares.json', 'fit')
   return [
+    Arm('known_leaf', 'known_leaf', {'theta': thetas['known_leaf']}),
+    Arm('known_leaf_history_free', 'known_leaf_history_free', {'theta': thetas['known_leaf']}),
     Arm('known', 'known', {'theta': thetas['known']}),
     Arm('known_history_free', 'known_history_free', {'theta': thetas['known']}),
-    Arm('known_paper', 'known', {'theta': thetas['known_paper']}),
-    Arm('known_paper_history_free', 'known_history_free', {'theta': thetas['known_paper']}),
     Arm('least_squares', 'least_squares', {'coefficients': fitted['coefficients']}),
   ]
 
@@ -457,7 +457,7 @@ def report(
   for field in ('family', 'dataset'):
     chosen = [row for row in rows if row['split'] == field]
     if chosen:
-      lines += ['', f'### `known` on each {field} it was not trained on', '']
+      lines += ['', f'### `known_leaf` on each {field} it was not trained on', '']
       lines += _group_table(chosen, field)
   if networks:
     lines += ['', '### Predicted networks on their test sets', '']
@@ -517,17 +517,19 @@ def _error_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]
 
 
 def _difference_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
-  """`known` minus each of its rivals, run by run."""
+  """`known_leaf` minus each of its rivals, run by run."""
   lines = [
-    '| `known` minus ... (negative: `known` is better) | ' + ' | '.join(COLUMNS) + ' |',
+    '| `known_leaf` minus ... (negative: `known_leaf` is better) | ' + ' | '.join(COLUMNS) + ' |',
     '|---|' + '---:|' * len(COLUMNS),
   ]
   for arm in _arms(rows):
-    if arm == 'known':
+    if arm == 'known_leaf':
       continue
     cells = [
       _cell(
-        _values(rows, 'known', column) - _values(rows, arm, column), _groups(rows, arm), resamples
+        _values(rows, 'known_leaf', column) - _values(rows, arm, column),
+        _groups(rows, arm),
+        resamples,
       )
       for column in COLUMNS
     ]
@@ -542,7 +544,7 @@ def _group_table(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
   ]
   for name in sorted({row[field] for row in rows}):
     chosen = [row for row in rows if row[field] == name]
-    cells = [f'{_values(chosen, "known", column).mean():.3f}' for column in COLUMNS]
+    cells = [f'{_values(chosen, "known_leaf", column).mean():.3f}' for column in COLUMNS]
     runs = len({row['run'] for row in chosen})
     lines.append(f'| {name} | {runs} | ' + ' | '.join(cells) + ' |')
   return lines

@@ -47,7 +47,7 @@ def predict(
     steps: how far ahead; 0 gives the newest weights, bit for bit.
     predictor: a name in `PREDICTORS`.
     theta: the parameters of KNOWN, as `load_known` gives them; None: those shipped. Only for
-      `known`, `known_history_free` and `known_paper`.
+      `known_leaf`, `known_leaf_history_free` and `known`.
     rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size,
       and for KNOWN conditioned on the leaf.
     kinds: `(path, leaf) -> 'conv' | 'fc' | 'bias' | 'keep' | None` where the default rule of

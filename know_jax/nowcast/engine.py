@@ -24,7 +24,12 @@ from know_jax.nowcast import health as health_
 from know_jax.nowcast.history import History, check_finite, read_history
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.methods import METHODS, Leaf, Method, check_options, max_steps
-from know_jax.predictors.parameters import load_known, parameter_shapes, trained_range
+from know_jax.predictors.parameters import (
+  load_known,
+  network_of,
+  parameter_shapes,
+  trained_range,
+)
 from know_jax.system.machine import give_back_memory, processors
 
 _T = TypeVar('_T')
@@ -173,11 +178,16 @@ def plan_of(
   if method.leaf_fn is not None and theta is not None:
     raise UserError(f'theta is for the predictors that run KNOWN; {predictor!r} takes none.')
   # Copies of the newest weight are like no history that KNOWN was trained on, and meant to be.
-  ours = theta is None and method.leaf_fn is None and predictor != 'known_history_free'
+  ours = theta is None and method.leaf_fn is None and not method.history_free
   limits = trained_range(method.shipped) if ours else {}
   if steps and method.leaf_fn is None:
     theta = load_known(shipped=method.shipped) if theta is None else theta
     _check_theta(theta, {found[i] for i in predicted})
+    if (network := network_of(theta)) != method.shipped:
+      raise UserError(
+        f'theta holds parameters of {network!r}; predictor {predictor!r} takes those of '
+        f'{method.shipped!r}.'
+      )
   _check_length(predictor, method, steps, history.length, options, theta)
   check_finite(history)
   job = Job(
@@ -213,7 +223,7 @@ def _check_length(
   if steps == 0:
     return
   needed = method.needs(steps, options)
-  if method.leaf_fn is None and predictor != 'known_history_free':
+  if method.leaf_fn is None and not method.history_free:
     needed = max((known_history_length(params) for params in theta.values()), default=needed)
   if length >= needed:
     return
@@ -468,7 +478,7 @@ def _conditioned_on_host(
     for part, stages in _read_chunks(windows[leaf], dtype):
       with np.errstate(over='ignore'):
         flat[:, part] = combine_on_host(coefficients, stages).astype(flat.dtype)
-  free = job.predictor == 'known_history_free'
+  free = METHODS[job.predictor].history_free
   return np.zeros(len(windows)) if free else outside[: len(windows)]
 
 
@@ -706,7 +716,7 @@ def _run_known(
     coefficients, far = leaf_coefficients(theta[kind], jnp.stack(moments), job.rate, steps)
     for place, i in enumerate(indices):
       found[i] = _combine(coefficients[place], windows[i], job.shardings[i])
-      if job.predictor != 'known_history_free':
+      if not METHODS[job.predictor].history_free:
         outside[i] = far[place]
   for kind, indices in small.items():
     for batch in _batches(indices, [math.prod(windows[i][0].shape) for i in indices]):
@@ -727,7 +737,8 @@ def _outside(window: Any, limits: tuple[float, float]) -> jax.Array:
 def _window(leaf: Any, params: Any, job: Job) -> Any:
   """What KNOWN reads of a leaf's history: its newest stages, or copies of the newest one."""
   length = known_history_length(params)
-  return (leaf[-1],) * length if job.predictor == 'known_history_free' else leaf[-length:]
+  free = METHODS[job.predictor].history_free
+  return (leaf[-1],) * length if free else leaf[-length:]
 
 
 def _known_sharded(

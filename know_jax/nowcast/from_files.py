@@ -45,8 +45,8 @@ from know_jax.nowcast import api, engine
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
 from know_jax.predictors import known_leaf
-from know_jax.predictors.methods import METHODS
-from know_jax.predictors.parameters import load_known, theta_digest, trained_range
+from know_jax.predictors.methods import METHODS, check_used
+from know_jax.predictors.parameters import load_known, network_of, theta_digest, trained_range
 from know_jax.runs.record import RunRecord
 from know_jax.system.progress import Bar, progress
 
@@ -75,6 +75,7 @@ class Job:
     rate: r.
     on_bad: what becomes of bad leaves, a choice of `guards.ON_BAD`.
     known: file or folder with the parameters of KNOWN; None: those shipped.
+    network: whose parameters these are: 'known' or 'known_leaf'; None where none are given.
     options: of the predictors.
     leaves: path -> leaf of the newest stage, with the dtype that is written.
     shards: the files of the newest stage, None where others are written.
@@ -90,6 +91,7 @@ class Job:
   rate: float
   on_bad: str
   known: str | None
+  network: str | None
   options: dict[str, Any]
   leaves: dict[str, Leaf]
   shards: tuple[Shard, ...] | None
@@ -156,8 +158,10 @@ def prepare(
   for note in notes:
     warnings.warn(note, PredictionWarning, stacklevel=2)
   shards, leaves = _output(newest, format, dtype)
+  network = None if known is None else network_of(load_known(known))
+  check_used(known, network, predictors)
   job = Job(
-    stages, found, tuple(dict.fromkeys(predictors)), steps, rate, on_bad, known,
+    stages, found, tuple(dict.fromkeys(predictors)), steps, rate, on_bad, known, network,
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
     tuple(notes),
   )  # fmt: skip
@@ -313,8 +317,8 @@ def _output(
 
 
 def _own_known(job: Job, predictor: str) -> str | None:
-  """The user's parameters in place of the shipped default; 'known_paper' is always shipped."""
-  return job.known if METHODS[predictor].shipped == 'known' else None
+  """The user's parameters, where they are of the predictor's network."""
+  return job.known if METHODS[predictor].shipped == job.network else None
 
 
 def _theta(job: Job, predictor: str) -> Any:
@@ -671,7 +675,7 @@ def _predict_leaf(
   predictor, theta = run.predictor, run.theta
   is_conditioned = theta is not None and known_leaf.is_conditioned(theta[history.kind])
   if is_conditioned:
-    free = predictor == 'known_history_free'
+    free = METHODS[predictor].history_free
     predict, outside = _conditioned(job, theta[history.kind], history, free, bar)
     health[:, 3] = outside
     size, counted = engine.SMALL, 0.5  # The other half was counted with the moments.
@@ -680,7 +684,9 @@ def _predict_leaf(
     whole = predictor == 'tsv' and _is_matrix(history.leaf, history.kind)
     size, counted = (history.leaf.size or 1) if whole else engine.BATCH, 1.0
   limits = {}
-  if theta is not None and predictor != 'known_history_free' and _own_known(job, predictor) is None:
+  if (
+    theta is not None and not METHODS[predictor].history_free and _own_known(job, predictor) is None
+  ):
     limits = trained_range(METHODS[predictor].shipped)
   marks = [sink.mark() for sink in sinks]
   for start, stop in history.slices(size):

@@ -22,8 +22,8 @@ from know_jax.errors import PredictionWarning, UserError, unknown_name
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
 from know_jax.nowcast import api
-from know_jax.predictors.methods import METHODS, max_steps
-from know_jax.predictors.parameters import SHIPPED, load_known
+from know_jax.predictors.methods import METHODS, check_used, max_steps
+from know_jax.predictors.parameters import SHIPPED, load_known, network_of
 from know_jax.report.plots import plot_nowcast
 from know_jax.training import loop
 from know_jax.training.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
@@ -107,6 +107,8 @@ def run(
         f'{workdir}; found steps={steps}.'
       )
   theta = None if known is None else load_known(known)
+  network = None if theta is None else network_of(theta)
+  check_used(known, network, predictors)
   task = forgetting.load_task(config)
   test = loop.put_data(task.test.images, task.test.labels, task.mean)
   kinds = kinds_.leaf_kinds(trajectory.newest)
@@ -126,8 +128,8 @@ def run(
   # All are predicted before one is written: a predictor may still find the history too short.
   forecasts, warned = {}, {}
   for name in predictors:
-    # --known replaces the shipped default; 'known_paper' is always the shipped one.
-    given = theta if METHODS[name].shipped == 'known' else None
+    # --known replaces the shipped parameters of the predictors whose network it has.
+    given = theta if METHODS[name].shipped == network else None
     with _noted() as warned[name]:
       forecasts[name] = api.forecast(
         trajectory, steps, predictor=name, theta=given, rate=config['rate'], on_bad=on_bad
@@ -152,7 +154,7 @@ def run(
         path=prediction_path(workdir, name, n),
       )
       found.append(prediction)
-      _save(prediction, batch_norm, known, warned[name])
+      _save(prediction, batch_norm, known, network, warned[name])
   history = [s['test_loss'] for s in record['stages']]
   plot_nowcast(
     workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
@@ -186,7 +188,11 @@ def _remove_beyond(workdir: Path, predictor: str, steps: int) -> None:
 
 
 def _save(
-  prediction: Prediction, batch_norm: str, known: str | None, warned: Sequence[str]
+  prediction: Prediction,
+  batch_norm: str,
+  known: str | None,
+  network: str | None,
+  warned: Sequence[str],
 ) -> None:
   assert prediction.path is not None
   metadata = {
@@ -200,7 +206,7 @@ def _save(
   }
   if METHODS[prediction.predictor].leaf_fn is None:
     name = METHODS[prediction.predictor].shipped
-    metadata['known'] = known if known and name == 'known' else SHIPPED[name].name
+    metadata['known'] = known if known and name == network else SHIPPED[name].name
   checkpoints.save(prediction.path, prediction.variables, metadata=metadata, overwrite=True)
 
 

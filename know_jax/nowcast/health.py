@@ -47,7 +47,7 @@ class OutsideWarning(PredictionWarning):
 
   For KNOWN conditioned on the leaf: something in the leaf's context (`conditioned.context`, which
   includes the sampling rate) is more than four standard deviations of the meta-dataset from its
-  mean; beyond three it is cut off. For the shipped `known_paper`: a weight, or its difference from
+  mean; beyond three it is cut off. For the shipped `known`: a weight, or its difference from
   one stage to the next, is larger than any that it was trained on.
   """
 

@@ -13,7 +13,7 @@ the leaves; the paper's table 1 compares most of these.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -206,12 +206,14 @@ class Method:
     needs: (steps, options) -> the number of stages that the history must have, for steps >= 1.
     options: the options it takes, with their defaults.
     shipped: for those that run KNOWN, the name of the shipped parameters.
+    history_free: whether KNOWN is fed copies of the newest weights.
   """
 
   leaf_fn: Callable[..., jax.Array] | None
   needs: Callable[[int, Mapping[str, Any]], int]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   shipped: str = ''
+  history_free: bool = False
 
 
 def _two_or_more(steps: int, options: Mapping[str, Any]) -> int:
@@ -249,9 +251,13 @@ METHODS: dict[str, Method] = {
   'least_squares': Method(least_squares, _all_coefficients, {'coefficients': None}),
   # The history that these need is in their parameters.
   'known': Method(None, _one, shipped='known'),
-  'known_history_free': Method(None, _one, shipped='known'),
-  'known_paper': Method(None, _one, shipped='known_paper'),
+  'known_leaf': Method(None, _one, shipped='known_leaf'),
+  'known_history_free': Method(None, _one, shipped='known', history_free=True),
+  'known_leaf_history_free': Method(None, _one, shipped='known_leaf', history_free=True),
 }
+
+RENAMED = {'known_paper': 'known', 'known_paper_history_free': 'known_history_free'}
+"""Old name -> new name of a predictor."""
 
 _CHOICES = {'regressor': ('size', 'index'), 'variant': ('tau_n', 'two_point')}
 
@@ -269,6 +275,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     UserError: an unknown predictor or option, or a value that does not fit.
   """
+  if name in RENAMED:
+    raise UserError(f'predictor {name!r} is called {RENAMED[name]!r} now.')
   if not isinstance(name, str) or name not in METHODS:
     raise unknown_name('predictor', name, METHODS)
   known = METHODS[name].options
@@ -296,6 +304,24 @@ def max_steps(predictor: str, history_length: int, **options: Any) -> int | None
   if needs(1, options) == needs(2, options):
     return None
   return max(n for n in range(history_length + 1) if n == 0 or needs(n, options) <= history_length)
+
+
+def check_used(known: str | None, network: str | None, predictors: Iterable[str]) -> None:
+  """Checks that parameters of KNOWN that a user gives are those of a predictor that is asked for.
+
+  Args:
+    known: where they come from; None where none are given.
+    network: whose they are, as `parameters.network_of` says.
+    predictors: names in `METHODS`.
+
+  Raises:
+    UserError: no predictor takes them.
+  """
+  if known is not None and all(METHODS[name].shipped != network for name in predictors):
+    raise UserError(
+      f'{known} holds parameters of {network!r}; the predictors are {", ".join(predictors)}, of '
+      'which none takes them.'
+    )
 
 
 def _coefficients(value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:

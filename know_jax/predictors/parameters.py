@@ -1,7 +1,8 @@
 """The weights of KNOWN: those shipped, a safetensors file, or the authors' Keras files.
 
-Shipped are `known`, conditioned on the leaf (`conditioned.py`), `known_paper`, the paper's network
-(`known.py`), and the coefficients of `least_squares`, all trained on the same meta-dataset.
+Shipped are `known`, the paper's network (`known.py`), `known_leaf`, a linear step conditioned on
+the leaf (`known_leaf.py`), and the coefficients of `least_squares`, all trained on the same
+meta-dataset.
 """
 
 import functools
@@ -29,7 +30,7 @@ FORMAT = 'know_jax.known/1'
 _WEIGHTS = Path(__file__).parents[1] / 'weights'
 SHIPPED = {
   'known': _WEIGHTS / 'known.safetensors',
-  'known_paper': _WEIGHTS / 'known_paper.safetensors',
+  'known_leaf': _WEIGHTS / 'known_leaf.safetensors',
 }
 """Name -> file of the parameters in the package."""
 
@@ -64,7 +65,8 @@ def load_known(path: str | Path | None = None, *, shipped: str = 'known') -> dic
   Args:
     path: None for weights shipped with the package; else a safetensors file written by
       `save_known`, or a folder with the authors' `KNOWN_Conv.h5`, `KNOWN_FC.h5`, `KNOWN_Bias.h5`.
-    shipped: which of the shipped weights where `path` is None: 'known' or 'known_paper'.
+    shipped: which of the shipped weights where `path` is None: 'known', the paper's network, or
+      'known_leaf', the linear step conditioned on the leaf.
 
   Returns:
     theta: `{'conv': ..., 'fc': ..., 'bias': ...}`, each the Flax parameters of one
@@ -140,6 +142,21 @@ def _with_sorted_header(data: bytes) -> bytes:
   header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(',', ':')).encode()
   header += b' ' * (-len(header) % 8)
   return len(header).to_bytes(8, 'little') + header + data[end:]
+
+
+def network_of(theta: Mapping[str, Any]) -> str:
+  """Whose parameters these are: 'known', the paper's network, or 'known_leaf'.
+
+  Raises:
+    UserError: kinds of leaf have parameters of different networks.
+  """
+  found = {
+    kind: 'known_leaf' if known_leaf.is_conditioned(params) else 'known'
+    for kind, params in theta.items()
+  }
+  if len(set(found.values())) != 1:
+    raise UserError(f'theta has parameters of different networks: {found}; expected one for all.')
+  return next(iter(found.values()))
 
 
 def theta_digest(theta: Mapping[str, Any]) -> str:

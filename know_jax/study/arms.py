@@ -122,18 +122,18 @@ def standard_ablations(*, batch_norm: bool) -> tuple[dict[str, Any], ...]:
   rates = [
     {'group': 'rate', 'predictor': name, 'rate': rate}
     for rate in (0.4, 0.7)
-    for name in ('task_vector', 'known')
+    for name in ('task_vector', 'known_leaf')
   ]
   kinds = [
     {'group': 'kinds', 'predictor': name, 'kinds': (kind,), 'steps': steps}
-    for name, steps in (('known', (1, 2)), ('task_vector', (1,)), ('shrink', (1, 2)))
+    for name, steps in (('known_leaf', (1, 2)), ('task_vector', (1,)), ('shrink', (1, 2)))
     for kind in KINDS
     if (name, kind) != ('shrink', 'bias')  # It leaves biases as they are.
   ]
   policies = [
     {'group': 'BatchNorm', 'predictor': name, 'batch_norm': policy, 'steps': (1, 2)}
     for policy in ('reset', 'recalibrate')
-    for name in ('known', 'shrink')
+    for name in ('known_leaf', 'shrink')
     if batch_norm
   ]
   scales = [

@@ -27,7 +27,7 @@ def _style(i: int, arm: str) -> dict[str, Any]:
   """KNOWN stands out; of the others no two look alike."""
   from matplotlib import colormaps
 
-  if arm.partition(' ')[0] == 'known':
+  if arm.partition(' ')[0] == 'known_leaf':
     return {'color': 'black', 'marker': 'o', 'markersize': 6, 'linewidth': 2, 'zorder': 3}
   # Ten strong colours, then ten pale ones.
   color = colormaps['tab20'](2 * i % 20 + i // 10 % 2)

@@ -111,7 +111,7 @@ def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
     'naive transfer', 'shrink' (the best strength and step, chosen likewise) and 'equal compute' ->
     the paired difference; what the study lacks is left out.
   """
-  known = cross_chosen([line for line in main if line.arm == 'known'])
+  known = cross_chosen([line for line in main if line.arm == 'known_leaf'])
   rivals = {
     'naive transfer': naive,
     'shrink': cross_chosen([line for line in main if line.predictor == 'shrink']),
@@ -134,8 +134,8 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
   """
   found = against_rivals(main, naive)
   if not found:
-    return 'The study has no `known` that never diverged among its main arms.'
-  steps = [line for line in main if line.arm == 'known']
+    return 'The study has no `known_leaf` that never diverged among its main arms.'
+  steps = [line for line in main if line.arm == 'known_leaf']
   shrinks = [line for line in main if line.predictor == 'shrink']
   names = {
     'naive transfer': 'naive transfer',

@@ -26,7 +26,6 @@ _PAPER_NAMES = {
   'persistence': 'naive_transfer',
   'incremental': 'incremental_pretraining',
   'known_official': 'known',
-  'known_paper': 'known',
 }
 _LABELS = {
   'scratch': 'scratch (no pre-training)',
@@ -187,7 +186,7 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
 
   reset = [line for line in of('persistence') if line.first['batch_norm'] == 'reset']
   body = []
-  for arm in dict.fromkeys(line.arm for line in of('known')):
+  for arm in dict.fromkeys(line.arm for line in of('known_leaf')):
     steps: list[int | None] = [None, *(line.step for line in of(arm))]
     for step in steps:
       known = chosen(of(arm), step)
@@ -197,7 +196,7 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
         naive,
         cross_chosen(reset),
         cross_chosen(of('extra')),
-        chosen(of('known_history_free'), step),
+        chosen(of('known_leaf_history_free'), step),
         chosen(of('average'), step),
         cross_chosen(of('shrink')),
       ]
@@ -213,8 +212,8 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
     '## KNOWN against its rivals',
     table(header, body),
     'Paired differences with 95 % intervals, uncorrected. Best step, and of `shrink` always the '
-    'best strength and step: for each source seed chosen by the others. `known_history_free` and '
-    '`average` are at the same step.',
+    'best strength and step: for each source seed chosen by the others. '
+    '`known_leaf_history_free` and `average` are at the same step.',
   ]
 
 

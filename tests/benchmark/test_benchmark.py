@@ -93,19 +93,19 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   *_, found = quick
   (network,) = found['sections']['predict']['networks']
   times = {name: np.array(seconds) for name, seconds in network['seconds'].items()}
-  assert {'known_paper', 'known', 'plain vmap', 'NumPy'} <= set(times)
+  assert {'known', 'known_leaf', 'plain vmap', 'NumPy'} <= set(times)
   for name, seconds in times.items():
     assert len(seconds) == QUICK.predicted[0].repetitions and (seconds > 0).all()
     assert network['weights_a_second'][name] == quartiles(network['weights'] / seconds)
-    if name != 'known_paper':
-      assert network['speedup'][name] == quartiles(seconds / times['known_paper'])
+    if name != 'known':
+      assert network['speedup'][name] == quartiles(seconds / times['known'])
   roofline = network['roofline']
   for name, flops in roofline['flops'].items():
     seconds = np.array(roofline['seconds'][name])
     assert roofline['flops_a_second'][name] == quartiles(flops / seconds)
     limit = flops / seconds / rivals.FUSED_FLOPS
     assert roofline['limit'][name] == quartiles(limit)
-    rate = network['weights'] / times['known_paper']
+    rate = network['weights'] / times['known']
     assert roofline['achieved'][name] == quartiles(rate / limit)
 
   training = found['sections']['training']
@@ -121,7 +121,7 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   memory = found['sections']['memory']['entries']
   cases = {(e['predictor'], e['steps'], e['weights']) for e in memory}
   assert cases == {('plain vmap', 1, 2_000)} | {
-    (name, 1, size) for name in ('known_paper', 'known') for size in QUICK.sizes
+    (name, 1, size) for name in ('known', 'known_leaf') for size in QUICK.sizes
   }
   for entry in memory:
     assert entry['outputs'] == 4 * entry['weights'] == entry['inputs'] / 5
@@ -171,7 +171,7 @@ def test_numpy_computes_what_the_module_does():
 
 def test_all_rivals_predict_what_know_jax_does():
   history, theta = histories.of_network(SMALL), references.random_theta()
-  wanted = named_leaves(api.predict(history, predictor='known_paper', theta=theta))
+  wanted = named_leaves(api.predict(history, predictor='known', theta=theta))
   newest = named_leaves(history[-1])
   assert min(np.abs(leaf - newest[path]).max() for path, leaf in wanted.items()) > 0.01
   leaves = {
@@ -259,7 +259,7 @@ def test_ratios_are_taken_within_rounds():
 
 def test_the_limit_is_that_of_the_products():
   flops = {'product': 100.0 * rivals.FUSED_FLOPS}
-  found = predicting.roofline({'product': [2.0] * 3, 'known_paper': [4.0] * 3}, flops, 50)
+  found = predicting.roofline({'product': [2.0] * 3, 'known': [4.0] * 3}, flops, 50)
   assert found['limit']['product']['median'] == 50.0  # Weights a second; 12.5 of them were done.
   assert found['achieved']['product']['median'] == 0.25
 
@@ -380,7 +380,7 @@ def test_the_part_for_gpus_runs(quick):
   assert section['backend'] == 'cpu' and section['network']['steps'] == 3
   for part, weights, leaves in (('network', 718, 6), ('large', 20_000, 2)):
     assert (section[part]['weights'], section[part]['leaves']) == (weights, leaves)
-    assert set(section[part]['seconds']) == {'known_paper', 'known'}
+    assert set(section[part]['seconds']) == {'known', 'known_leaf'}
     for name, seconds in section[part]['seconds'].items():
       assert section[part]['seconds_spread'][name] == quartiles(seconds)
       assert section[part]['weights_a_second'][name] == quartiles(weights / np.array(seconds))

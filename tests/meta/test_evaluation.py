@@ -27,7 +27,7 @@ ARMS = [
 
 def tiny_config() -> ConfigDict:
   config = evaluation.default_config()
-  for name in ('known', 'known_paper'):
+  for name in ('known_leaf', 'known'):
     config[name].weights_per_run = 64
     config[name].batch_size = 64
     config[name].steps = 4
@@ -81,7 +81,7 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(
   assert tested['run'] == tested['family'] == tested['dataset'] and len(tested['run']) == 4
   for left_out in ('', 'cnn', 'vit', 'digits', 'mnist'):
     record = meta_training.RunRecord.read(
-      tmp_path / 'training' / 'known' / (left_out or 'all'), meta_training.KIND
+      tmp_path / 'training' / 'known_leaf' / (left_out or 'all'), meta_training.KIND
     )
     seen = {n for part in ('train', 'validation') for n in record['runs'][part]}
     assert not seen & set(tested['run'])
@@ -89,7 +89,7 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(
       assert not (run.number in seen and left_out in meta_training.group_names(run.about))
   arms = {row['arm'] for row in rows}
   assert arms == {
-    'known', 'known_history_free', 'known_paper', 'known_paper_history_free', 'least_squares',
+    'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'least_squares',
     'task_vector', 'shrink', 'known_official',
   }  # fmt: skip
   # The table is of the rows.
@@ -172,12 +172,12 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
     ({'predictors': ('task_vektor',)}, "Did you mean 'task_vector'"),
     ({'splits': ('families',)}, "Did you mean 'family'"),
     ({'known.leave_out': 'cnn'}, 'known.leave_out'),
-    ({'known_paper.architecture': 'conditioned'}, 'known_paper.architecture'),
-    ({'known_paper.seed': 3}, 'known.seed is 0 and known_paper.seed 3'),
+    ({'known.architecture': 'conditioned'}, 'known.architecture'),
+    ({'known.seed': 3}, 'known.seed is 0 and known.seed 3'),
     ({'resamples': 0}, 'resamples is 0'),
-    ({'predictors': ('known',)}, "the arm 'known' is there 2 times"),
+    ({'predictors': ('known_leaf',)}, "the arm 'known_leaf' is there 2 times"),
     ({'known.test_share': 0.9}, 'validation_share and test_share are 0.34 and 0.9'),
-    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known'"),
+    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known_leaf'"),
     ({'batch_norm': ('rest',)}, "Did you mean 'reset'"),
   ],
 )
@@ -205,12 +205,12 @@ def test_intervals_resample_what_was_left_out():
     {'run': n, 'arm': arm, 'left_out': 'ab'[n % 2], 'split': 'family', 'family': 'ab'[n % 2],
      **dict.fromkeys(evaluation.COLUMNS, value)}
     for n in range(20)
-    for arm, value in (('known', 0.5 + n % 2), ('other', 1.0))
+    for arm, value in (('known_leaf', 0.5 + n % 2), ('other', 1.0))
   ]  # fmt: skip
   text = evaluation.report(rows, [], resamples=500)
-  assert '| `known` | 1.000 [0.500, 1.500] |' in text
+  assert '| `known_leaf` | 1.000 [0.500, 1.500] |' in text
   own = [{**row, 'left_out': '', 'split': 'run'} for row in rows]
-  low = float(evaluation.report(own, [], resamples=500).split('| `known` | 1.000 [')[1][:5])
+  low = float(evaluation.report(own, [], resamples=500).split('| `known_leaf` | 1.000 [')[1][:5])
   assert 0.75 <= low <= 0.9  # 20 runs with a standard deviation of 0.5.
 
 

@@ -158,9 +158,9 @@ def assert_predicted(found, wanted, exact=True):
 @pytest.mark.parametrize(
   ('dtype', 'exact', 'close'),
   [
-    (np.float32, ('log_fit', 'task_vector'), ('known',)),
-    (jnp.bfloat16, ('log_fit', 'consensus_ta'), ('known', 'known_history_free')),
-    (np.float16, ('log_fit',), ('known',)),
+    (np.float32, ('log_fit', 'task_vector'), ('known_leaf',)),
+    (jnp.bfloat16, ('log_fit', 'consensus_ta'), ('known_leaf', 'known_leaf_history_free')),
+    (np.float16, ('log_fit',), ('known_leaf',)),
   ],
 )
 def test_predictions_are_those_of_forecast(tmp_path, dtype, exact, close):
@@ -202,7 +202,7 @@ def test_no_more_than_a_slice_is_read_at_once(tmp_path, monkeypatch):
   reads = []
   read = Reader.read
   monkeypatch.setattr(Reader, 'read', lambda self, a, b: reads.append(b - a) or read(self, a, b))
-  run(save_all(tmp_path, make_history()), tmp_path / 'out', predictors=['known', 'log_fit'])
+  run(save_all(tmp_path, make_history()), tmp_path / 'out', predictors=['known_leaf', 'log_fit'])
   assert max(reads) == engine.BATCH < 250 * 40
 
 
@@ -230,7 +230,7 @@ def files(tmp_path_factory):
   return save_all(tmp_path_factory.mktemp('history'), make_history(jnp.bfloat16))
 
 
-PREDICTORS = ('known', 'task_vector')
+PREDICTORS = ('known_leaf', 'task_vector')
 
 
 def results(folder):
@@ -402,9 +402,9 @@ def test_an_output_is_of_one_call(tmp_path, files):
   assert snapshot(output) == before
   run(files, output)  # Another predictor has a folder of its own.
   with pytest.raises(UserError, match=r'the history .* lies in .*known, which is written to'):
-    run([*files[:2], *(output / 'known' / n for n in '123')], output)
-  (tmp_path / 'mine' / 'known').mkdir(parents=True)
-  (tmp_path / 'mine' / 'known' / 'thesis.txt').write_text('all of it')
+    run([*files[:2], *(output / 'known_leaf' / n for n in '123')], output)
+  (tmp_path / 'mine' / 'known_leaf').mkdir(parents=True)
+  (tmp_path / 'mine' / 'known_leaf' / 'thesis.txt').write_text('all of it')
   with pytest.raises(UserError, match=r'known holds something else'):
     run(files, tmp_path / 'mine')
 
@@ -467,7 +467,7 @@ def test_a_value_that_is_not_finite_is_named_and_what_is_finished_stays(tmp_path
   history = make_history()
   history[3]['dense/kernel'][210, 7] = np.inf
   files = save_all(tmp_path, history)
-  for predictor in ('known', 'log_fit', 'tsv'):
+  for predictor in ('known_leaf', 'log_fit', 'tsv'):
     message = r"leaf 'dense/kernel' has inf at weight 8407 of 10000 in stage 3 of 5 .*3\.safetens"
     with pytest.raises(UserError, match=message):
       run(files, tmp_path / 'out', predictors=[predictor], shard_bytes=1000)
@@ -485,8 +485,8 @@ def test_bad_leaves_keep_their_newest_weights(tmp_path):
   for stage in history:
     stage['dense/kernel'] *= 30  # A residual of the paper's KNOWN ends at 1.
   files = save_all(tmp_path, history)
-  options = {'predictors': ['known_paper'], 'kinds': {'kernel|bias': 'fc'}}
-  told = {'predictor': 'known_paper', 'kinds': lambda p, _: 'keep' if 'scale' in p else 'fc'}
+  options = {'predictors': ['known'], 'kinds': {'kernel|bias': 'fc'}}
+  told = {'predictor': 'known', 'kinds': lambda p, _: 'keep' if 'scale' in p else 'fc'}
 
   def warned(do):
     with warnings.catch_warnings(record=True) as caught:

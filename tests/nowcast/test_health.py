@@ -69,7 +69,7 @@ def caught(fn, *args, **options):
 @pytest.mark.parametrize('steps', [1, 3])
 def test_a_bad_leaf_keeps_its_newest_weights_and_is_told(way, steps):
   history = history_of(**OVERFLOWING)
-  options = {'predictor': 'known_paper', 'steps': steps, 'theta': THETA}
+  options = {'predictor': 'known', 'steps': steps, 'theta': THETA}
   raw = know_jax.predict(history, on_bad='ignore', **options)
   assert not np.isfinite(raw['large/kernel']).all()
   found, told = caught(WAYS[way], history, **options)
@@ -77,21 +77,21 @@ def test_a_bad_leaf_keeps_its_newest_weights_and_is_told(way, steps):
   np.testing.assert_allclose(found['good/kernel'], raw['good/kernel'], rtol=1e-6)
   (warning,) = told
   message = str(warning.message)
-  assert message.startswith('known_paper: 1 of 2 leaves have a bad prediction, and keep their')
+  assert message.startswith('known: 1 of 2 leaves have a bad prediction, and keep their')
   assert "'large/kernel' (fc) at step" in message and 'NaN or infinity' in message
   assert 'good' not in message
 
 
 def test_the_warning_points_at_the_caller():
   for call in (know_jax.predict, know_jax.forecast):
-    _, (warning,) = caught(call, history_of(**OVERFLOWING), predictor='known_paper', theta=THETA)
+    _, (warning,) = caught(call, history_of(**OVERFLOWING), predictor='known', theta=THETA)
     assert warning.filename == __file__
 
 
 @pytest.mark.parametrize('way', WAYS)
 def test_ignored_nothing_is_said_or_changed(way):
   history = history_of(**OVERFLOWING)
-  options = {'predictor': 'known_paper', 'theta': THETA, 'on_bad': 'ignore'}
+  options = {'predictor': 'known', 'theta': THETA, 'on_bad': 'ignore'}
   found, told = caught(WAYS[way], history, **options)
   assert not told
   assert not np.isfinite(found['large/kernel']).all()
@@ -102,14 +102,14 @@ def test_raised_it_is_an_error_that_names_the_leaf():
   with pytest.raises(
     UserError, match=r"1 of 2 leaves .*: 'large/kernel' \(fc\) at step 1: it holds"
   ):
-    know_jax.predict(history, predictor='known_paper', theta=THETA, on_bad='raise')
+    know_jax.predict(history, predictor='known', theta=THETA, on_bad='raise')
   know_jax.predict(history, predictor='average', on_bad='raise')
 
 
 def test_raised_under_jit_the_error_ends_the_computation(capfd):
   history = history_of(**OVERFLOWING)
   with pytest.raises(jax.errors.JaxRuntimeError, match="'large/kernel' \\(fc\\) at step 1"):
-    with_jit(history, predictor='known_paper', theta=THETA, on_bad='raise')
+    with_jit(history, predictor='known', theta=THETA, on_bad='raise')
   capfd.readouterr()  # JAX logs the error as well.
 
 
@@ -134,10 +134,10 @@ def test_a_saturated_residual_is_told(way, size):
   history = history_of(**{'a/bias': list(at_rest), 'b/bias': list(saturated)})
   # tanh(100 x 0.01) is not saturated; one step on tanh(100 x 0.77) is.
   for steps, wanted in ((1, ["'b/bias' (bias) at step 1"]), (2, ["'a/bias'", "'b/bias'"])):
-    found, (told,) = caught(WAYS[way], history, steps=steps, predictor='known_paper', theta=theta)
+    found, (told,) = caught(WAYS[way], history, steps=steps, predictor='known', theta=theta)
     message = str(told.message)
     assert all(text in message for text in wanted) and 'a residual is saturated, at 1;' in message
-    assert message.startswith(f'known_paper: {len(wanted)} of 2 leaves')
+    assert message.startswith(f'known: {len(wanted)} of 2 leaves')
     np.testing.assert_array_equal(found['b/bias'], saturated[-1])
   np.testing.assert_array_equal(found['a/bias'], at_rest[-1])
 
@@ -191,17 +191,17 @@ def test_each_step_of_a_forecast_is_looked_at():
 
 
 @pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('predictor', ['known_paper', 'task_vector'])
+@pytest.mark.parametrize('predictor', ['known', 'task_vector'])
 def test_sharded_leaves_are_looked_at_where_they_lie(axis_type, predictor):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(axis_type,))
   sharding = NamedSharding(mesh, PartitionSpec('x'))
   stages = [np.full(64, v, np.float32) for v in (-1.0, -1.0, -1.0, -1.0, 1.0)]
-  stages[-1][-1] = 1000.0 if predictor == 'known_paper' else 1.0
+  stages[-1][-1] = 1000.0 if predictor == 'known' else 1.0
   if predictor == 'task_vector':
     stages[-2][-1] = 100.0
   history = [{'a/bias': jax.device_put(stage, sharding)} for stage in stages]
   theta = THETA | {'bias': saturating('bias')}
-  options = {'known_paper': {'theta': theta}, 'task_vector': {'lam': -12.0}}[predictor]
+  options = {'known': {'theta': theta}, 'task_vector': {'lam': -12.0}}[predictor]
   found, (told,) = caught(know_jax.predict, history, 1, predictor=predictor, **options)
   assert "'a/bias' (bias) at step 1" in str(told.message)
   assert found['a/bias'].sharding.is_equivalent_to(sharding, 1)
@@ -275,20 +275,20 @@ def test_what_the_meta_dataset_holds_is_not_told():
 
 @pytest.mark.parametrize('way', WAYS)
 def test_weights_larger_than_any_of_the_meta_dataset_are_told(way):
-  weight, difference = parameters.trained_range('known_paper')['fc']
+  weight, difference = parameters.trained_range('known')['fc']
   inside = [np.full((2, 2), 0.9 * weight, np.float32)] * 5
   large = [np.full((2, 2), 1.5 * weight, np.float32)] * 5
   moving = [np.full((2, 2), t % 2 * 1.2 * difference, np.float32) for t in range(5)]
   leaves = {'in/kernel': inside, 'large/kernel': large, 'moving/kernel': moving}
   history = history_of(**leaves)
-  _, (warning,) = caught(WAYS[way], history, predictor='known_paper')
+  _, (warning,) = caught(WAYS[way], history, predictor='known')
   assert warning.category is OutsideWarning
   message = str(warning.message)
-  assert message.startswith('known_paper: 2 of 3 leaves lie outside the meta-dataset')
+  assert message.startswith('known: 2 of 3 leaves lie outside the meta-dataset')
   assert "'large/kernel' (fc), 1.5 times the limit; 'moving/kernel' (fc), 1.2 times" in message
   # Parameters of others come without a range, and copies are meant to be unlike any history.
-  for options in ({'predictor': 'known_paper', 'theta': know_jax.load_known(shipped='known_paper')},
-                  {'predictor': 'known_history_free'}):  # fmt: skip
+  for options in ({'predictor': 'known', 'theta': know_jax.load_known(shipped='known')},
+                  {'predictor': 'known_leaf_history_free'}):  # fmt: skip
     _, told = caught(WAYS[way], history, **options)
     assert not told
 
@@ -327,7 +327,7 @@ def test_what_is_bad(numbers, bad):
 def test_health_on_the_host_and_on_the_device_agree():
   theta = references.random_theta()
   history = history_of(**{'a/kernel': ramp(0.3, (4, 5)), 'b/kernel': ramp(2.0, (3, 3, 2, 2))})
-  plan = engine.plan_of(history, 2, 'known_paper', theta, 0.5, None, 'keep', {})
+  plan = engine.plan_of(history, 2, 'known', theta, 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
   job = plan.job.__class__(**{**plan.job.__dict__, 'limits': (('fc', (1.0, 1.0)),)})
   with jax.ensure_compile_time_eval():

@@ -32,7 +32,7 @@ from know_jax.predictors.known import KNOWN
 EVERY = pytest.mark.parametrize('name', PREDICTORS)
 THETA = references.random_theta()
 CONDITIONED = references.random_conditioned_theta()
-OF_THE_WHOLE_LEAF = ('tsv', 'known')
+OF_THE_WHOLE_LEAF = ('tsv', 'known_leaf')
 COORDINATE_WISE = [name for name in PREDICTORS if name not in OF_THE_WHOLE_LEAF]
 
 # One leaf of each sort; the sizes can be shared out to 8 devices.
@@ -77,10 +77,10 @@ def with_kept(history):
 
 
 def options_of(name):
-  if not name.startswith('known'):
+  if not name.startswith('known_leaf'):
     # Exponentials of random weights go far.
     return {'on_bad': 'ignore'} if name == 'exp_fit' else {}
-  return {'theta': THETA if name == 'known_paper' else CONDITIONED}
+  return {'theta': THETA if name == 'known' else CONDITIONED}
 
 
 def predict(history, steps, name, **options):
@@ -157,7 +157,7 @@ def test_under_jit(name):
   assert_close(found, predict(history, 2, name), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize('name', ['linear_fit', 'known', 'known_paper'])
+@pytest.mark.parametrize('name', ['linear_fit', 'known_leaf', 'known'])
 def test_under_jit_with_the_history_a_constant(name):
   history = make_history(shapes=TINY)
   found = jax.jit(lambda: predict(history, 2, name))()
@@ -233,7 +233,7 @@ def test_the_gradient_for_the_history(name):
     assert abs(wanted) > 1e-4
 
 
-@pytest.mark.parametrize('name', ['known', 'known_paper'])
+@pytest.mark.parametrize('name', ['known_leaf', 'known'])
 def test_the_gradient_for_theta(name):
   history = make_history(dtype=np.float64, shapes=TINY)
   theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), options_of(name)['theta'])
@@ -306,7 +306,10 @@ def assert_sharded(found, shardings):
 @pytest.mark.parametrize(
   ('name', 'form'),
   [(name, next(iter(FORMS))) for name in PREDICTORS]
-  + [(name, list(FORMS)[1]) for name in ('linear_fit', 'tsv', 'known', 'known_history_free')],
+  + [
+    (name, list(FORMS)[1])
+    for name in ('linear_fit', 'tsv', 'known_leaf', 'known_leaf_history_free')
+  ],
 )
 def test_on_sharded_arrays(name, form):
   history, shardings = sharded_history(*FORMS[form])
@@ -316,7 +319,7 @@ def test_on_sharded_arrays(name, form):
     assert_sharded(found, shardings)
 
 
-@pytest.mark.parametrize('name', ['known', 'known_paper', 'tsv'])
+@pytest.mark.parametrize('name', ['known_leaf', 'known', 'tsv'])
 def test_on_sharded_arrays_under_jit(name):
   wanted = predict(make_history(), 1, name)
   for form in FORMS.values():
@@ -324,13 +327,13 @@ def test_on_sharded_arrays_under_jit(name):
     found = jax.jit(lambda h: predict(h, 1, name))(history)
     assert_close(found, wanted)
     # A traced array shows its sharding only where the axes are explicit.
-    if name == 'known' and AxisType.Explicit in form:
+    if name == 'known_leaf' and AxisType.Explicit in form:
       assert_sharded(found, shardings)
 
 
 def test_forecasts_and_trajectories_keep_the_sharding():
   history, shardings = sharded_history(False, AxisType.Auto)
-  for predictor, steps in (('known', 1), ('linear_fit', 2)):
+  for predictor, steps in (('known_leaf', 1), ('linear_fit', 2)):
     found = know_jax.forecast(
       Trajectory.from_sequence(history), steps, predictor=predictor, **options_of(predictor)
     )
@@ -340,7 +343,7 @@ def test_forecasts_and_trajectories_keep_the_sharding():
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('name', ['known', 'known_paper', 'known_history_free', 'linear_fit'])
+@pytest.mark.parametrize('name', ['known_leaf', 'known', 'known_leaf_history_free', 'linear_fit'])
 def test_no_weight_leaves_its_device(name, form):
   history, _ = sharded_history(*FORMS[form])
   plan = engine.plan_of(history, 1, name, options_of(name).get('theta'), 0.5, None, 'keep', {})
@@ -352,7 +355,7 @@ def test_no_weight_leaves_its_device(name, form):
   # Three numbers of a leaf's health, and the 5 x 5 moments of KNOWN conditioned on the leaf.
   summed = re.findall(r'= (.*?) all-reduce\(', hlo)
   sizes = {shape for found in summed for shape in re.findall(r'\[([\d,]*)\]', found)}
-  moments = {'5,5'} if name in ('known', 'known_history_free') else set()
+  moments = {'5,5'} if name in ('known_leaf', 'known_leaf_history_free') else set()
   assert moments <= sizes <= moments | {'', '1'}, summed
 
 
@@ -362,7 +365,7 @@ def test_a_sharded_time_axis_gives_the_same_numbers():
   stacked = jax.tree.map(
     lambda *stages: jax.device_put(np.stack(stages), NamedSharding(mesh, P('x'))), *history
   )
-  for name in ('known', 'linear_fit'):
+  for name in ('known_leaf', 'linear_fit'):
     assert_close(predict(stacked, 1, name), predict(history, 1, name))
 
 
@@ -430,7 +433,7 @@ def test_predict_runs_known_one_step_ahead_by_default():
   history = make_history(shapes=TINY)
   assert_identical(
     know_jax.predict(history, theta=THETA),
-    know_jax.predict(history, 1, predictor='known', rate=0.5, theta=THETA, kinds=None),
+    know_jax.predict(history, 1, predictor='known_leaf', rate=0.5, theta=THETA, kinds=None),
   )
   assert len(know_jax.forecast(history, theta=THETA)) == 3
 
@@ -451,7 +454,7 @@ def test_kinds_choose_the_network_and_what_is_kept():
 
 def test_known_reads_the_newest_stages():
   history = make_history(7, shapes=TINY)
-  assert_identical(predict(history, 2, 'known'), predict(history[2:], 2, 'known'))
+  assert_identical(predict(history, 2, 'known_leaf'), predict(history[2:], 2, 'known_leaf'))
   theta = references.random_theta(3)
   assert_identical(
     know_jax.predict(history, theta=theta), know_jax.predict(history[-3:], theta=theta)
@@ -462,7 +465,7 @@ def test_leaves_without_weights_and_scalars_are_no_trouble():
   history = [
     {'a': {'bias': np.zeros(0, np.float32)}, 'b': {'bias': np.float32(t)}} for t in range(5)
   ]
-  for name in ('known', 'linear_fit'):
+  for name in ('known_leaf', 'linear_fit'):
     found = predict(history, 1, name)
     trees.check_same(history[-1], found, names=('a stage', 'the result'))
 
@@ -521,7 +524,7 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
 
 
-@pytest.mark.parametrize('name', ['known_paper', 'linear_fit'])
+@pytest.mark.parametrize('name', ['known', 'linear_fit'])
 def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, name):
   """So that a first call does not take the memory of both at a time."""
   rows, given_back, sizes = [], [], []
@@ -666,7 +669,7 @@ def test_a_leaf_larger_than_the_real_block():
 # --- what a coordinate-wise predictor may not see -------------------------------------------------
 
 
-@pytest.mark.parametrize('name', [*COORDINATE_WISE, 'known'])
+@pytest.mark.parametrize('name', [*COORDINATE_WISE, 'known_leaf'])
 @hypothesis.given(seed=st.integers(0, 10**6))
 @hypothesis.settings(max_examples=8, deadline=None)
 def test_permuting_weights_permutes_predictions(name, seed):
@@ -718,8 +721,8 @@ def fails(message, history, steps=1, **options):
 @EVERY
 def test_a_short_history_is_an_error_that_says_what_is_needed(name, nothing_runs):
   needed = {
+    'known_leaf': 5,
     'known': 5,
-    'known_paper': 5,
     'least_squares': 5,
     'linear_fit': 2,
     'log_fit': 2,
@@ -748,7 +751,7 @@ def test_more_steps_than_the_history_allows_says_the_most(name, nothing_runs):
 
 
 def test_known_needs_as_many_stages_as_theta_reads(nothing_runs):
-  message = r"'known' needs a history of 3 stages for steps=4; found 2\."
+  message = r"'known_leaf' needs a history of 3 stages for steps=4; found 2\."
   fails(message, make_history(2), 4, theta=references.random_theta(3))
 
 
@@ -886,7 +889,7 @@ def test_what_is_not_finite_is_found_in_kept_leaves_too(nothing_runs):
   fails("leaf 'n/scale' has 1 of 3 values NaN or infinite at stage 2 of 5", history, theta=THETA)
 
 
-@pytest.mark.parametrize('name', [n for n in PREDICTORS if not n.startswith('known')])
+@pytest.mark.parametrize('name', [n for n in PREDICTORS if not n.startswith('known_leaf')])
 def test_theta_is_for_known_only(name, nothing_runs):
   fails(f'theta is for the predictors that run KNOWN; {name!r} takes none', make_history(),
         predictor=name, theta=THETA)  # fmt: skip
@@ -895,7 +898,7 @@ def test_theta_is_for_known_only(name, nothing_runs):
 def test_unknown_predictors_and_options_are_errors(nothing_runs):
   fails("unknown predictor 'taskvector'. Did you mean 'task_vector'", make_history(),
         predictor='taskvector')  # fmt: skip
-  fails("predictor 'known' has no option 'lam'", make_history(), lam=1.0)
+  fails("predictor 'known_leaf' has no option 'lam'", make_history(), lam=1.0)
 
 
 def test_paths_that_collide_are_an_error(nothing_runs):

@@ -86,7 +86,7 @@ def test_a_path_may_start_at_home(theta, tmp_path, monkeypatch):
 def as_shipped(theta, tmp_path, monkeypatch):
   path = tmp_path / 'shipped.safetensors'
   parameters.save_known(path, theta, CARD)
-  monkeypatch.setitem(parameters.SHIPPED, 'known', path)
+  monkeypatch.setitem(parameters.SHIPPED, 'known_leaf', path)
   parameters._shipped.cache_clear()
   yield path
   parameters._shipped.cache_clear()
@@ -116,7 +116,7 @@ def test_theta_conditioned_on_the_leaf_comes_back_too(history_length, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('name', 'init'), [('known', known_leaf.init_theta), ('known_paper', known.init_theta)]
+  ('name', 'init'), [('known_leaf', known_leaf.init_theta), ('known', known.init_theta)]
 )
 def test_the_package_ships_weights_with_a_card(name, init):
   theta = load_known(shipped=name)
@@ -134,8 +134,8 @@ def test_the_package_ships_weights_with_a_card(name, init):
 def test_what_is_shipped_is_small_and_has_names():
   files = [*parameters.SHIPPED.values(), parameters.LEAST_SQUARES]
   assert sum(path.stat().st_size for path in files) < 2**20
-  with pytest.raises(UserError, match=r"shipped KNOWN 'known_papers'\. Did you mean 'known_paper'"):
-    load_known(shipped='known_papers')
+  with pytest.raises(UserError, match=r"shipped KNOWN 'knowns'\. Did you mean 'known'"):
+    load_known(shipped='knowns')
 
 
 def test_the_shipped_coefficients_of_least_squares_are_those_of_the_default():

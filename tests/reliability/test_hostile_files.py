@@ -294,7 +294,7 @@ def join_ocdbt(body: bytes) -> bytes:
 
 def make_known(folder: Path) -> None:
   # Without its checksum, as older files are, so that what is behind the checksum is met too.
-  header, body = split_safetensors(parameters.SHIPPED['known'].read_bytes())
+  header, body = split_safetensors(parameters.SHIPPED['known_leaf'].read_bytes())
   header['__metadata__'].pop('sha256', None)
   (folder / 'known.safetensors').write_bytes(join_safetensors(json.dumps(header), body))
 
@@ -462,7 +462,7 @@ def leave(folder: Path) -> None:
 
 
 READERS = {
-  'known': Reader(make_known, read_known, ('known.safetensors',), leave, 15, 2500),
+  'known_leaf': Reader(make_known, read_known, ('known.safetensors',), leave, 15, 2500),
   'keras': Reader(make_keras, read_keras, ('KNOWN_', 'in'), leave, 1, 40),
   'mat': Reader(make_mat, read_mat, (MAT,), leave, 1, 120),
   'runs': Reader(make_runs, read_runs, ('0000', 'run 0', 'run 1'), amend_runs, 15, 2500),
@@ -500,7 +500,7 @@ def make_outside(folder: Path) -> None:
 def crafted(name: str, good: Path) -> dict[str, Change]:
   """What is done to a copy of a good input: name -> function of the folder."""
   return {
-    'known': crafted_known,
+    'known_leaf': crafted_known,
     'keras': functools.partial(crafted_hdf5, _in_keras, 'keras', (64,)),
     'mat': functools.partial(crafted_hdf5, _in_mat, 'mat', (7, 6)),
     'runs': crafted_runs,
@@ -1196,7 +1196,7 @@ def judge(inputs: list[Any], outcomes: list[str]) -> None:
 GOOD = ('read', 'refused')
 
 HARMLESS = {
-  'known': ('shape []', 'a name twice'),
+  'known_leaf': ('shape []', 'a name twice'),
   # The header of a run's weights has nothing that is looked at but the tensors.
   'runs': ('metadata', 'card', 'a name twice', 'diverged'),
   'checkpoint': ('counts', 'custom', 'another handler', 'leaf of type jax.Array'),
@@ -1218,7 +1218,7 @@ what they say is also said by good ones."""
 def test_crafted_files_are_refused_by_name(reads, thorough, tally, name):
   inputs = reads(name, 'crafted')
   # In the short form only some of those that take a process each, or a database.
-  steps = {'mat': 24, 'keras': 40, 'checkpoint': 16, 'runs': 15, 'known': 15}
+  steps = {'mat': 24, 'keras': 40, 'checkpoint': 16, 'runs': 15, 'known_leaf': 15}
   inputs = inputs[:: 1 if thorough else steps.get(name, 3)]
   assert len(inputs) > 1
   outcomes = reads(name, inputs)

@@ -58,7 +58,7 @@ COMMANDS = {
     '--config.batch_size=256', '--config.steps=12', '--config.validate_every=4',
     '--config.save_every_seconds=0',
   ),
-  'nowcast.py': ('--workdir={folder}', '--predictor=known_history_free,shrink', '--steps=2'),
+  'nowcast.py': ('--workdir={folder}', '--predictor=known_leaf_history_free,shrink', '--steps=2'),
   'study.py': ('--workdir={folder}', '--config={study}'),
 }  # fmt: skip
 

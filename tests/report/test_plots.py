@@ -76,7 +76,7 @@ def test_the_picture_has_history_and_predictions(tmp_path, wild):
       SimpleNamespace(variables=weights(10 * i + n, scale), multiple=2.0**n, loss=0.5 + n / 20)
       for n in (1, 2, 3)
     ]
-    for i, (name, scale) in enumerate((('shrink', 1.0), ('known', wild)), 1)
+    for i, (name, scale) in enumerate((('shrink', 1.0), ('known_leaf', wild)), 1)
   }
   path = tmp_path / 'new' / 'picture.png'
   trajectory = Trajectory.from_sequence(history)

@@ -59,7 +59,7 @@ def small_study(theta, **fields):
     'extra',
     {'predictor': 'task_vector', 'steps': (1,)},
     {'predictor': 'magmax', 'steps': (1,)},
-    {'predictor': 'known', 'name': 'known', 'theta': theta},
+    {'predictor': 'known_leaf', 'name': 'known_leaf', 'theta': theta},
     *arms.shrink_sweep((0.5,)),
   )
   config.ablations = (
@@ -74,7 +74,8 @@ def small_study(theta, **fields):
 LINES = [
   ('main', 'scratch', 0), ('main', 'persistence', 0), ('main', 'persistence BatchNorm reset', 0),
   ('main', 'incremental', 0), ('main', 'extra', 0), ('main', 'task_vector', 1),
-  ('main', 'magmax', 1), ('main', 'known', 1), ('main', 'known', 2), ('main', 'shrink c=0.5', 1),
+  ('main', 'magmax', 1), ('main', 'known_leaf', 1), ('main', 'known_leaf', 2),
+  ('main', 'shrink c=0.5', 1),
   ('history', 'log_fit S=4', 1), ('BatchNorm', 'shrink BatchNorm recalibrate', 1),
   ('learning rate', 'persistence lr x2', 0),
 ]  # fmt: skip
@@ -430,11 +431,11 @@ def test_incremental_training_goes_from_the_smallest_subset_to_all(monkeypatch, 
   assert_same_bits(calls[0][0].params, fresh['params'])
 
 
-@pytest.mark.parametrize('name', ['task_vector', 'shrink', 'known'])
+@pytest.mark.parametrize('name', ['task_vector', 'shrink', 'known_leaf'])
 def test_kinds_alone_move_their_leaves_only(source_run, study, theta, name):
   newest = source_run.stages[-1]
   found = kinds_.leaf_kinds(newest)
-  base = arms.Arm('main', name, name, 1, 3, 0.4, theta=theta if name == 'known' else None)
+  base = arms.Arm('main', name, name, 1, 3, 0.4, theta=theta if name == 'known_leaf' else None)
   whole = trees.named_leaves(source_run.start(base)[0])
   for chosen in (('conv',), ('fc',), ('bias',), ('conv', 'bias')):
     alone = dataclasses.replace(base, kinds=chosen)
@@ -500,7 +501,7 @@ def test_scores_equal_numpy(source_run, study):
   assert source_run.retrodiction(dataclasses.replace(arm, step=3)) == {}
   assert source_run.retrodiction(arm_of(study, 'persistence', 0)) == {}
   # KNOWN reads three stages: with two hidden there are just enough.
-  known_arm = arm_of(study, 'known', 2)
+  known_arm = arm_of(study, 'known_leaf', 2)
   assert source_run.retrodiction(known_arm).keys() >= {'all', 'conv', 'fc'}
   assert source_run.retrodiction(dataclasses.replace(known_arm, step=3)) == {}
   task = forgetting.load_task(source_run.settings)
@@ -539,7 +540,7 @@ def test_all_predictors_are_main_arms():
 
 def test_the_authors_weights_are_an_arm_where_they_are_given(known_file):
   config = design.default_config()
-  config.arms = ('persistence', 'known')
+  config.arms = ('persistence', 'known_leaf')
   config.official = str(known_file)
   found = arms.arms_of(config_dict(config), batch_norm=True)
   assert [(a.name, a.step, a.theta) for a in found if a.name == 'known_official'] == [
@@ -561,14 +562,15 @@ def test_standard_ablations_are_arms():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'arms': ('persistence', 'knwon')}, "unknown predictor 'knwon'. Did you mean 'known'"),
+    ({'arms': ('persistence', 'knwon')}, "unknown predictor 'knwon'. Did you mean 'known_leaf'"),
     ({'arms': ('shrink',)}, "arms lack 'persistence'"),
     ({'arms': ('persistence', {'name': 'x'})}, 'the name of a predictor, or a dict'),
     ({'arms': ('persistence', {'predictor': 'shrink', 'step': 1})}, "arms 'step'. Did you mean"),
     ({'arms': ('persistence', 'average', 'average')}, "'main' are called 'average' at step 1"),
     ({'arms': ('persistence', {'predictor': 'task_vector', 'steps': (3,)})},
      "arm 'task_vector' cannot do step 3: predictor 'task_vector' needs a history of 4 stages"),
-    ({'arms': ('persistence', 'known')}, "'known' cannot do step 1: .*needs a history of 5 stages"),
+    ({'arms': ('persistence', 'known_leaf')},
+     "'known_leaf' cannot do step 1: .*needs a history of 5 stages"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'history': 6})},
      "arm 'shrink' has history 6; wanted 2 to 5, source.stages"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'options': {'d': 1}})}, "has no option 'd'"),
@@ -681,7 +683,7 @@ NAIVE = line('persistence', 'persistence', [[0.5, 0.6], [0.7, 0.7], [0.4, 0.4]],
 
 
 def test_differences_are_paired():
-  other = line('known', 'known', [[0.6, 0.6], [math.nan, 0.75], [0.4, 0.5]])
+  other = line('known_leaf', 'known_leaf', [[0.6, 0.6], [math.nan, 0.75], [0.4, 0.5]])
   found = analysis.differences(other, analysis.to_line(NAIVE))
   np.testing.assert_allclose(np.concatenate(found), [10, 0, 5, 0, 10], atol=1e-9)
   assert [len(group) for group in found] == [2, 1, 2]
@@ -698,7 +700,7 @@ def test_the_shrink_curve_is_read_at_the_weight_norm():
     line('shrink c=0.5', 'shrink', [[0.7, 0.8], [0.9, 0.9], [0.4, 0.2]], [0.5] * 3, option='c=0.5'),
     line('shrink c=-0.5', 'shrink', [[0.3, 0.2], [0.7, 0.7], [0.4, 0.4]], [1.5] * 3, option='c=-1'),
   ]
-  other = line('known', 'known', [[0.7, 0.7], [0.7, 0.7], [0.9, 0.9]], [0.75, 1.25, 0.4])
+  other = line('known_leaf', 'known_leaf', [[0.7, 0.7], [0.7, 0.7], [0.9, 0.9]], [0.75, 1.25, 0.4])
   reference = analysis.to_shrink_curve(other, [NAIVE, other, *sweep])
   found = [reference(pair) for pair in other.rows]
   # Half way to 0.5; half way to 1.5; beyond the sweep.
@@ -706,9 +708,9 @@ def test_the_shrink_curve_is_read_at_the_weight_norm():
 
 
 def test_choices_are_made_by_the_other_sources():
-  one = line('a', 'known', [[0.9], [0.1], [0.1]], step=1)
-  two = line('a', 'known', [[0.5], [0.5], [0.2]], step=2)
-  lost = line('a', 'known', [[math.nan], [1.0], [1.0]], step=3)
+  one = line('a', 'known_leaf', [[0.9], [0.1], [0.1]], step=1)
+  two = line('a', 'known_leaf', [[0.5], [0.5], [0.2]], step=2)
+  lost = line('a', 'known_leaf', [[math.nan], [1.0], [1.0]], step=3)
   found = analysis.cross_chosen([one, two, lost])
   # For source 0 the others prefer two (0.35 to 0.1); for 1 and 2 one (0.5 to 0.35, 0.5 to 0.5).
   assert {pair: row['step'] for pair, row in found.rows.items()} == {
@@ -717,14 +719,16 @@ def test_choices_are_made_by_the_other_sources():
     (2, 0): 1,
   }
   assert analysis.cross_chosen([lost]) is None
-  alone = analysis.cross_chosen([line('a', 'known', [[0.1]]), line('b', 'known', [[0.9]])])
+  alone = analysis.cross_chosen(
+    [line('a', 'known_leaf', [[0.1]]), line('b', 'known_leaf', [[0.9]])]
+  )
   assert alone.first['arm'] == 'a'
 
 
 def test_the_published_numbers_are_those_of_the_paper():
   rows = {(row['times'], row['method']): row for row in tables.published(1)}
   assert rows['1', 'naive_transfer']['p100'] == '92.40'
-  assert [rows[n, 'known']['p100'] for n in '248'] == ['93.00', '93.27', '93.55']
+  assert [rows[n, 'known_leaf']['p100'] for n in '248'] == ['93.00', '93.27', '93.55']
   source = Path(__file__).parents[2] / '..' / 'shared' / 'paper'
   if source.is_dir():
     for number, name in ((1, 'cifar100_to_cifar10'), (6, 'history_length'), (7, 'time_cost')):
@@ -767,11 +771,11 @@ def test_the_report_says_what_the_rows_say(studied, reported):
       wanted = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if values else ''
       assert cell == wanted
   assert body['persistence (naive)'][3] == '92.40 ± 0.11'
-  assert body['known'][4] == ''  # The paper has no step of x2.5.
+  assert body['known_leaf'][4] == ''  # The paper has no step of x2.5.
 
   _, body = cells(text, 'Differences to naive')
   naive = accuracy['persistence', 0]
-  for name, key in (('known x6.25', ('known', 2)), ('extra training', ('extra', 0))):
+  for name, key in (('known_leaf x6.25', ('known_leaf', 2)), ('extra training', ('extra', 0))):
     (row,) = [value for title, value in body.items() if title.startswith(name)]
     differences = [accuracy[key][pair] - naive[pair] for pair in naive]
     assert row[0] == '4'
@@ -789,7 +793,7 @@ def test_the_report_says_what_the_rows_say(studied, reported):
   for group in ('history', 'BatchNorm', 'learning rate'):
     assert len(cells(text, f'Ablation: {group}')[1]) == 1
   _, body = cells(text, 'KNOWN against its rivals')
-  assert list(body) == ['known, best step', 'known x2.5', 'known x6.25']
+  assert list(body) == ['known, best step', 'known_leaf x2.5', 'known_leaf x6.25']
   assert '## Why' in text and 'rank correlation of weight norm' in text
   # The answer: a sentence for each of naive, shrink and equal compute.
   assert answer in text
@@ -888,15 +892,15 @@ def test_several_studies_on_one_page(tmp_path):
   first = write_study(
     tmp_path / 'first',
     {
-      ('known', 1): 1.0,
-      ('known', 2): 2.0,
+      ('known_leaf', 1): 1.0,
+      ('known_leaf', 2): 2.0,
       ('extra', 0): 0.5,
       ('shrink', 1): 3.0,
       ('scratch', 0): -4.0,
     },
     faster={2.0: 1.5, 3.0: 4.0, 0.5: -1.0},
   )
-  second = write_study(tmp_path / 'second', {('known', 1): -0.5, ('shrink c=0.5', 1): -2.0})
+  second = write_study(tmp_path / 'second', {('known_leaf', 1): -0.5, ('shrink c=0.5', 1): -2.0})
   answer = summary.write([first, second], tmp_path / 'all.md')
   text = (tmp_path / 'all.md').read_text()
   assert answer in text
