@@ -108,3 +108,24 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 def num_weights(tree: PyTree) -> int:
   """The number of scalars in a tree."""
   return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:
+  """Casts arrays to vary over all axes of `shard_map` over which they or the others vary.
+
+  What a loop carries must vary over the same axes before and after a step; constants vary over
+  none. Outside of `shard_map` nothing changes.
+  """
+  leaves = jax.tree.leaves((tree, others))
+  axes = frozenset[str]().union(*map(_mapped_axes, leaves))
+
+  def cast(leaf: Any) -> Any:
+    missing = axes - _mapped_axes(leaf)
+    return jax.lax.pcast(leaf, tuple(sorted(missing)), to='varying') if missing else leaf
+
+  return jax.tree.map(cast, tree)
+
+
+def _mapped_axes(leaf: Any) -> frozenset[str]:
+  found: Any = jax.typeof(leaf)
+  return found.manual_axis_type.varying

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from know_jax import trees
 from know_jax.kinds import KINDS
 
 HISTORY_LENGTH = 5
@@ -200,5 +201,5 @@ def rollout(fused: Any, windows: jax.Array, steps: tuple[int, ...]) -> jax.Array
     return jnp.concatenate([windows[1:], predicted[None]]), predicted
 
   # A loop: many steps ahead would take long to compile one by one.
-  _, path = jax.lax.scan(step, windows, length=max(steps))
+  _, path = jax.lax.scan(step, trees.vary_alike(windows, fused), length=max(steps))
   return path[jnp.asarray(steps) - 1]

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from know_jax import trees
 from know_jax.kinds import KINDS
 from know_jax.predictors.known import HISTORY_LENGTH
 
@@ -222,6 +223,7 @@ def slide(step_fn: Any, moments: jax.Array, steps: tuple[int, ...]) -> jax.Array
     return (moments, now, moved), moved
 
   start = (moments, identity, jnp.zeros(size, moments.dtype))
+  start = trees.vary_alike(start, step_fn(moments))
   _, moved = jax.lax.scan(slide_once, start, length=max(steps))
   return moved[jnp.asarray(steps) - 1]
 

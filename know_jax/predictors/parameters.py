@@ -70,7 +70,7 @@ def load_known(path: str | Path | None = None, *, shipped: str = 'known') -> dic
 
   Returns:
     theta: `{'conv': ..., 'fc': ..., 'bias': ...}`, each the Flax parameters of one
-    `ConditionedKNOWN` or one `KNOWN` (the paper's).
+    `ConditionedKNOWN` or one `KNOWN` (the paper's), in arrays of NumPy that cannot be changed.
 
   Raises:
     UserError: the file is missing, cannot be read, or holds something else; it is named.
@@ -296,7 +296,8 @@ def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
 
 
 def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  # Real arrays even where the first caller is being traced: the shipped weights are cached.
-  with jax.ensure_compile_time_eval():
-    # Not by `jnp.asarray`, which compiles a program for every shape.
-    return unflatten_dict(jax.device_put(dict(tensors)), sep='/')
+  # Arrays of NumPy: the shipped weights are cached, and the first caller may be traced, where every
+  # array of JAX would be part of the trace.
+  for leaf in tensors.values():
+    leaf.flags.writeable = False
+  return unflatten_dict(dict(tensors), sep='/')
