@@ -6,9 +6,9 @@ registered, or as 'package.module:object', which is imported.
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from know_jax.errors import UserError, unknown_name
@@ -106,7 +106,7 @@ def load_object(path: str, what: str = 'object') -> Any:
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-  folder = os.getcwd()
+  folder = str(Path.cwd())
   if folder in sys.path or '' in sys.path:
     yield
     return
