@@ -175,7 +175,7 @@ def known(history, n, *, params):
   return window[..., -1]
 
 
-def known_leaf_history_free(history, n, *, params):
+def known_history_free(history, n, *, params):
   length = params['weights']['embed']['kernel'].shape[0]
   return known(np.stack([history[-1]] * length), n, params=params)
 
@@ -225,7 +225,7 @@ def leaf_context(window, rate):
   return np.array([*found, log_ratio(squares.mean(), (newest**2).mean()), math.log(rate)])
 
 
-def known_conditioned(history, n, *, params, rate):
+def known_leaf(history, n, *, params, rate):
   """KNOWN conditioned on the leaf: the window itself is slid, and looked at anew at every step."""
   length = len(params['step']['bias'])
   window = history[len(history) - length :]
@@ -245,9 +245,9 @@ def known_conditioned(history, n, *, params, rate):
   return window[-1]
 
 
-def known_conditioned_history_free(history, n, *, params, rate):
+def known_leaf_history_free(history, n, *, params, rate):
   copies = np.stack([history[-1]] * len(params['step']['bias']))
-  return known_conditioned(copies, n, params=params, rate=rate)
+  return known_leaf(copies, n, params=params, rate=rate)
 
 
 def least_squares(history, n, *, coefficients):

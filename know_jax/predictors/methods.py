@@ -275,7 +275,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     UserError: an unknown predictor or option, or a value that does not fit.
   """
-  if name in RENAMED:
+  if isinstance(name, str) and name in RENAMED:
     raise UserError(f'predictor {name!r} is called {RENAMED[name]!r} now.')
   if not isinstance(name, str) or name not in METHODS:
     raise unknown_name('predictor', name, METHODS)

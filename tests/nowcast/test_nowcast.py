@@ -77,10 +77,10 @@ def with_kept(history):
 
 
 def options_of(name):
-  if not name.startswith('known_leaf'):
+  if not name.startswith('known'):
     # Exponentials of random weights go far.
     return {'on_bad': 'ignore'} if name == 'exp_fit' else {}
-  return {'theta': THETA if name == 'known' else CONDITIONED}
+  return {'theta': CONDITIONED if 'leaf' in name else THETA}
 
 
 def predict(history, steps, name, **options):
@@ -433,7 +433,7 @@ def test_predict_runs_known_one_step_ahead_by_default():
   history = make_history(shapes=TINY)
   assert_identical(
     know_jax.predict(history, theta=THETA),
-    know_jax.predict(history, 1, predictor='known_leaf', rate=0.5, theta=THETA, kinds=None),
+    know_jax.predict(history, 1, predictor='known', rate=0.5, theta=THETA, kinds=None),
   )
   assert len(know_jax.forecast(history, theta=THETA)) == 3
 
@@ -721,8 +721,8 @@ def fails(message, history, steps=1, **options):
 @EVERY
 def test_a_short_history_is_an_error_that_says_what_is_needed(name, nothing_runs):
   needed = {
-    'known_leaf': 5,
     'known': 5,
+    'known_leaf': 5,
     'least_squares': 5,
     'linear_fit': 2,
     'log_fit': 2,
@@ -751,7 +751,7 @@ def test_more_steps_than_the_history_allows_says_the_most(name, nothing_runs):
 
 
 def test_known_needs_as_many_stages_as_theta_reads(nothing_runs):
-  message = r"'known_leaf' needs a history of 3 stages for steps=4; found 2\."
+  message = r"'known' needs a history of 3 stages for steps=4; found 2\."
   fails(message, make_history(2), 4, theta=references.random_theta(3))
 
 
@@ -889,7 +889,7 @@ def test_what_is_not_finite_is_found_in_kept_leaves_too(nothing_runs):
   fails("leaf 'n/scale' has 1 of 3 values NaN or infinite at stage 2 of 5", history, theta=THETA)
 
 
-@pytest.mark.parametrize('name', [n for n in PREDICTORS if not n.startswith('known_leaf')])
+@pytest.mark.parametrize('name', [n for n in PREDICTORS if not n.startswith('known')])
 def test_theta_is_for_known_only(name, nothing_runs):
   fails(f'theta is for the predictors that run KNOWN; {name!r} takes none', make_history(),
         predictor=name, theta=THETA)  # fmt: skip
@@ -898,7 +898,7 @@ def test_theta_is_for_known_only(name, nothing_runs):
 def test_unknown_predictors_and_options_are_errors(nothing_runs):
   fails("unknown predictor 'taskvector'. Did you mean 'task_vector'", make_history(),
         predictor='taskvector')  # fmt: skip
-  fails("predictor 'known_leaf' has no option 'lam'", make_history(), lam=1.0)
+  fails("predictor 'known' has no option 'lam'", make_history(), lam=1.0)
 
 
 def test_paths_that_collide_are_an_error(nothing_runs):

@@ -70,12 +70,10 @@ def reference(name, path, leaves, options):
     options['c'] = (references.SHRINK | c)[kind] if isinstance(c, dict) else c
   if name == 'least_squares':
     options['coefficients'] = options['coefficients'][kind]
-  if name.startswith('known_leaf'):
+  if name.startswith('known'):
     params = options.pop('theta')[kind]
     options['params'] = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    name = name.replace('_paper', '')
     if 'step' in params:
-      name = name.replace('known_leaf', 'known_conditioned')
       options = {'rate': 0.5} | options
   return functools.partial(getattr(references, name), **options)
 
@@ -127,12 +125,11 @@ CASES += [
   ('least_squares', {'coefficients': COEFFICIENTS}, 6),
   ('least_squares', {'coefficients': {k: c[2:] for k, c in COEFFICIENTS.items()}}, 3),
   ('known', KNOWN_OPTIONS, 7),
-  ('known_leaf', {'theta': references.random_theta(3)}, 4),
+  ('known', {'theta': references.random_theta(3)}, 4),
   ('known_leaf', {'theta': CONDITIONED}, 7),
   ('known_leaf', {'theta': CONDITIONED, 'rate': 0.8}, 5),
   ('known_leaf', {'theta': references.random_conditioned_theta(3)}, 4),
-  ('known_leaf', {'theta': CONDITIONED | {'fc': THETA['fc']}}, 5),
-  ('known_leaf_history_free', KNOWN_OPTIONS, 1),
+  ('known_history_free', KNOWN_OPTIONS, 1),
   ('known_leaf_history_free', {'theta': CONDITIONED}, 1),
 ]
 
@@ -152,7 +149,7 @@ def test_numbers_in_float64(name, options, length):
     if 'theta' in options:
       theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), options['theta'])
       options = options | {'theta': theta}
-    by_kind = name in ('shrink', 'least_squares') or name.startswith('known_leaf')
+    by_kind = name in ('shrink', 'least_squares') or name.startswith('known')
     leaves = KINDS if by_kind else ONE
     check(name, options, leaves, length, rtol=1e-9, atol=1e-12, dtype=np.float64)
 
@@ -165,8 +162,8 @@ def test_numbers_of_tsv_in_float64():
 # exp_fit's error is that of the logarithms times the steepness of the exponential.
 @pytest.mark.parametrize('name', know_jax.PREDICTORS)
 def test_numbers_in_float32(name):
-  options = {'theta': THETA if name == 'known' else CONDITIONED}
-  if not name.startswith('known_leaf'):
+  options = {'theta': CONDITIONED if 'leaf' in name else THETA}
+  if not name.startswith('known'):
     options = {'coefficients': COEFFICIENTS} if name == 'least_squares' else {}
   rtol = 1e-4 if name == 'exp_fit' else 1e-5
   check(name, options, SMALL, 5, rtol=rtol, atol=2e-6, dtype=np.float32)
@@ -266,7 +263,8 @@ def test_fits_keep_the_digits_of_a_small_movement_far_from_zero(name):
 OF_THE_WHOLE_LEAF = ('known_leaf', 'tsv')
 COORDINATE_WISE = [name for name in know_jax.PREDICTORS if name not in OF_THE_WHOLE_LEAF]
 # The paper's KNOWN has exponentials and biases: it knows how large a weight is.
-OF_DEGREE_ONE = [name for name in know_jax.PREDICTORS if name not in ('tsv', 'known')]
+NOT_OF_DEGREE_ONE = ('tsv', 'known', 'known_history_free')
+OF_DEGREE_ONE = [name for name in know_jax.PREDICTORS if name not in NOT_OF_DEGREE_ONE]
 # Their coefficients sum to one.
 OF_DIFFERENCES = (
   'persistence', 'linear_fit', 'log_fit', 'task_vector', 'magmax', 'consensus_ta', 'average', 'tsv'
@@ -277,8 +275,8 @@ seeds = st.integers(0, 10**6)
 def small_forecast(name, history):
   # A leaf that moves too far would be kept as a whole.
   options = {'on_bad': 'ignore'}
-  if name.startswith('known_leaf'):
-    options['theta'] = THETA if name == 'known' else CONDITIONED
+  if name.startswith('known'):
+    options['theta'] = CONDITIONED if 'leaf' in name else THETA
   if name == 'least_squares':
     options['coefficients'] = COEFFICIENTS
   steps = largest_step(name, options, 5)
@@ -439,7 +437,8 @@ def test_known_splits_a_leaf_into_parts_that_have_moved_alike(seed):
     ('linear', {}, "unknown predictor 'linear'. Did you mean 'linear_fit'"),
     ('KNOWN', {}, "unknown predictor 'KNOWN'.* Known: average, "),
     (None, {}, 'unknown predictor None'),
-    (['known_leaf'], {}, r"unknown predictor \['known_leaf'\]. Did you mean 'known_leaf'"),
+    (['known'], {}, r"unknown predictor \['known'\]. Did you mean 'known'"),
+    ('known_paper', {}, "predictor 'known_paper' is called 'known' now"),
     ('tsv', {'rank': 3}, "predictor 'tsv' has no option 'rank'; it has none"),
     ('task_vector', {'lamb': 3}, "'task_vector' has no option 'lamb'; it has lam, variant"),
     ('linear_fit', {'regressor': 'sizes'}, "unknown regressor 'sizes'. Did you mean 'size'"),
@@ -483,7 +482,7 @@ def test_bad_names_and_options_are_errors(name, options, message):
     ('tsv', {}, (0, 1, 2, 4)),
     ('average', {}, (0, 1, 2, 4)),
     ('shrink', {'c': 0.1}, (None, None, None, None)),
-    ('known_leaf', {}, (None, None, None, None)),
+    ('known', {}, (None, None, None, None)),
   ],
 )
 def test_the_most_steps_that_a_predictor_can_do(name, options, wanted):
