@@ -14,7 +14,7 @@ from know_jax.errors import UserError, reason
 from know_jax.io.files import local_path
 from know_jax.io.weights import Weights
 
-FORMATS = ('orbax', 'safetensors', 'torch', 'npz', 'msgpack')
+FORMATS = ('orbax', 'safetensors')
 """In the order in which they are asked."""
 
 _SAVE = 'save its tensors by safetensors.torch.save_file'

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from know_jax.errors import UserError
 from know_jax.report import intervals
-from know_jax.study.arms import MAIN
+from know_jax.study.arms import MAIN, UNPREDICTED
 from know_jax.study.results import read_curve
 
-Row = Mapping[str, Any]
-Pair = tuple[int, int]
+PAIR = ['source_seed', 'transfer_seed']
+"""What the rows of a line are indexed by; arms are compared in the same pair."""
+
+_LINE = ['group', 'arm', 'predictor', 'step', 'amount']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Line:
     predictor: its predictor.
     step: n.
     amount: share of the source's data.
-    rows: (source seed, transfer seed) -> row.
+    rows: those of results.csv, by source seed and transfer seed.
   """
 
   group: str
@@ -34,40 +36,38 @@ class Line:
   predictor: str
   step: int
   amount: float
-  rows: Mapping[Pair, Row]
+  rows: pd.DataFrame
 
   @property
-  def first(self) -> Row:
+  def first(self) -> pd.Series:
     """Any row, for what all have in common."""
-    return next(iter(self.rows.values()))
+    return self.rows.iloc[0]
 
   @property
   def title(self) -> str:
     """The arm with the multiple of the data that it stands for."""
     return f'{self.arm} x{self.first["multiple"]:.3g}' if self.step else self.arm
 
-  def values(self, column: str = 'accuracy') -> list[float]:
-    """One column, a value for each training."""
-    return [row[column] for row in self.rows.values()]
-
-  def per_source(self, column: str) -> list[float]:
-    """A column of the start, which all transfers from one source seed share; finite values only."""
-    found = {source: row[column] for (source, _), row in self.rows.items()}
-    return [value for value in found.values() if math.isfinite(value)]
-
   def mean(self, column: str) -> float:
     """The mean over source seeds of a column of the start; NaN where it is not defined."""
-    values = self.per_source(column)
-    return float(np.mean(values)) if values else math.nan
+    starts = self.rows[column].groupby(level=0).last().astype(float)
+    return float(starts[np.isfinite(starts)].mean())
 
 
-def lines_of(rows: Iterable[Row]) -> list[Line]:
-  """Rows by arm, step and amount, in the order of the rows."""
-  found: dict[tuple[str, str, str, int, float], dict[Pair, Row]] = {}
-  for row in rows:
-    key = (row['group'], row['arm'], row['predictor'], row['step'], row['amount'])
-    found.setdefault(key, {})[row['source_seed'], row['transfer_seed']] = row
-  return [Line(*key, members) for key, members in found.items()]
+def lines_of(rows: pd.DataFrame) -> list[Line]:
+  """Rows by arm, step and amount, in the order of the rows; of equal pairs the last counts."""
+  rows = rows.drop_duplicates([*_LINE, *PAIR], keep='last')
+  groups = rows.groupby(_LINE, sort=False)
+  return [
+    Line(group, arm, predictor, step, amount, members.set_index(PAIR, drop=False))
+    for (group, arm, predictor, step, amount), members in groups
+  ]
+
+
+def trainings(rows: pd.DataFrame) -> int:
+  """How many trainings rows are of: arms of equal weights and rate share theirs."""
+  begun = rows[rows['weights'] != '']
+  return len(begun.drop_duplicates(['weights', 'lr_scale', *PAIR]))
 
 
 def naive_line(lines: Sequence[Line], amount: float) -> Line:
@@ -84,48 +84,31 @@ def naive_line(lines: Sequence[Line], amount: float) -> Line:
   raise UserError(f'the results have no naive transfer for amount {amount:g}; run the study first.')
 
 
-def differences(line: Line, reference: Callable[[Pair], float | None]) -> list[list[float]]:
-  """Accuracy minus that of a reference, in points, a list for each source seed.
-
-  Pairs without a reference, and trainings that diverged, are left out.
-  """
-  groups: dict[int, list[float]] = {}
-  for pair, row in line.rows.items():
-    other = reference(pair)
-    if other is not None and math.isfinite(difference := row['accuracy'] - other):
-      groups.setdefault(pair[0], []).append(100 * difference)
-  return list(groups.values())
-
-
-def to_line(other: Line) -> Callable[[Pair], float | None]:
-  """The reference that another arm is, in the same pair."""
-  return lambda pair: other.rows[pair]['accuracy'] if pair in other.rows else None
-
-
 def is_sweep(line: Line) -> bool:
   """Whether a line is one strength of the shrink sweep."""
   return line.group == MAIN and line.predictor == 'shrink' and line.first['option'] != ''
 
 
-def to_shrink_curve(line: Line, lines: Sequence[Line]) -> Callable[[Pair], float | None]:
+def shrink_curve(line: Line, lines: Sequence[Line]) -> pd.Series:
   """The accuracy that shrinking gives, in the same pair, at the same weight norm.
 
   The sweep's accuracies, and that of naive transfer at norm 1, are joined by straight lines over
-  the weight norm; norms beyond the sweep's have no reference.
+  the weight norm; norms beyond the sweep's have no reference, NaN.
   """
   sweep = [other for other in lines if other.amount == line.amount and is_sweep(other)]
-  sweep.append(naive_line(lines, line.amount))
+  points = pd.concat([other.rows for other in [*sweep, naive_line(lines, line.amount)]])
+  points = points.sort_values(['weight_norm', 'accuracy'])
+  curves = dict(list(points.groupby(level=[0, 1])))
 
-  def reference(pair: Pair) -> float | None:
-    rows = [other.rows[pair] for other in sweep if pair in other.rows]
-    points = sorted((row['weight_norm'], row['accuracy']) for row in rows)
-    norms, accuracies = (np.array(values) for values in zip(*points, strict=True))
-    norm = line.rows[pair]['weight_norm']
-    if len(points) < 2 or not norms[0] <= norm <= norms[-1]:
-      return None
-    return float(np.interp(norm, norms, accuracies))
+  def at(pair: tuple[int, int], norm: float) -> float:
+    if pair not in curves or len(curve := curves[pair]) < 2:
+      return math.nan
+    return float(
+      np.interp(norm, curve['weight_norm'], curve['accuracy'], left=math.nan, right=math.nan)
+    )
 
-  return reference
+  norms = line.rows['weight_norm']
+  return pd.Series([at(pair, norm) for pair, norm in norms.items()], norms.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +119,8 @@ class Comparison:
     mean: the mean of the source seeds' means.
     low: lower end of the 95 % bootstrap interval.
     high: upper end.
+    t_low: lower end of Student's 95 % interval over source seeds; NaN for one.
+    t_high: upper end.
     p_exact: of the sign-flip test over source seeds.
     p_t: of the paired t-test over source seeds.
     sources: how many source seeds.
@@ -145,6 +130,8 @@ class Comparison:
   mean: float
   low: float
   high: float
+  t_low: float
+  t_high: float
   p_exact: float
   p_t: float
   sources: int
@@ -156,30 +143,67 @@ class Comparison:
     return self.low > 0 or self.high < 0
 
 
-def compare(groups: Sequence[Sequence[float]]) -> Comparison | None:
-  """Summary of `differences`; None if there are none."""
+def differences(line: Line, reference: Line | pd.Series) -> pd.Series:
+  """Accuracy minus that of another line, or of numbers, in the same pair, in points.
+
+  Pairs without a reference, and trainings that diverged, are left out.
+  """
+  other = reference.rows['accuracy'] if isinstance(reference, Line) else reference
+  found = 100 * (line.rows['accuracy'] - other.reindex(line.rows.index)).astype(float)
+  return found[np.isfinite(found)]
+
+
+def compare(line: Line | None, reference: Line | pd.Series | None) -> Comparison | None:
+  """Summary of `differences`; None where there are none, or one of the two is None."""
+  if line is None or reference is None:
+    return None
+  found = differences(line, reference).groupby(level=0, sort=False)
+  groups = [members.to_numpy() for _, members in found]
   if not groups:
     return None
   means = intervals.source_means(groups)
   low, high = intervals.bootstrap_interval(groups)
+  t_low, t_high = intervals.t_interval(means)
   return Comparison(
     mean=float(means.mean()),
     low=low,
     high=high,
+    t_low=t_low,
+    t_high=t_high,
     p_exact=intervals.sign_flip_test(means),
     p_t=intervals.paired_t_test(means),
     sources=len(groups),
-    pairs=sum(len(group) for group in groups),
+    pairs=sum(map(len, groups)),
   )
 
 
-def mean_curve(line: Line) -> list[tuple[int, float]]:
-  """The learning curve of an arm: epoch and mean accuracy over the trainings that have one."""
-  found: dict[int, list[float]] = {}
-  for row in line.rows.values():
-    for epoch, accuracy in read_curve(row['curve']):
-      found.setdefault(epoch, []).append(accuracy)
-  return [(epoch, float(np.mean(values))) for epoch, values in sorted(found.items())]
+def beyond_shrinking(
+  lines: Sequence[Line], amount: float
+) -> list[tuple[Line, Comparison, Comparison]]:
+  """What main arms that predict, but do not shrink, gain over naive transfer and over shrinking.
+
+  Args:
+    lines: all lines.
+    amount: of the arms.
+
+  Returns:
+    Line, comparison with naive transfer, and with the shrink sweep at the line's weight norm; lines
+    whose norm lies beyond the sweep's are left out.
+  """
+  naive, found = naive_line(lines, amount), []
+  for line in lines:
+    predicted = line.predictor not in (*UNPREDICTED, 'persistence', 'shrink')
+    if line.group == MAIN and line.amount == amount and predicted:
+      to_naive, to_shrink = compare(line, naive), compare(line, shrink_curve(line, lines))
+      if to_naive and to_shrink:
+        found.append((line, to_naive, to_shrink))
+  return found
+
+
+def mean_curve(line: Line) -> pd.Series:
+  """The learning curve of an arm: the mean accuracy by epoch, over the trainings that have one."""
+  points = [point for text in line.rows['curve'] for point in read_curve(text)]
+  return pd.DataFrame(points, columns=['epoch', 'accuracy']).groupby('epoch')['accuracy'].mean()
 
 
 def cross_chosen(lines: Sequence[Line]) -> Line | None:
@@ -191,16 +215,14 @@ def cross_chosen(lines: Sequence[Line]) -> Line | None:
   Returns:
     A line with rows of several; None if there is no line that never diverged.
   """
-  whole = [line for line in lines if np.isfinite(line.values()).all()]
+  whole = [line for line in lines if np.isfinite(line.rows['accuracy'].astype(float)).all()]
   if not whole:
     return None
-  rows: dict[Pair, Row] = {}
-  for source in dict.fromkeys(pair[0] for line in whole for pair in line.rows):
-
-    def merit(line: Line, source: int = source) -> float:
-      others = [row['accuracy'] for pair, row in line.rows.items() if pair[0] != source]
-      return float(np.mean(others)) if others else -math.inf
-
-    best = max(whole, key=merit)
-    rows |= {pair: row for pair, row in best.rows.items() if pair[0] == source}
-  return dataclasses.replace(whole[0], rows=rows)
+  accuracies = pd.concat([line.rows['accuracy'].astype(float) for line in whole], axis=1)
+  sources = accuracies.index.get_level_values(0)
+  chosen = []
+  for source in sources.unique():
+    merits = accuracies[sources != source].mean().fillna(-math.inf)
+    rows = whole[int(merits.to_numpy().argmax())].rows
+    chosen.append(rows[rows.index.get_level_values(0) == source])
+  return dataclasses.replace(whole[0], rows=pd.concat(chosen))

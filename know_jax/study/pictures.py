@@ -5,7 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from know_jax.report.plots import MARKERS, new_figure
+from know_jax.study.analysis import Comparison, Line
 
 
 @contextlib.contextmanager
@@ -65,86 +68,79 @@ def _scale_x(axes: Any) -> None:
   axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def gains_by_step(
-  path: Path, series: Mapping[str, Sequence[tuple[float, ...]]], title: str
-) -> None:
-  """Draws gains with intervals.
+def gains_by_step(path: Path, title: str, gains: Sequence[tuple[Line, Comparison]]) -> None:
+  """Draws gains over naive transfer with their intervals, in points, by multiple of the data.
 
   Args:
     path: the PNG file to write.
-    series: arm -> (multiple of the data, gain, low, high), in points.
     title: of the picture.
+    gains: lines with what they gain.
   """
+  arms = list(dict.fromkeys(line.arm for line, _ in gains))
   with _axes(path, title, 'multiple of the data', 'points over naive transfer') as axes:
-    for i, (arm, points) in enumerate(series.items()):
+    for i, arm in enumerate(arms):
+      mine = [(line.first['multiple'], found) for line, found in gains if line.arm == arm]
       # Side by side, so that intervals do not hide one another.
-      x = [multiple * (1 + 0.012 * (i - len(series) / 2)) for multiple, *_ in points]
-      mean = [p[1] for p in points]
-      errors = [[max(p[1] - p[2], 0.0) for p in points], [max(p[3] - p[1], 0.0) for p in points]]
-      axes.errorbar(x, mean, errors, label=arm, capsize=2, **_style(i, arm))
+      x = [multiple * (1 + 0.012 * (i - len(arms) / 2)) for multiple, _ in mine]
+      y = [found.mean for _, found in mine]
+      below = [max(found.mean - found.low, 0.0) for _, found in mine]
+      above = [max(found.high - found.mean, 0.0) for _, found in mine]
+      axes.errorbar(x, y, [below, above], label=arm, capsize=2, **_style(i, arm))
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('x{x:g}')
     _show_gains(axes)
 
 
-def accuracy_by_step(
-  path: Path, series: Mapping[str, Sequence[tuple[float, float]]], start: float, title: str
-) -> None:
+def accuracy_by_step(path: Path, title: str, lines: Sequence[Line], newest: Line) -> None:
   """Draws accuracy (%) of predicted weights on the source task, from the newest weight's on.
 
   Args:
     path: the PNG file to write.
-    series: arm -> (multiple of the data, accuracy).
-    start: the accuracy of the newest weight.
     title: of the picture.
+    lines: of predictions.
+    newest: the line of naive transfer.
   """
   with _axes(path, title, 'multiple of the data', 'accuracy on the source task, %') as axes:
-    for i, (arm, points) in enumerate(series.items()):
-      x, y = zip((1.0, start), *points, strict=True)
+    for i, arm in enumerate(dict.fromkeys(line.arm for line in lines)):
+      mine = [line for line in lines if line.arm == arm]
+      x = [1.0, *(line.first['multiple'] for line in mine)]
+      y = [100 * line.mean('source_accuracy') for line in (newest, *mine)]
       axes.plot(x, y, label=arm, **_style(i, arm))
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('x{x:g}')
 
 
-def learning_curves(
-  path: Path, series: Mapping[str, Sequence[tuple[int, float]]], title: str
-) -> None:
+def learning_curves(path: Path, title: str, curves: Mapping[str, pd.Series]) -> None:
   """Draws mean accuracy by epoch of fine-tuning.
 
   Args:
     path: the PNG file to write.
-    series: arm -> (epoch, accuracy in [0, 1]).
     title: of the picture.
+    curves: arm -> accuracy in [0, 1] by epoch.
   """
   with _axes(path, title, 'epoch of fine-tuning', 'accuracy on the target task, %') as axes:
-    for i, (arm, points) in enumerate(series.items()):
-      x, y = zip(*points, strict=True)
-      axes.plot(x, [100 * value for value in y], label=arm, **_style(i, arm))
+    for i, (arm, curve) in enumerate(curves.items()):
+      axes.plot(curve.index, 100 * curve, label=arm, **_style(i, arm))
 
 
 def scatter(
-  path: Path,
-  points: Sequence[tuple[str, float, float]],
-  x: str,
-  title: str,
-  curve: Sequence[tuple[float, float]] = (),
+  path: Path, title: str, points: pd.DataFrame, x: str, curve: Sequence[tuple[float, float]] = ()
 ) -> None:
   """Draws the gain of predictions against something else of theirs, positive, by its logarithm.
 
   Args:
     path: the PNG file to write.
-    points: arm, x, gain in points; the steps of an arm, nearest first, are joined by a line.
-    x: what x is.
     title: of the picture.
+    points: `arm`, `x` and `gain` in points; the steps of an arm, nearest first, are joined by a
+      line.
+    x: what x is.
     curve: (x, gain) of the shrink sweep, drawn as a line.
   """
   with _axes(path, title, x, 'points over naive transfer') as axes:
     if curve:
       axes.plot(*zip(*curve, strict=True), '-o', color='grey', markersize=3, label='shrink sweep')
-    arms = dict.fromkeys(arm for arm, _, _ in points)
-    for i, name in enumerate(arms):
-      x_values, gains = zip(*((at, gain) for arm, at, gain in points if arm == name), strict=True)
-      axes.plot(x_values, gains, label=name, **{**_style(i, name), 'linewidth': 0.5})
-    if points:
+    for i, (arm, mine) in enumerate(points.groupby('arm', sort=False)):
+      axes.plot(mine['x'], mine['gain'], label=arm, **{**_style(i, arm), 'linewidth': 0.5})
+    if len(points):
       _scale_x(axes)
     _show_gains(axes)

@@ -1,8 +1,10 @@
 """The report of a study: Markdown tables and plots, from results.csv and timings.csv alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from know_jax.errors import UserError, reason
 from know_jax.io.files import local_path
@@ -11,17 +13,20 @@ from know_jax.study import pictures, tables
 from know_jax.study.analysis import (
   Comparison,
   Line,
+  beyond_shrinking,
   compare,
   cross_chosen,
-  differences,
   is_sweep,
   lines_of,
   mean_curve,
   naive_line,
-  to_line,
+  trainings,
 )
 from know_jax.study.arms import MAIN, UNPREDICTED
 from know_jax.study.results import COLUMNS, RESULTS, TIMING_COLUMNS, TIMINGS, read_table
+
+KNOWN = 'known_leaf'
+"""The arm that the answer is about."""
 
 
 def write(workdir: str | Path, path: str | Path) -> str:
@@ -38,7 +43,7 @@ def write(workdir: str | Path, path: str | Path) -> str:
     UserError: there are no results, they lack naive transfer, or a file cannot be written.
   """
   workdir, path = local_path(workdir, 'workdir'), local_path(path, 'report')
-  lines, main, naive = read_lines(workdir)
+  rows, lines, main, naive = read_lines(workdir)
   timings = read_table(workdir / TIMINGS, TIMING_COLUMNS)
   amounts = list(dict.fromkeys(line.amount for line in lines if line.group == MAIN))
   answer = answer_text(main, naive)
@@ -46,7 +51,7 @@ def write(workdir: str | Path, path: str | Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = _draw(main, naive, path)
     parts = [
-      _title(lines, naive),
+      _title(rows, naive),
       '## The answer',
       answer,
       *tables.rivals(main, naive),
@@ -56,6 +61,7 @@ def write(workdir: str | Path, path: str | Path) -> str:
       *tables.ablations(lines, naive),
       *_why(main, naive, lines),
       *tables.times(timings, naive.first['history']),
+      *tables.papers_own(naive),
       '## Plots',
       *(f'![{title}]({file})' for title, file in drawn.items()),
     ]
@@ -65,38 +71,36 @@ def write(workdir: str | Path, path: str | Path) -> str:
   return answer
 
 
-def read_lines(workdir: Path) -> tuple[list[Line], list[Line], Line]:
-  """What a workdir has: all lines, the main ones of the first amount, and naive transfer.
+def read_lines(workdir: Path) -> tuple[pd.DataFrame, list[Line], list[Line], Line]:
+  """What a workdir has: rows, all lines, the main ones of the first amount, and naive transfer.
 
   Raises:
     UserError: there are no results, or they lack naive transfer.
   """
-  lines = lines_of(read_table(workdir / RESULTS, COLUMNS))
-  if not lines:
+  rows = read_table(workdir / RESULTS, COLUMNS)
+  if rows.empty:
     raise UserError(f'{workdir / RESULTS} has no rows yet; run the study first.')
+  lines = lines_of(rows)
   amount = next(line.amount for line in lines if line.group == MAIN)
   main = [line for line in lines if line.group == MAIN and line.amount == amount]
-  return lines, main, naive_line(lines, amount)
+  return rows, lines, main, naive_line(lines, amount)
 
 
-def _title(lines: Sequence[Line], naive: Line) -> str:
+def _title(rows: pd.DataFrame, naive: Line) -> str:
   row = naive.first
-  sources = len({source for source, _ in naive.rows})
-  transfers = len({seed for _, seed in naive.rows})
+  sources, transfers = naive.rows['source_seed'].nunique(), naive.rows['transfer_seed'].nunique()
   labels = row['labels_per_class']
   return (
     f'# Transfer study: {row["source"]} to {row["target"]}, {row["model"]}\n\n'
     f'{f"{labels} labels a class" if labels else "All labels"}; S = {row["history"]}, '
     f'r = {row["rate"]:g}; {sources} source seeds x {transfers} transfer seeds; '
-    f'{sum(len(line.rows) for line in lines)} rows in all. Accuracies are in per cent, '
-    'differences in points. Arms of one source seed and transfer seed share source run, head, '
-    'labels and order, and are compared in pairs. Intervals are 95 % bootstrap intervals over '
-    'source seeds and the transfers from each. The exact p is that of a sign-flip test over the '
-    f'means of the source seeds: with {sources} it is never below '
+    f'{len(rows):,} rows, of {trainings(rows):,} trainings (arms of equal weights share theirs). '
+    'Accuracies are in per cent, differences in points. Arms of one source seed and transfer seed '
+    'share source run, head, labels and order, and are compared in pairs. Intervals are 95 % '
+    'bootstrap intervals over source seeds and the transfers from each. The exact p is that of a '
+    f'sign-flip test over the means of the source seeds: with {sources} it is never below '
     f'{intervals.smallest_p(sources):.3g}. Holm: the p before it, corrected for the number of '
-    'lines of its table. The paper (Jang, Kim and Kim, CVPR 2026) transfers a ResNet18 from '
-    'CIFAR-100 to CIFAR-10 with all labels: its numbers stand beside ours for the direction and '
-    'the size of effects.'
+    'lines of its table.'
   )
 
 
@@ -111,18 +115,13 @@ def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
     'naive transfer', 'shrink' (the best strength and step, chosen likewise) and 'equal compute' ->
     the paired difference; what the study lacks is left out.
   """
-  known = cross_chosen([line for line in main if line.arm == 'known_leaf'])
-  rivals = {
-    'naive transfer': naive,
-    'shrink': cross_chosen([line for line in main if line.predictor == 'shrink']),
-    'equal compute': cross_chosen([line for line in main if line.arm == 'extra']),
-  }
+  known = cross_chosen([line for line in main if line.arm == KNOWN])
   found = {
-    name: compare(differences(known, to_line(rival)))
-    for name, rival in rivals.items()
-    if known is not None and rival is not None
+    'naive transfer': compare(known, naive),
+    'shrink': compare(known, cross_chosen([line for line in main if line.predictor == 'shrink'])),
+    'equal compute': compare(known, cross_chosen([line for line in main if line.arm == 'extra'])),
   }
-  return {name: comparison for name, comparison in found.items() if comparison is not None}
+  return {name: comparison for name, comparison in found.items() if comparison}
 
 
 def answer_text(main: Sequence[Line], naive: Line) -> str:
@@ -134,18 +133,18 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
   """
   found = against_rivals(main, naive)
   if not found:
-    return 'The study has no `known_leaf` that never diverged among its main arms.'
-  steps = [line for line in main if line.arm == 'known_leaf']
-  shrinks = [line for line in main if line.predictor == 'shrink']
+    return f'The study has no `{KNOWN}` that never diverged among its main arms.'
+  shrinks = sum(line.predictor == 'shrink' for line in main)
   names = {
     'naive transfer': 'naive transfer',
-    'shrink': f'the best of {len(shrinks)} ways to shrink, chosen likewise',
+    'shrink': f'the best of {shrinks} ways to shrink, chosen likewise',
     'equal compute': 'extra training of equal compute',
   }
   corrected = intervals.holm([comparison.p_exact for comparison in found.values()])
+  steps = ', '.join(line.title for line in main if line.arm == KNOWN)
   lines = [
-    f'KNOWN below is the best of {", ".join(line.title for line in steps)}, for each source seed '
-    'chosen by the other source seeds.',
+    f'`{KNOWN}` below is the best of {steps}, for each source seed chosen by the other source '
+    'seeds.'
   ]
   for (name, comparison), holm in zip(found.items(), corrected, strict=True):
     verdict = 'excludes' if comparison.excludes_zero else 'includes'
@@ -157,31 +156,28 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
   return '\n'.join(lines)
 
 
-def _gain(line: Line, naive: Line) -> float:
-  found = compare(differences(line, to_line(naive)))
-  return math.nan if found is None else found.mean
-
-
-def _points(main: Sequence[Line], naive: Line, column: str) -> list[tuple[str, float, float]]:
-  """Arm, a column of the start, and gain, of all predictions that have both."""
+def _points(main: Sequence[Line], naive: Line, column: str) -> pd.DataFrame:
+  """`arm`, `x` (a column of the start) and `gain` of all predictions that have both."""
   found = [
-    (line.arm, line.mean(column), _gain(line, naive))
+    (line.arm, line.mean(column), gain.mean)
     for line in main
-    if line.predictor not in UNPREDICTED and line.step
+    if line.predictor not in UNPREDICTED and line.step and (gain := compare(line, naive))
   ]
-  return [point for point in found if all(math.isfinite(value) for value in point[1:])]
+  return pd.DataFrame(found, columns=['arm', 'x', 'gain']).dropna()
 
 
 def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
   sentences = []
   for column, what in (('retrodiction', 'retrodiction error'), ('weight_norm', 'weight norm')):
     points = _points(main, naive, column)
-    rho = intervals.rank_correlation([p[1] for p in points], [p[2] for p in points])
+    rho = intervals.rank_correlation(points['x'], points['gain'])
     if math.isfinite(rho):
       sentences.append(
         f'Over {len(points)} predictions, the rank correlation of {what} with the gain over naive '
         f'transfer is {rho:+.2f}.'
       )
+  beyond = beyond_shrinking(lines, naive.amount)
+  sentences += tables.beyond_text([(line.title, naives, shrunk) for line, naives, shrunk in beyond])
   if any(line.first['batch_norm'] != 'keep' for line in lines):
     sentences.append(
       'Convolutions that BatchNorm follows compute the same at any scale; times 1 - c, they only '
@@ -200,50 +196,40 @@ def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
 def at_other_rates(lines: Sequence[Line], naive: Line) -> dict[float, Comparison]:
   """What naive transfer gains at other learning rates: how many times the rate -> the gain."""
   others = {
-    line.first['lr_scale']: compare(differences(line, to_line(naive)))
+    line.first['lr_scale']: compare(line, naive)
     for line in lines
     if line.predictor == 'persistence' and line.first['lr_scale'] != 1
     if line.first['batch_norm'] == 'keep'
   }
-  return {scale: found for scale, found in others.items() if found is not None}
+  return {scale: found for scale, found in others.items() if found}
 
 
-def _draw(main: Sequence[Line], naive: Line, path: Path) -> dict[str, str]:
+def _draw(main: Sequence[Line], naive: Line, path: Path) -> Mapping[str, str]:
   """Draws the plots; title -> file name."""
   found: dict[str, str] = {}
 
-  def place(title: str, suffix: str) -> Path:
+  def place(title: str, suffix: str) -> tuple[Path, str]:
     found[title] = f'{path.stem}_{suffix}.png'
-    return path.parent / found[title]
+    return path.parent / found[title], title
 
   predicted = [line for line in main if line.step and not is_sweep(line)]
-  gains: dict[str, list[tuple[float, ...]]] = {}
-  as_is: dict[str, list[tuple[float, float]]] = {}
-  for line in predicted:
-    multiple = line.first['multiple']
-    if comparison := compare(differences(line, to_line(naive))):
-      gain = (multiple, comparison.mean, comparison.low, comparison.high)
-      gains.setdefault(line.arm, []).append(gain)
-    accuracy = 100 * line.mean('source_accuracy')
-    as_is.setdefault(line.arm, []).append((multiple, accuracy))
-  title = 'Gain over naive transfer by step'
-  pictures.gains_by_step(place(title, 'gain'), gains, title)
-  title = 'Accuracy before fine-tuning'
-  start = 100 * naive.mean('source_accuracy')
-  pictures.accuracy_by_step(place(title, 'before'), as_is, start, title)
+  gains = [(line, gain) for line in predicted if (gain := compare(line, naive))]
+  pictures.gains_by_step(*place('Gain over naive transfer by step', 'gain'), gains)
+  pictures.accuracy_by_step(*place('Accuracy before fine-tuning', 'before'), predicted, naive)
   shown = [line for line in main if line.step <= 1 and not is_sweep(line)]
-  curves = {line.title: curve for line in shown if (curve := mean_curve(line))}
+  curves = {line.title: curve for line in shown if len(curve := mean_curve(line))}
   if curves:
-    title = 'Learning curves of fine-tuning'
-    pictures.learning_curves(place(title, 'curves'), curves, title)
-  title = 'Retrodiction error and gain'
-  label = 'error in retrodiction / error of copying'
-  points = _points(predicted, naive, 'retrodiction')
-  pictures.scatter(place(title, 'retrodiction'), points, label, title)
-  title = 'Weight norm and gain, with the shrink curve'
+    pictures.learning_curves(*place('Learning curves of fine-tuning', 'curves'), curves)
+  pictures.scatter(
+    *place('Retrodiction error and gain', 'retrodiction'),
+    _points(predicted, naive, 'retrodiction'),
+    'error in retrodiction / error of copying',
+  )
   sweep = _points([line for line in main if is_sweep(line)], naive, 'weight_norm')
-  curve_points = sorted([(1.0, 0.0), *((norm, gain) for _, norm, gain in sweep)])
-  label = 'norm of the weights / norm of the newest'
-  points = _points(predicted, naive, 'weight_norm')
-  pictures.scatter(place(title, 'norm'), points, label, title, curve_points)
+  pictures.scatter(
+    *place('Weight norm and gain, with the shrink curve', 'norm'),
+    _points(predicted, naive, 'weight_norm'),
+    'norm of the weights / norm of the newest',
+    sorted([(1.0, 0.0), *zip(sweep['x'], sweep['gain'], strict=True)]),
+  )
   return found

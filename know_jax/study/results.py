@@ -1,11 +1,12 @@
 """The files of a study: its journal, results.csv and timings.csv, and how they are read."""
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from know_jax.errors import UserError, reason
 from know_jax.io.files import write_atomic
@@ -66,51 +67,45 @@ TIMING_COLUMNS: dict[str, type] = {
 
 
 def write_table(path: Path, columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes rows as CSV, atomically; None and missing values are empty cells.
+  """Writes rows as CSV, atomically; None, NaN and missing values are empty cells.
 
   Numbers are written so that reading gives the same bits.
 
   Raises:
     UserError: the file cannot be written.
   """
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(columns)
-  for row in rows:
-    cells = [row.get(name) for name in columns]
-    writer.writerow(['' if cell is None else _cell(cell) for cell in cells])
+  # As objects: a column of integers with an empty cell stays one of integers.
+  table = pd.DataFrame(list(rows), columns=list(columns), dtype=object)
   try:
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, table.to_csv(index=False, lineterminator='\n').encode())
   except OSError as error:
     raise UserError(f'cannot write {path}: {reason(error)}.') from error
 
 
-def _cell(value: Any) -> str:
-  return repr(float(value)) if isinstance(value, float) else str(value)
-
-
-def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
+def read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
   """Reads what `write_table` wrote; empty cells of numbers are NaN.
+
+  Pandas' own reader would fill a line that was cut off, and not say where a number is none.
 
   Raises:
     UserError: the file is missing, or is no such table; the first wrong thing is named.
   """
   if path.exists() and not path.is_file():
-    raise UserError(f'{path} is a folder or a device; wanted a file.')
+    raise UserError(f'{path} is a folder or a device; expected a file.')
   try:
     with path.open(newline='') as file:
-      lines = list(csv.reader(file))
+      header, *lines = list(csv.reader(file)) or [[]]
   except OSError as error:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error
   except (csv.Error, UnicodeError) as error:
     raise UserError(f'{path} is no table of comma-separated values ({error}).') from error
-  if not lines or lines[0] != list(columns):
-    found = ','.join(lines[0]) if lines else 'nothing'
-    raise UserError(f'{path} has the columns {found}; wanted {",".join(columns)}.')
+  if header != list(columns):
+    found = ','.join(header) or 'nothing'
+    raise UserError(f'{path} has the columns {found}; expected {",".join(columns)}.')
   rows = []
-  for number, line in enumerate(lines[1:], 2):
+  for number, line in enumerate(lines, 2):
     if len(line) != len(columns):
-      raise UserError(f'{path}: line {number} has {len(line)} cells; wanted {len(columns)}.')
+      raise UserError(f'{path}: line {number} has {len(line)} cells; expected {len(columns)}.')
     row = {}
     for (name, kind), cell in zip(columns.items(), line, strict=True):
       try:
@@ -118,10 +113,11 @@ def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
         if name == 'curve':
           read_curve(cell)
       except ValueError as error:
-        wanted = 'epoch:accuracy ...' if name == 'curve' else kind.__name__
-        raise UserError(f'{path}: line {number} has {name} {cell!r}; wanted {wanted}.') from error
+        form = 'epoch:accuracy ...' if name == 'curve' else kind.__name__
+        raise UserError(f'{path}: line {number} has {name} {cell!r}; expected {form}.') from error
     rows.append(row)
-  return rows
+  numbers = [name for name, kind in columns.items() if kind is float]
+  return pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(numbers, float))
 
 
 def curve_text(curve: Iterable[tuple[int, float]]) -> str:

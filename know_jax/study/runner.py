@@ -296,17 +296,12 @@ def _time_left(study: Study, workdir: Path, runs: int, trainings: int) -> str:
   """The time for so many runs and trainings, at the mean rate of those that are done."""
   if not (workdir / TIMINGS).exists():
     return 'time: unmeasured, nothing has run here yet'
-  rows = read_table(workdir / TIMINGS, TIMING_COLUMNS)
-  spent: dict[str, list[float]] = {}
-  for row in rows:
-    if math.isfinite(row['seconds']):
-      spent.setdefault(row['task'], []).append(row['seconds'])
-  if 'transfer' not in spent or 'pretrain' not in spent:
+  seconds = read_table(workdir / TIMINGS, TIMING_COLUMNS).set_index('task')['seconds'].dropna()
+  if not {'transfer', 'pretrain'} <= set(seconds.index):
     return 'time: unmeasured, no training has ended here yet'
-  sums = {task: sum(seconds) for task, seconds in spent.items()}
-  per_training = sums['transfer'] / len(spent['transfer'])
-  per_run = sum(sums.values()) - sums['transfer']
-  per_run /= len(spent['pretrain'])
+  is_training = seconds.index == 'transfer'
+  per_training = seconds[is_training].mean()
+  per_run = seconds[~is_training].sum() / (seconds.index == 'pretrain').sum()
   left = runs * per_run + trainings * per_training
   return (
     f'time left: about {left / 60:.0f} minutes of one process, at {per_run:.1f} s a source run '

@@ -3,15 +3,22 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from know_jax.errors import UserError, reason
+from know_jax.report.markdown import table
 from know_jax.study import report
-from know_jax.study.analysis import Comparison, compare, cross_chosen, differences, to_line
-from know_jax.study.tables import interval, table
+from know_jax.study.analysis import (
+  PAIR,
+  Comparison,
+  beyond_shrinking,
+  compare,
+  cross_chosen,
+  trainings,
+)
+from know_jax.study.report import KNOWN
+from know_jax.study.tables import beyond_text, interval
 
 _RIVALS = {
-  'naive transfer': 'Against naive transfer, the best step of KNOWN changes accuracy',
+  'naive transfer': f'Against naive transfer, the best step of `{KNOWN}` changes accuracy',
   'shrink': 'Against the best shrinking of the newest weights, it changes accuracy',
   'equal compute': 'Against training the newest weights on for as long as forgetting took, it '
   'changes accuracy',
@@ -37,46 +44,51 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     names = [Path(workdir).name for workdir in workdirs]
     twice = next(name for name in names if names.count(name) > 1)
     raise UserError(f'two studies are called {twice!r}; wanted names that tell them apart.')
-  found, rows = {}, []
+  found, body, counts, beyond = {}, [], [], []
   for name, workdir in places.items():
-    lines, main, naive = report.read_lines(workdir)
+    rows, lines, main, naive = report.read_lines(workdir)
+    counts.append((len(rows), trainings(rows)))
     file = f'{path.stem}_{name}.md'
     report.write(workdir, path.with_name(file))
     found[name] = report.against_rivals(main, naive)
     first = naive.first
+    what = f'{first["source"]} to {first["target"]}, {first["model"]}'
+    for line, to_naive, to_shrink in beyond_shrinking(lines, naive.amount):
+      beyond.append((f'{line.title} ({what})', to_naive, to_shrink))
     shrunk = cross_chosen([line for line in main if line.predictor == 'shrink'])
-    best = None if shrunk is None else compare(differences(shrunk, to_line(naive)))
     scratch = next((line for line in main if line.predictor == 'scratch'), None)
-    untrained = None if scratch is None else compare(differences(scratch, to_line(naive)))
     faster = report.at_other_rates(lines, naive)
     fastest = max(faster, key=lambda scale: faster[scale].mean, default=None)
-    rows.append(
+    body.append(
       [
-        f'[{first["source"]} to {first["target"]}, {first["model"]}]({file})',
-        ' x '.join(str(len(set(seeds))) for seeds in zip(*naive.rows, strict=True)),
-        f'{100 * np.mean(naive.values()):.2f}',
+        f'[{what}]({file})',
+        ' x '.join(str(naive.rows[seed].nunique()) for seed in PAIR),
+        f'{100 * naive.rows["accuracy"].mean():.2f}',
         *(interval(found[name].get(rival)) for rival in _RIVALS),
-        interval(best),
-        interval(untrained),
+        interval(compare(shrunk, naive)),
+        interval(compare(scratch, naive)),
         '' if fastest is None else f'{interval(faster[fastest])} at {fastest:g} times',
       ]
     )  # fmt: skip
   answer = answer_text(found)
   header = [
-    'study', 'seeds', 'naive, %', 'KNOWN to naive', 'KNOWN to shrink', 'KNOWN to equal compute',
+    'study', 'seeds', 'naive, %', *(f'`{KNOWN}` to {rival}' for rival in _RIVALS),
     'shrink to naive', 'scratch to naive', 'naive at its best other learning rate',
   ]  # fmt: skip
+  total, begun = (sum(column) for column in zip(*counts, strict=True))
   parts = [
     '# Does predicting help transfer?',
     answer,
-    table(header, rows),
-    'Differences of accuracy after transfer in points, paired, with 95 % bootstrap intervals over '
-    'source seeds and the transfers from each. Seeds: source runs x transfers from each. Steps of '
-    'KNOWN and strengths of shrink are chosen for each source seed by the other source seeds; the '
-    'best other learning rate is not, so that its gain is flattered a little. Where scratch (no '
-    'pre-training) beats naive transfer, pre-training does harm, and what undoes it helps. All '
-    "arms, the tests with corrected p, the paper's numbers, ablations, times and plots are in the "
-    'reports of the single studies.',
+    table(header, body),
+    f'{total:,} rows, of {begun:,} trainings: arms of equal weights share theirs. Differences of '
+    'accuracy after transfer in points, paired, with 95 % bootstrap intervals over source seeds '
+    'and the transfers from each. Seeds: source runs x transfers from each. Steps of '
+    f'`{KNOWN}` and strengths of shrink are chosen for each source seed by the other source '
+    'seeds; the best other learning rate is not, so that its gain is flattered a little. Where '
+    'scratch (no pre-training) beats naive transfer, pre-training does harm, and what undoes it '
+    'helps. All arms, the tests with corrected p, ablations, times and plots are in the reports of '
+    'the single studies.',
+    *beyond_text(beyond),
   ]
   try:
     path.write_text('\n\n'.join(parts) + '\n')

@@ -1,68 +1,62 @@
-"""The tables of a study's report, in Markdown: ours, and the paper's numbers beside them."""
+"""The tables of a study's report, in Markdown."""
 
-import csv
 import math
-import statistics as python_statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from know_jax.report import intervals
+from know_jax.report.markdown import table
 from know_jax.study.analysis import (
   Comparison,
   Line,
   compare,
   cross_chosen,
-  differences,
   is_sweep,
   naive_line,
-  to_line,
-  to_shrink_curve,
+  shrink_curve,
 )
 from know_jax.study.arms import MAIN, UNPREDICTED
 
 _PUBLISHED = Path(__file__).parent / 'published'
-_PAPER_NAMES = {
-  'persistence': 'naive_transfer',
-  'incremental': 'incremental_pretraining',
-  'known_official': 'known',
-}
+_PAPERS = {'source': 'cifar100', 'target': 'cifar10', 'model': 'resnet18', 'labels_per_class': 0}
+"""What the paper's tables are of."""
+
 _LABELS = {
   'scratch': 'scratch (no pre-training)',
   'persistence': 'persistence (naive)',
   'incremental': 'incremental pre-training',
   'extra': 'extra training of equal compute',
 }
+_PREDICTORS = ('known', 'known_leaf')
 
 
-def published(table: int) -> list[dict[str, str]]:
-  """A table of the paper (Jang, Kim and Kim, CVPR 2026), a dict for each line: 1, 6 or 7."""
-  with (_PUBLISHED / f'table{table}.csv').open(newline='') as file:
-    return list(csv.DictReader(file))
+def published(number: int) -> pd.DataFrame:
+  """A table of the paper (Jang, Kim and Kim, CVPR 2026) as text: 1, 6 or 7."""
+  return pd.read_csv(_PUBLISHED / f'table{number}.csv', dtype=str, keep_default_na=False)
 
 
-def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-  """A Markdown table of cells of text, all columns but the first to the right."""
-  body = list(body)
-  widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-
-  def line(cells: Sequence[str]) -> str:
-    first, *rest = (
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return '| ' + ' | '.join((first, *rest)) + ' |'
-
-  rule = '|'.join('-' * (w + 1) + ':' if i else '-' * (w + 2) for i, w in enumerate(widths))
-  return '\n'.join([line(header), f'|{rule}|', *map(line, body)])
+def papers_own(naive: Line) -> list[str]:
+  """The paper's tables, as they are; empty where a study is not of its data and network."""
+  if any(naive.first[name] != value for name, value in _PAPERS.items()):
+    return []
+  tables = [published(number) for number in (1, 6, 7)]
+  return [
+    "## The paper's numbers",
+    'Tables 1, 6 and 7 of Jang, Kim and Kim (CVPR 2026): of their runs, predictors and machines. '
+    'p100 is accuracy with all of the source data, sd100 its standard deviation.',
+    *(table([str(name) for name in t.columns], t.to_numpy().tolist()) for t in tables),
+  ]
 
 
-def _spread(values: Sequence[float]) -> str:
-  """Mean ± standard deviation in per cent; how many diverged, if any did."""
-  if lost := sum(not math.isfinite(value) for value in values):
+def _spread(line: Line) -> str:
+  """Mean ± standard deviation of accuracy in per cent; how many diverged, if any did."""
+  values = 100 * line.rows['accuracy'].astype(float)
+  if lost := int((~np.isfinite(values)).sum()):
     return f'diverged {lost}/{len(values)}'
-  mean, spread = intervals.mean_and_spread([100 * value for value in values])
-  return f'{mean:.2f}' + (f' ± {spread:.2f}' if math.isfinite(spread) else '')
+  return f'{values.mean():.2f}' + (f' ± {values.std():.2f}' if len(values) > 1 else '')
 
 
 def _number(value: float, form: str) -> str:
@@ -74,60 +68,57 @@ def interval(found: Comparison | None) -> str:
   return '' if found is None else f'{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})'
 
 
-def _by_arm(lines: Iterable[Line]) -> dict[str, dict[int, Line]]:
-  """Arm -> step -> line."""
-  found: dict[str, dict[int, Line]] = {}
-  for line in lines:
-    found.setdefault(line.arm, {})[line.step] = line
-  return found
+def beyond_text(gains: Sequence[tuple[str, Comparison, Comparison]]) -> list[str]:
+  """Which predictions do more than shrink: a sentence, or none where there are no predictions.
 
-
-def _headings(lines: Iterable[Line]) -> dict[int, str]:
-  """Step -> heading, of the lines that share the naive line's rate."""
-  steps = {line.step: line.first['multiple'] for line in lines if line.predictor != 'scratch'}
-  return {step: f'x{multiple:.3g}' for step, multiple in sorted(steps.items())}
+  Args:
+    gains: the name of a prediction, and its gains over naive transfer and over shrinking, as of
+      `analysis.beyond_shrinking`.
+  """
+  if not gains:
+    return []
+  both = {
+    'bootstrap intervals': [name for name, *found in gains if min(c.low for c in found) > 0],
+    't-intervals over source seeds': [
+      name for name, *found in gains if min(c.t_low for c in found) > 0
+    ],
+  }
+  return [
+    f'Of {len(gains)} predictions that do not shrink, these lie above naive transfer and above the '
+    'shrink sweep at their weight norm: '
+    + '; '.join(f'by 95 % {how}, {", ".join(names) or "none"}' for how, names in both.items())
+    + ' (uncorrected for how many they are).'
+  ]
 
 
 def _label(arm: str) -> str:
   return _LABELS.get(arm, arm)
 
 
-def _paper_accuracy(arm: str, heading: str, amount: float) -> str:
-  """Table 1 of the paper, where it has such a cell."""
-  for line in published(1):
-    same_times = f'x{line["times"]}' == heading
-    if line['method'] == _PAPER_NAMES.get(arm, arm) and same_times:
-      share = f'{100 * amount:g}'
-      return f'{line[f"p{share}"]} ± {line[f"sd{share}"]}' if f'p{share}' in line else ''
-  return ''
+def _by_step(lines: Sequence[Line], columns: Sequence[str] = ()) -> str:
+  """Accuracy by arm and multiple of the data, behind columns that all rows of an arm share."""
+  steps = {line.step: line.first['multiple'] for line in lines if line.predictor != 'scratch'}
+  cells: dict[str, dict[int, Line]] = {}
+  for line in lines:
+    cells.setdefault(line.arm, {})[line.step] = line
+  body = [
+    [
+      _label(arm),
+      *(str(next(iter(found.values())).first[name]) for name in columns),
+      *(_spread(found[n]) if n in found else '' for n in sorted(steps)),
+    ]
+    for arm, found in cells.items()
+  ]
+  heads = ['S' if name == 'history' else name for name in columns]
+  return table(['arm', *heads, *(f'x{steps[n]:.3g}' for n in sorted(steps))], body)
 
 
 def accuracies(lines: Sequence[Line], amount: float) -> list[str]:
-  """Table 1: accuracy after transfer of every main arm, and the paper's beside it."""
-  main = [line for line in lines if line.group == MAIN and line.amount == amount]
-  headings = _headings(main)
-  body = []
-  for arm, steps in _by_arm(main).items():
-    ours = [_spread(steps[n].values()) if n in steps else '' for n in headings]
-    paper = [_paper_accuracy(arm, h, amount) if n in steps else '' for n, h in headings.items()]
-    body.append([_label(arm), *ours, *paper])
-  header = ['arm', *headings.values(), *(f'paper {h}' for h in headings.values())]
+  """Accuracy after transfer of every main arm."""
   return [
     f'## Accuracy after transfer, {100 * amount:g} % of the source data',
-    table(header, body),
-    'Mean ± standard deviation over all trainings; the paper: its table 1.',
-  ]
-
-
-def _tested(lines: Sequence[Line], naive: Line) -> list[tuple[Line, Comparison, float, float]]:
-  """Lines with their comparison to naive and both p, corrected for the number of lines."""
-  compared = [(line, compare(differences(line, to_line(naive)))) for line in lines]
-  pairs = [(line, found) for line, found in compared if found is not None]
-  exact = intervals.holm([found.p_exact for _, found in pairs])
-  student = intervals.holm([found.p_t for _, found in pairs])
-  return [
-    (line, found, float(p), float(q))
-    for (line, found), p, q in zip(pairs, exact, student, strict=True)
+    _by_step([line for line in lines if line.group == MAIN and line.amount == amount]),
+    'Mean ± standard deviation over all trainings.',
   ]
 
 
@@ -135,16 +126,18 @@ def _tested_table(lines: Sequence[Line], naive: Line, sweep_in: Sequence[Line] |
   """Differences to naive and, if lines with a shrink sweep are given, to that sweep."""
   header = ['arm', 'pairs', 'to naive (95 % interval)', 'exact p', 'Holm', 't-test p', 'Holm']
   header += ['to shrink at equal norm'] if sweep_in else []
+  pairs = [(line, found) for line in lines if (found := compare(line, naive))]
+  exact = intervals.holm([found.p_exact for _, found in pairs])
+  student = intervals.holm([found.p_t for _, found in pairs])
   body = []
-  for line, found, holm_exact, holm_t in _tested(lines, naive):
+  for (line, found), holm_exact, holm_t in zip(pairs, exact, student, strict=True):
     cells = [
       _label(line.title), str(found.pairs), interval(found), f'{found.p_exact:.3f}',
       f'{holm_exact:.3f}', _number(found.p_t, '.3f'), _number(holm_t, '.3f'),
     ]  # fmt: skip
     if sweep_in:
       curved = line.predictor not in UNPREDICTED
-      groups = differences(line, to_shrink_curve(line, sweep_in)) if curved else []
-      cells.append(interval(compare(groups)))
+      cells.append(interval(compare(line, shrink_curve(line, sweep_in))) if curved else '')
     body.append(cells)
   return table(header, body)
 
@@ -170,41 +163,29 @@ def comparisons(lines: Sequence[Line], amount: float) -> list[str]:
 
 
 def rivals(main: Sequence[Line], naive: Line) -> list[str]:
-  """KNOWN against what its gain must be held against.
+  """Both networks against what their gain must be held against.
 
   Args:
     main: the main lines of one amount.
     naive: that of naive transfer among them.
   """
 
-  def of(name: str) -> list[Line]:
-    return [line for line in main if name in (line.arm, line.predictor)]
+  def best(name: str, step: int | None = None) -> Line | None:
+    of = [line for line in main if name in (line.arm, line.predictor)]
+    return cross_chosen([line for line in of if step in (None, line.step)])
 
-  def chosen(lines: Sequence[Line], step: int | None) -> Line | None:
-    same = [line for line in lines if line.step == step]
-    return cross_chosen(same if step is not None else lines)
-
-  reset = [line for line in of('persistence') if line.first['batch_norm'] == 'reset']
-  body = []
-  for arm in dict.fromkeys(line.arm for line in of('known_leaf')):
-    steps: list[int | None] = [None, *(line.step for line in of(arm))]
-    for step in steps:
-      known = chosen(of(arm), step)
-      if known is None:
+  naives = [line for line in main if line.predictor == 'persistence']
+  reset = cross_chosen([line for line in naives if line.first['batch_norm'] == 'reset'])
+  body: list[list[str]] = []
+  for line in (line for line in main if line.predictor in _PREDICTORS):
+    first = not any(row[0].startswith(f'{line.arm}, ') for row in body)
+    for step in (None, line.step) if first else (line.step,):
+      if (found := best(line.arm, step)) is None:
         continue
-      others = [
-        naive,
-        cross_chosen(reset),
-        cross_chosen(of('extra')),
-        chosen(of('known_leaf_history_free'), step),
-        chosen(of('average'), step),
-        cross_chosen(of('shrink')),
-      ]
-      cells = [
-        '' if other is None else interval(compare(differences(known, to_line(other))))
-        for other in others
-      ]
-      body.append([f'{arm}, best step' if step is None else known.title, *cells])
+      history_free, average = best(f'{line.predictor}_history_free', step), best('average', step)
+      others = [naive, reset, best('extra'), history_free, average, best('shrink')]
+      name = line.title if step else f'{line.arm}, best step'
+      body.append([name, *(interval(compare(found, other)) for other in others)])
   if not body:
     return []
   header = ['arm', 'naive', 'BatchNorm reset', 'extra', 'history-free', 'average', 'shrink']
@@ -212,8 +193,8 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
     '## KNOWN against its rivals',
     table(header, body),
     'Paired differences with 95 % intervals, uncorrected. Best step, and of `shrink` always the '
-    'best strength and step: for each source seed chosen by the others. '
-    '`known_leaf_history_free` and `average` are at the same step.',
+    'best strength and step: for each source seed chosen by the others. History-free (the same '
+    'network, told that nothing moved) and `average` are at the same step.',
   ]
 
 
@@ -240,81 +221,39 @@ def starts(main: Sequence[Line]) -> list[str]:
 
 
 def ablations(lines: Sequence[Line], naive: Line) -> list[str]:
-  """A table for each group of ablations; for the history, the paper's table 6 beside it."""
+  """A table for each group of ablations; for the history, accuracy by its length too."""
   parts = []
   for group in dict.fromkeys(line.group for line in lines if line.group != MAIN):
     chosen = [line for line in lines if line.group == group]
     parts += [f'## Ablation: {group}', _tested_table(chosen, naive, None)]
     if group == 'history':
-      parts.append(_history_table(chosen))
+      parts.append(_by_step(chosen, ['history']))
   return parts
 
 
-def _history_table(lines: Sequence[Line]) -> str:
-  """Table 6: accuracy by length of the history, and the paper's beside it."""
-  headings = _headings(lines)
-  paper = {(row['method'], row['history_length']): row for row in published(6)}
-  body = []
-  for arm, steps in _by_arm(lines).items():
-    first = next(iter(steps.values())).first
-    row = paper.get((first['predictor'], str(first['history'])), {})
-    ours = [_spread(steps[n].values()) if n in steps else '' for n in headings]
-    theirs = [
-      f'{row[h]} ± {row[f"sd{h[1:]}"]}' if n in steps and h in row else ''
-      for n, h in headings.items()
-    ]
-    body.append([arm, str(first['history']), *ours, *theirs])
-  header = ['arm', 'S', *headings.values(), *(f'paper {h}' for h in headings.values())]
-  return table(header, body) + '\n\nThe paper: its table 6.'
-
-
-def times(timings: Sequence[Mapping[str, Any]], history: int) -> list[str]:
-  """Table 7: what each part costs, against pre-training."""
-  timings = [row for row in timings if math.isfinite(row['seconds'])]
-
-  def seconds(task: str) -> list[float]:
-    return [row['seconds'] for row in timings if row['task'] == task]
-
-  pretraining = seconds('pretrain')
-  if not pretraining:
+def times(timings: pd.DataFrame, history: int) -> list[str]:
+  """What each part costs, against pre-training."""
+  timings = timings[np.isfinite(timings['seconds'])]
+  seconds = {task: rows['seconds'] for task, rows in timings.groupby('task')}
+  if 'pretrain' not in seconds:
     return []
-  forgetting: dict[tuple[Any, ...], float] = {}
-  for row in timings:
-    if row['task'] == 'forget' and row['step'] < history:
-      run = (row['amount'], row['rate'], row['source_seed'])
-      forgetting[run] = forgetting.get(run, 0.0) + row['seconds']
-  unit = python_statistics.median(pretraining)
-  half = {row['method']: row for row in published(7) if row['dataset_percent'] == '50'}
-  trained, known = float(half['naive_transfer']['training_s']), half['known_x2']
-  paper = {
-    'pre-training': (trained, 1.0),
-    'pre-training and forgetting': (float(known['training_s']), None),
-    'one prediction': (float(known['prediction_s']), None),
-  }
+  unit = seconds['pretrain'].median()
+  stages = timings[(timings['task'] == 'forget') & (timings['step'] < history)]
+  forgetting = stages.groupby(['amount', 'rate', 'source_seed'])['seconds'].sum()
   # Medians: the first of each kind compiles.
-  ours = {
-    'pre-training': pretraining,
-    f'forgetting (stages 1 to {history - 1})': list(forgetting.values()),
-    'pre-training and forgetting': [unit + s for s in forgetting.values()],
-    'incremental pre-training': seconds('incremental'),
-    'extra training': seconds('extra'),
-    'one prediction': seconds('predict'),
-    'one transfer': seconds('transfer'),
+  parts = {
+    'pre-training': seconds['pretrain'],
+    f'forgetting (stages 1 to {history - 1})': forgetting,
+    'pre-training and forgetting': unit + forgetting,
+    'incremental pre-training': seconds.get('incremental', []),
+    'extra training': seconds.get('extra', []),
+    'one prediction': seconds.get('predict', []),
+    'one transfer': seconds.get('transfer', []),
   }
-  body = []
-  for task, values in ours.items():
-    if values:
-      median = python_statistics.median(values)
-      theirs = paper.get(task, (math.nan, None))[0]
-      body.append([
-        task, f'{median:.2f}', f'{median / unit:.3f}',
-        _number(theirs, '.0f'), _number(theirs / trained, '.4f'),
-      ])  # fmt: skip
-  header = ['part', 'seconds', 'of pre-training', 'paper, seconds', 'of pre-training']
+  medians = {name: np.median(found) for name, found in parts.items() if len(found)}
+  body = [[name, f'{found:.2f}', f'{found / unit:.3f}'] for name, found in medians.items()]
   return [
     '## Time',
-    table(header, body),
-    'Medians over runs, by the clock: other work on the machine counts. The paper: its table 7, '
-    'with half of CIFAR-100, where pre-training and forgetting together take as long as '
-    'pre-training on all of it.',
+    table(['part', 'seconds', 'of pre-training'], body),
+    'Medians over runs, by the clock: other work on the machine counts.',
   ]

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
+import references
+import scipy.stats
 from PIL import Image
 from runs import SIZES, STEPS, assert_same_bits, small_config, snapshot
 
@@ -18,12 +21,12 @@ from know_jax import forgetting, seeds, transfer, trees
 from know_jax import kinds as kinds_
 from know_jax.data.sources import mean_image
 from know_jax.errors import UserError
-from know_jax.io import checkpoints, files
+from know_jax.io import checkpoints
 from know_jax.io import journal as journal_
 from know_jax.io.files import locked
 from know_jax.io.journal import append_line, read_lines
 from know_jax.nowcast.api import PREDICTORS
-from know_jax.predictors import known, parameters
+from know_jax.predictors import parameters
 from know_jax.runs.record import config_dict
 from know_jax.study import analysis, arms, design, report, results, runner, summary, tables
 from know_jax.study import sources as study_sources
@@ -33,10 +36,8 @@ from know_jax.training import loop
 
 @pytest.fixture(scope='module')
 def theta(tmp_path_factory):
-  """Parameters of KNOWN that read three stages, not trained but for a last bias that moves."""
-  params = known.init_theta(jax.random.key(0), 3)
-  for kind in params.values():
-    kind['residual']['bias'] = kind['residual']['bias'] + 0.01
+  """Random parameters of KNOWN conditioned on the leaf that read three stages."""
+  params = references.random_conditioned_theta(3)
   path = tmp_path_factory.mktemp('theta') / 'known.safetensors'
   parameters.save_known(path, params, {})
   return str(path)
@@ -102,7 +103,11 @@ def copy(studied, tmp_path):
 
 
 def read(workdir):
-  return results.read_table(workdir / 'results.csv', COLUMNS)
+  return results.read_table(workdir / 'results.csv', COLUMNS).to_dict('records')
+
+
+def read_timings(workdir):
+  return results.read_table(workdir / 'timings.csv', TIMING_COLUMNS).to_dict('records')
 
 
 def arm_of(study, name, step=1):
@@ -146,7 +151,7 @@ def test_there_is_a_row_for_each_training(studied):
 
 
 def test_seconds_are_kept_apart(studied):
-  timings = results.read_table(studied / 'timings.csv', TIMING_COLUMNS)
+  timings = read_timings(studied)
   tasks = [row['task'] for row in timings]
   # Two source runs of five stages; predictions of all lines but four.
   assert {task: tasks.count(task) for task in set(tasks)} == {
@@ -272,7 +277,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(monkeypatch, copy, 
     return wrapped
 
   places = [(loop, 'fit'), (loop, 'evaluate'), (checkpoints, 'save')]
-  places += [(files, 'append_line'), (results, 'write_atomic')]
+  places += [(journal_, 'append_line'), (results, 'write_atomic')]
   with monkeypatch.context() as patch:
     for module, name in places:
       patch.setattr(module, name, mortal(getattr(module, name)))
@@ -372,7 +377,7 @@ def test_the_plan_says_how_much_there_is_and_writes_nothing(studied, theta, tmp_
   text = runner.plan(small_study(theta, source_seeds=3, transfer_seeds=3), studied)
   assert 'forgetting runs: 3 (2 done)' in text
   assert f'trainings: {9 * len(LINES)} ({ROWS} done)' in text
-  timings = results.read_table(studied / 'timings.csv', TIMING_COLUMNS)
+  timings = read_timings(studied)
   spent = {'transfer': 0.0, 'rest': 0.0}
   for row in timings:
     spent['transfer' if row['task'] == 'transfer' else 'rest'] += row['seconds']
@@ -562,7 +567,7 @@ def test_standard_ablations_are_arms():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'arms': ('persistence', 'knwon')}, "unknown predictor 'knwon'. Did you mean 'known_leaf'"),
+    ({'arms': ('persistence', 'knwon')}, "unknown predictor 'knwon'. Did you mean 'known'"),
     ({'arms': ('shrink',)}, "arms lack 'persistence'"),
     ({'arms': ('persistence', {'name': 'x'})}, 'the name of a predictor, or a dict'),
     ({'arms': ('persistence', {'predictor': 'shrink', 'step': 1})}, "arms 'step'. Did you mean"),
@@ -629,16 +634,19 @@ def test_tables_are_read_as_they_were_written(tmp_path):
   ]
   path = tmp_path / 'table.csv'
   results.write_table(path, columns, rows)
-  assert results.read_table(path, columns) == rows
+  assert results.read_table(path, columns).to_dict('records') == rows
   results.write_table(path, columns, [{'name': 'x', 'count': 1, 'share': None}])
-  assert math.isnan(results.read_table(path, columns)[0]['share'])
+  assert math.isnan(results.read_table(path, columns)['share'][0])
+  # A column of integers in which one is missing.
+  results.write_table(path, columns, [{'name': 'x', 'count': 1}, {'name': 'y'}])
+  assert path.read_text() == 'name,count,share\nx,1,\ny,,\n'
   curve = [(0, 0.1), (12, 1 / 3)]
   assert results.read_curve(results.curve_text(curve)) == curve
   for text, message in (
-    ('a,b\n', 'has the columns a,b; wanted name,count,share'),
+    ('a,b\n', 'has the columns a,b; expected name,count,share'),
     ('', 'has the columns nothing'),
-    ('name,count,share\nx,1\n', 'line 2 has 2 cells; wanted 3'),
-    ('name,count,share\nx,one,1\n', "line 2 has count 'one'; wanted int"),
+    ('name,count,share\nx,1\n', 'line 2 has 2 cells; expected 3'),
+    ('name,count,share\nx,one,1\n', "line 2 has count 'one'; expected int"),
   ):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -663,20 +671,22 @@ def test_of_equal_keys_in_the_journal_the_first_counts(tmp_path):
 # -- analysis and report -------------------------------------------------------------------------
 
 
-def line(arm, predictor, accuracies, norms=None, step=1, option='', group='main'):
+def line(arm, predictor, accuracies, norms=None, step=1, option='', group='main', **fields):
   """A line of made-up rows: accuracies by source seed and transfer seed."""
-  rows = {}
-  for i, group_values in enumerate(accuracies):
-    for j, accuracy in enumerate(group_values):
-      rows[i, j] = {
-        **{name: '' if kind is str else math.nan for name, kind in COLUMNS.items()},
-        'group': group, 'arm': arm, 'predictor': predictor, 'step': step, 'option': option,
-        'batch_norm': 'keep', 'lr_scale': 1.0, 'multiple': 2.0**step, 'amount': 1.0,
-        'source_seed': i,
-        'transfer_seed': j, 'accuracy': accuracy, 'weight_norm': 1.0 if norms is None else norms[i],
-        'history': 5, 'rate': 0.5, 'labels_per_class': 10,
-      }  # fmt: skip
-  return analysis.Line(group, arm, predictor, step, 1.0, rows)
+  rows = [
+    {
+      **{name: '' if kind is str else math.nan for name, kind in COLUMNS.items()},
+      'group': group, 'arm': arm, 'predictor': predictor, 'step': step, 'option': option,
+      'batch_norm': 'keep', 'lr_scale': 1.0, 'multiple': 2.0**step, 'amount': 1.0,
+      'source_seed': i, 'transfer_seed': j, 'accuracy': accuracy,
+      'weight_norm': 1.0 if norms is None else norms[i],
+      'history': 5, 'rate': 0.5, 'labels_per_class': 10, **fields,
+    }
+    for i, group_values in enumerate(accuracies)
+    for j, accuracy in enumerate(group_values)
+  ]  # fmt: skip
+  (found,) = analysis.lines_of(pd.DataFrame(rows))
+  return found
 
 
 NAIVE = line('persistence', 'persistence', [[0.5, 0.6], [0.7, 0.7], [0.4, 0.4]], step=0)
@@ -684,15 +694,61 @@ NAIVE = line('persistence', 'persistence', [[0.5, 0.6], [0.7, 0.7], [0.4, 0.4]],
 
 def test_differences_are_paired():
   other = line('known_leaf', 'known_leaf', [[0.6, 0.6], [math.nan, 0.75], [0.4, 0.5]])
-  found = analysis.differences(other, analysis.to_line(NAIVE))
-  np.testing.assert_allclose(np.concatenate(found), [10, 0, 5, 0, 10], atol=1e-9)
-  assert [len(group) for group in found] == [2, 1, 2]
-  comparison = analysis.compare(found)
+  found = analysis.differences(other, NAIVE)
+  np.testing.assert_allclose(found, [10, 0, 5, 0, 10], atol=1e-9)
+  assert found.index.tolist() == [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
+  comparison = analysis.compare(other, NAIVE)
   assert comparison.mean == pytest.approx(5)
   assert (comparison.sources, comparison.pairs, comparison.p_exact) == (3, 5, 0.25)
   assert comparison.p_t < 1e-12  # All three sources have 5 points: no spread at all.
   assert comparison.low <= 5 <= comparison.high
-  assert analysis.compare([]) is None
+  assert (comparison.t_low, comparison.t_high) == pytest.approx((5, 5))
+  lost = line('known_leaf', 'known_leaf', [[math.nan]])
+  assert analysis.compare(lost, NAIVE) is analysis.compare(None, NAIVE) is None
+
+
+def test_t_intervals_are_over_source_means():
+  other = line('known_leaf', 'known_leaf', [[0.6, 0.6], [0.7, 0.75], [0.4, 0.5]])
+  found = analysis.compare(other, NAIVE)
+  wanted = scipy.stats.ttest_1samp([5.0, 2.5, 5.0], 0.0).confidence_interval(0.95)
+  np.testing.assert_allclose((found.t_low, found.t_high), wanted)
+
+
+def test_rows_that_share_weights_and_rate_are_one_training():
+  rows = pd.concat([
+    line('persistence', 'persistence', [[0.5, 0.5]], step=0, weights='a').rows,
+    line('magmax', 'magmax', [[0.6, 0.6]], weights='b').rows,
+    line('task_vector', 'task_vector', [[0.6, 0.6]], weights='b').rows,
+    line('persistence lr x2', 'persistence', [[0.4, 0.4]], step=0, weights='a', lr_scale=2.0).rows,
+    line('extra', 'extra', [[math.nan, math.nan]], step=0).rows,  # Its weights diverged.
+  ])  # fmt: skip
+  assert analysis.trainings(rows.reset_index(drop=True)) == 6
+
+
+def test_what_does_more_than_shrinking_lies_above_it_and_above_naive():
+  """Sources differ much in one arm and little in the other: bootstrap and t-interval part."""
+  naive = line('persistence', 'persistence', [[0.5]] * 3, step=0)
+  sweep = line('shrink c=0.5', 'shrink', [[0.6]] * 3, [0.5] * 3, option='c=0.5')
+  arms_ = {
+    'sure': [[0.70], [0.71], [0.72]],  # Above both, by every interval.
+    'wide': [[0.56], [0.61], [0.99]],  # Above both, but not by the t-interval.
+    'half': [[0.51], [0.52], [0.53]],  # Above naive, not above shrinking.
+  }
+  lines = [naive, sweep, *(line(n, 'log_fit', a, [0.75] * 3) for n, a in arms_.items())]
+  # Beyond the sweep there is nothing to compare with.
+  lines.append(line('beyond', 'log_fit', [[0.9]] * 3, [0.25] * 3))
+  found = {each.arm: gains for each, *gains in analysis.beyond_shrinking(lines, 1.0)}
+  assert list(found) == ['sure', 'wide', 'half']
+  for arm, (to_naive, to_shrink) in found.items():
+    means = 100 * np.concatenate(arms_[arm])
+    np.testing.assert_allclose((to_naive.mean, to_shrink.mean), means.mean() - np.array([50, 55]))
+    interval = scipy.stats.ttest_1samp(means - 55, 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose((to_shrink.t_low, to_shrink.t_high), interval)
+  (text,) = tables.beyond_text([(name, *gains) for name, gains in found.items()])
+  assert 'Of 3 predictions' in text
+  assert 'by 95 % bootstrap intervals, sure, wide;' in text
+  assert 'by 95 % t-intervals over source seeds, sure (uncorrected' in text
+  assert tables.beyond_text([]) == []
 
 
 def test_the_shrink_curve_is_read_at_the_weight_norm():
@@ -701,10 +757,10 @@ def test_the_shrink_curve_is_read_at_the_weight_norm():
     line('shrink c=-0.5', 'shrink', [[0.3, 0.2], [0.7, 0.7], [0.4, 0.4]], [1.5] * 3, option='c=-1'),
   ]
   other = line('known_leaf', 'known_leaf', [[0.7, 0.7], [0.7, 0.7], [0.9, 0.9]], [0.75, 1.25, 0.4])
-  reference = analysis.to_shrink_curve(other, [NAIVE, other, *sweep])
-  found = [reference(pair) for pair in other.rows]
+  found = analysis.shrink_curve(other, [NAIVE, other, *sweep])
   # Half way to 0.5; half way to 1.5; beyond the sweep.
-  assert found == [pytest.approx(0.6), pytest.approx(0.7), 0.7, 0.7, None, None]
+  assert found.index.tolist() == [*PAIRS, (2, 0), (2, 1)]
+  np.testing.assert_allclose(found, [0.6, 0.7, 0.7, 0.7, math.nan, math.nan])
 
 
 def test_choices_are_made_by_the_other_sources():
@@ -713,7 +769,7 @@ def test_choices_are_made_by_the_other_sources():
   lost = line('a', 'known_leaf', [[math.nan], [1.0], [1.0]], step=3)
   found = analysis.cross_chosen([one, two, lost])
   # For source 0 the others prefer two (0.35 to 0.1); for 1 and 2 one (0.5 to 0.35, 0.5 to 0.5).
-  assert {pair: row['step'] for pair, row in found.rows.items()} == {
+  assert found.rows['step'].to_dict() == {
     (0, 0): 2,
     (1, 0): 1,
     (2, 0): 1,
@@ -726,9 +782,9 @@ def test_choices_are_made_by_the_other_sources():
 
 
 def test_the_published_numbers_are_those_of_the_paper():
-  rows = {(row['times'], row['method']): row for row in tables.published(1)}
-  assert rows['1', 'naive_transfer']['p100'] == '92.40'
-  assert [rows[n, 'known_leaf']['p100'] for n in '248'] == ['93.00', '93.27', '93.55']
+  rows = tables.published(1).set_index(['times', 'method'])['p100']
+  assert rows['1', 'naive_transfer'] == '92.40'
+  assert [rows[n, 'known'] for n in '248'] == ['93.00', '93.27', '93.55']
   source = Path(__file__).parents[2] / '..' / 'shared' / 'paper'
   if source.is_dir():
     for number, name in ((1, 'cifar100_to_cifar10'), (6, 'history_length'), (7, 'time_cost')):
@@ -764,14 +820,16 @@ def test_the_report_says_what_the_rows_say(studied, reported):
     accuracy.setdefault((row['arm'], row['step']), {})[pair] = 100 * row['accuracy']
 
   header, body = cells(text, 'Accuracy after transfer')
-  assert header[:4] == ['arm', 'x1', 'x2.5', 'x6.25']
+  assert header == ['arm', 'x1', 'x2.5', 'x6.25']
+  assert f'{ROWS} rows, of {TRAININGS} trainings' in text
   for name, arm in (('task_vector', 'task_vector'), ('persistence (naive)', 'persistence')):
-    for step, cell in enumerate(body[name][:3]):
+    for step, cell in enumerate(body[name]):
       values = list(accuracy.get((arm, step), {}).values())
       wanted = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if values else ''
       assert cell == wanted
-  assert body['persistence (naive)'][3] == '92.40 ± 0.11'
-  assert body['known_leaf'][4] == ''  # The paper has no step of x2.5.
+  # The paper's figures are of other networks.
+  papers = [f'{row.p100} ± {row.sd100}' for row in tables.published(1).itertuples()]
+  assert '92.40 ± 0.11' in papers and not [figure for figure in papers if figure in text]
 
   _, body = cells(text, 'Differences to naive')
   naive = accuracy['persistence', 0]
@@ -793,7 +851,8 @@ def test_the_report_says_what_the_rows_say(studied, reported):
   for group in ('history', 'BatchNorm', 'learning rate'):
     assert len(cells(text, f'Ablation: {group}')[1]) == 1
   _, body = cells(text, 'KNOWN against its rivals')
-  assert list(body) == ['known, best step', 'known_leaf x2.5', 'known_leaf x6.25']
+  assert list(body) == ['known_leaf, best step', 'known_leaf x2.5', 'known_leaf x6.25']
+  assert 'by 95 % t-intervals over source seeds' in text
   assert '## Why' in text and 'rank correlation of weight norm' in text
   # The answer: a sentence for each of naive, shrink and equal compute.
   assert answer in text
@@ -803,7 +862,7 @@ def test_the_report_says_what_the_rows_say(studied, reported):
 
 def test_the_report_shows_times(studied, reported):
   text = reported[0].read_text()
-  timings = results.read_table(studied / 'timings.csv', TIMING_COLUMNS)
+  timings = read_timings(studied)
   pretraining = [row['seconds'] for row in timings if row['task'] == 'pretrain']
   # Stage 3 is there for retrodiction only.
   forgetting_seconds = [
@@ -813,9 +872,10 @@ def test_the_report_shows_times(studied, reported):
   ]  # fmt: skip
   _, body = cells(text, 'Time')
   unit = np.median(pretraining)
-  assert body['pre-training'][:3] == [f'{unit:.2f}', '1.000', '3800']
+  assert body['pre-training'] == [f'{unit:.2f}', '1.000']
   assert body['forgetting (stages 1 to 2)'][0] == f'{np.median(forgetting_seconds):.2f}'
-  assert body['pre-training and forgetting'][2:] == ['7372', '1.9400']
+  both = unit + np.median(forgetting_seconds)
+  assert body['pre-training and forgetting'] == [f'{both:.2f}', f'{both / unit:.3f}']
 
 
 def test_the_pictures_are_there_and_show_something(reported):
@@ -847,13 +907,28 @@ def test_a_report_of_nothing(studied, tmp_path):
   assert not (tmp_path / 'x.md').exists()
 
 
-def test_histories_stand_beside_the_papers(monkeypatch):
-  lines = [line(f'task_vector S={s}', 'task_vector', [[0.5]], group='history') for s in (2, 3)]
-  for found, s in zip(lines, (2, 3), strict=True):
-    found.first['history'] = s
+def test_histories_have_a_table_by_their_length():
+  lines = [
+    line(f'task_vector S={s}', 'task_vector', [[0.5]], group='history', history=s) for s in (2, 3)
+  ]
   text = tables.ablations([*lines, NAIVE], NAIVE)[-1]
-  assert '| task_vector S=2 | 2 | 50.00 | 92.69 ± 0.09 |' in text
-  assert '| task_vector S=3 | 3 | 50.00 |              |' in text
+  assert '| task_vector S=2 | 2 | 50.00 |' in text
+  assert '| task_vector S=3 | 3 | 50.00 |' in text
+
+
+@pytest.mark.parametrize(
+  'other',
+  [{}, {'model': 'cnn'}, {'source': 'mnist'}, {'target': 'mnist'}, {'labels_per_class': 10}],
+)
+def test_the_papers_numbers_stand_alone_and_only_in_studies_like_its_own(other):
+  protocol = {'source': 'cifar100', 'target': 'cifar10', 'model': 'resnet18', 'labels_per_class': 0}
+  naive = line('persistence', 'persistence', [[0.5]], step=0, **{**protocol, **other})
+  text = '\n'.join(tables.papers_own(naive))
+  if other:
+    assert text == ''
+  else:
+    assert text.count('93.27') == 2 and '7372' in text and 'of their runs, predictors' in text
+    assert '50.00' not in text
 
 
 # --- several studies on one page ------------------------------------------------------------------
@@ -874,7 +949,8 @@ def write_study(folder, gains, faster=None):
     made.append(({**naive, 'group': 'learning rate', 'arm': f'x{scale}', 'lr_scale': scale}, gain))
   for about, gain in made:
     for source, transfer_seed in itertools.product(range(2), range(3)):
-      about = {'option': '', 'kinds': '', 'curve': '', 'weights': '', 'lr_scale': 1.0} | about
+      about = {'option': '', 'kinds': '', 'curve': '', 'lr_scale': 1.0} | about
+      about |= {'weights': f'{about["predictor"]} {about["option"]} {about["step"]}'}
       accuracy = 0.5 + 0.1 * source + 0.01 * transfer_seed + gain / 100
       rows.append(
         dict.fromkeys(COLUMNS, 1)
@@ -907,6 +983,7 @@ def test_several_studies_on_one_page(tmp_path):
   rows = [
     [cell.strip() for cell in row.split('|')[1:-1]] for row in text.splitlines() if '|' in row
   ]
+  assert '72 rows, of 72 trainings' in text
   # Constant differences have intervals of no width; the best step is +2 and -0.5, by construction.
   assert rows[2:] == [
     ['[a to b, first](all_first.md)', '2 x 3', '56.00', '+2.00 (+2.00 to +2.00)',
@@ -916,8 +993,8 @@ def test_several_studies_on_one_page(tmp_path):
      '+1.50 (+1.50 to +1.50)', '', '-2.00 (-2.00 to -2.00)', '', ''],
   ]  # fmt: skip
   assert (
-    'the best step of KNOWN changes accuracy by -0.50 to +2.00 points over 2 studies: in 1 the '
-    '95 % interval lies above zero, in 1 below, and in 0 it includes zero. Against the best'
+    'the best step of `known_leaf` changes accuracy by -0.50 to +2.00 points over 2 studies: in 1 '
+    'the 95 % interval lies above zero, in 1 below, and in 0 it includes zero. Against the best'
   ) in answer
   assert 'by -1.00 to +1.50 points over 2 studies: in 1 the' in answer
   assert answer.endswith('it changes accuracy by +1.50 (+1.50 to +1.50) points.')

@@ -1,0 +1,27 @@
+"""Tables in Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[str]], *, pad: bool = True) -> str:
+  """A Markdown table of cells of text, all columns but the first to the right.
+
+  Args:
+    header: the names of the columns.
+    body: the cells of each row.
+    pad: whether cells are filled with blanks, so that columns are straight in the text too.
+  """
+  rows = [list(header), *map(list, body)]
+  rules = ['---', *['---:'] * (len(header) - 1)]
+  if pad:
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    rows = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows]
+    rules = ['-' * (first + 2), *('-' * (width + 1) + ':' for width in others)]
+  lines = [f'| {" | ".join(row)} |' for row in rows]
+  return '\n'.join([lines[0], f'|{"|".join(rules)}|', *lines[1:]])
+
+
+def spread(values: Mapping[str, float], scale: float = 1.0) -> str:
+  """Median and quartiles, as in `2.5 [2, 3]`, of `median`, `low` and `high` times a scale."""
+  low, median, high = (f'{scale * values[key]:.3g}' for key in ('low', 'median', 'high'))
+  return f'{median} [{low}, {high}]'
