@@ -10,8 +10,9 @@ A workdir holds `record.json` (config, versions, subset sizes, accuracies), `met
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from know_jax.seeds import named_key
 from know_jax.system.processes import check_same, from_first, in_all, is_first
 from know_jax.system.progress import progress
 from know_jax.training import loop
-from know_jax.training.loop import AXIS, Checkpoint, DivergedError, Recipe, TrainState
-from know_jax.training.together import Job, check_processes, fit_together
+from know_jax.training.loop import AXIS, Checkpoint, Recipe, TrainState
 from know_jax.trajectory import Trajectory
 
 KIND = 'forget'
@@ -183,41 +183,13 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     UserError: a value does not fit, or the workdir belongs to another config.
     DivergedError: the loss, or a weight, is no longer finite.
   """
-  (result,) = _run_all([config], [workdir], how='one_by_one', show_progress=show_progress)
-  if isinstance(result, DivergedError):
-    raise result
-  return result
-
-
-def run_together(
-  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path], *, how: str = 'auto'
-) -> list[RunRecord | DivergedError]:
-  """Runs several forgetting runs at once, stage by stage; each as `run` would, within rounding.
-
-  Each has a workdir of its own, with all that `run` leaves there, and is run on from what it finds
-  there: in company, in another one, or alone. The seconds of a stage are then those that passed
-  while it was trained, with the others beside it.
-
-  Args:
-    configs: the fields of `default_config`; the same in all that `compiled_fields` names.
-    workdirs: one for each config.
-    how: see `together.fit_together`.
-
-  Returns:
-    For each the record, complete, or the error if it diverged.
-
-  Raises:
-    UserError: a value does not fit, the configs have no compiled step in common, a workdir belongs
-      to another config, or there are several processes.
-  """
-  return _run_all(configs, workdirs, how=how, show_progress=False)
-
-
-def compiled_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a run's config that its compiled steps depend on, and those of its data."""
-  names = (*data_fields(), 'model', 'width', 'dtype', 'batch_size', *recipe_fields())
-  # The rate of each step is an argument.
-  return {name: config[name] for name in names if name != 'schedule'}
+  config = config_dict(config)
+  check_same(config, 'config')
+  # All is checked before anything is written.
+  run_ = in_all(lambda: _prepare(config))(Path(workdir).expanduser())
+  while run_.unfinished:
+    _train_stage(run_, show_progress)
+  return run_.record
 
 
 @dataclasses.dataclass
@@ -231,7 +203,16 @@ class _Run:
   plans: list[dict[str, Any]]
   recipe: Recipe
   record: RunRecord
-  data: dict[str, loop.DeviceData] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def train(self) -> loop.DeviceData:
+    """The training set on the devices."""
+    return loop.put_data(self.task.train.images, self.task.train.labels, self.task.mean)
+
+  @functools.cached_property
+  def test(self) -> loop.DeviceData:
+    """The test set on the devices."""
+    return loop.put_data(self.task.test.images, self.task.test.labels, self.task.mean)
 
   @property
   def stages_done(self) -> int:
@@ -240,46 +221,6 @@ class _Run:
   @property
   def unfinished(self) -> bool:
     return self.stages_done < len(self.subsets)
-
-
-def _run_all(
-  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path], *, how: str, show_progress: bool
-) -> list[RunRecord | DivergedError]:
-  plain = [config_dict(config) for config in configs]
-  first = compiled_fields(plain[0])
-  for config in plain[1:]:
-    for name, value in compiled_fields(config).items():
-      if value != first[name]:
-        raise UserError(
-          f'{name} is {first[name]!r} in one run and {value!r} in another; wanted the same in all '
-          'that train together.'
-        )
-  check_processes(len(plain))
-  for config in plain:
-    check_same(config, 'config')
-  # All are checked before the first writes.
-  opens = in_all(lambda: [_prepare(config) for config in plain])
-  runs = [open_(Path(w).expanduser()) for open_, w in zip(opens, workdirs, strict=True)]
-  results: list[RunRecord | DivergedError] = [run.record for run in runs]
-  left = {i: run for i, run in enumerate(runs) if run.unfinished}
-  _put_data(list(left.values()))
-  while left:
-    with contextlib.ExitStack() as stack:
-      jobs = [stack.enter_context(_stage_job(run, show_progress)) for run in left.values()]
-      trained = fit_together(
-        runs[0].task.model,
-        jobs,
-        recipe=runs[0].recipe,
-        batch_size=plain[0]['batch_size'],
-        how=how,
-        save_every_seconds=min(run.config['save_every_seconds'] for run in left.values()),
-      )
-    for i, state in zip(list(left), trained, strict=True):
-      if isinstance(state, DivergedError):
-        results[i] = state
-      if isinstance(state, DivergedError) or not runs[i].unfinished:
-        del left[i]
-  return results
 
 
 def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
@@ -313,19 +254,6 @@ def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
     return _Run(config, workdir, task, subsets, plans, recipe, record)
 
   return open_run
-
-
-def _put_data(runs: Sequence[_Run]) -> None:
-  """Copies the runs' data to the devices; the test images, the same for all, once."""
-  test: loop.DeviceData | None = None
-  for run in runs:
-    task = run.task
-    if test is None:
-      test = loop.put_data(task.test.images, task.test.labels, task.mean)
-    else:
-      test = dataclasses.replace(test, mean=loop.replicate(task.mean))
-    train = loop.put_data(task.train.images, task.train.labels, task.mean)
-    run.data = {'train': train, 'test': test}
 
 
 def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str, Any]:
@@ -404,12 +332,8 @@ def _resume_path(workdir: Path) -> Path:
   return workdir / 'resume'
 
 
-@contextlib.contextmanager
-def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
-  """The next stage of a run, from the checkpoint within it if there is one.
-
-  While the context lasts the stage may be trained; its log and progress bar are open.
-  """
+def _train_stage(run: _Run, show_progress: bool) -> None:
+  """Trains the next stage of a run, from the checkpoint within it if there is one."""
   stage, config, workdir = run.stages_done, run.config, run.workdir
   plan, recipe = run.plans[stage], run.recipe
   epochs_before = sum(plan['epochs'] for plan in run.plans[:stage])
@@ -468,29 +392,30 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
         overwrite=True,
       )
 
-    def on_trained(state: TrainState) -> None:
-      train_seconds = seconds()
-      from_first(lambda: log.sync())
-      _keep_stage(run, state, train_seconds)
-
-    yield Job(
-      start=start,
-      data=run.data['train'],
-      indices=run.subsets[stage],
+    state = loop.fit(
+      run.task.model,
+      start,
+      run.train,
+      run.subsets[stage],
+      recipe=recipe,
       epochs=plan['epochs'],
+      batch_size=config['batch_size'],
       lr=plan['lr'],
       schedule=config['schedule'],
       key=named_key(config['seed'], 'train', stage),
       on_epoch=on_epoch,
       save=save,
-      on_trained=on_trained,
+      save_every_seconds=config['save_every_seconds'],
     )
+    train_seconds = seconds()
+    from_first(lambda: log.sync())
+    _keep_stage(run, state, train_seconds)
 
 
 def _keep_stage(run: _Run, state: TrainState, seconds: float) -> None:
   """Evaluates a trained stage, writes its checkpoint and adds it to the record."""
   stage = run.stages_done
-  metrics = loop.evaluate(run.task.model, state.variables, run.data['test'])
+  metrics = loop.evaluate(run.task.model, state.variables, run.test)
   summary = {
     'stage': stage,
     'examples': len(run.subsets[stage]),

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from runs import forget, sigterm_raises, small_config
+from runs import forget, sigterm_raises
 
 import know_jax
-from know_jax import forgetting, trees
+from know_jax import trees
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.nowcast import engine
@@ -97,8 +97,6 @@ def refuse_what_does_not_fit(folder):
     forget(folder / 'refused', batch_size=6)
   with pytest.raises(UserError, match=r'lr is 0\.1 in process 0 and 0\.2 in process 1'):
     forget(folder / 'refused', lr=[0.1, 0.2][jax.process_index()])
-  with pytest.raises(UserError, match='2 runs and 2 processes; wanted one of either'):
-    forgetting.run_together([small_config()] * 2, [folder / 'refused', folder / 'too'])
   # Each in a folder that only one of them has.
   with pytest.raises(UserError, match=r'wanted a folder that all processes share'):
     forget(folder / f'apart{jax.process_index()}', **FEW_STEPS)

@@ -1,4 +1,4 @@
-"""Images a second in training: ours beside Keras, and several runs at once."""
+"""Images a second in training: know_jax beside Keras."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from know_jax.benchmark.rivals import check_equal
 from know_jax.benchmark.settings import Images, Settings
 from know_jax.benchmark.timing import race, rates, speedups
 from know_jax.data.sources import mean_image, to_device_input
-from know_jax.training import loop, together
+from know_jax.training import loop
 
 OURS, KERAS, KERAS_XLA = 'know_jax', 'Keras', 'Keras with XLA'
 CLASSES = 10
@@ -24,19 +24,19 @@ _CHECKED_STEPS = 3
 
 
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
-  """An epoch of the small CNN, by `training.fit` and by Keras' `fit`; and several runs at once."""
+  """An epoch of the small CNN, by `loop.fit` and by Keras' `fit`."""
   target, batch_size = settings.trained, settings.batch_size
   images, labels = random_images(settings.train_steps * batch_size, target.image)
   data = loop.put_data(images, labels)
   model = build(target, axis_name=loop.AXIS)
-  keys = [jax.random.key(seed) for seed in range(settings.runs)]
-  starts = [start(model, key, target.image) for key in keys]
+  key = jax.random.key(0)
+  begin = start(model, key, target.image)
   everything = np.arange(len(labels), dtype=np.int32)
 
   def fit() -> Any:
     return loop.fit(
-      model, starts[0], data, everything, recipe=_RECIPE, epochs=1, batch_size=batch_size, lr=_LR,
-      schedule='constant', key=keys[0],
+      model, begin, data, everything, recipe=_RECIPE, epochs=1, batch_size=batch_size, lr=_LR,
+      schedule='constant', key=key,
     )  # fmt: skip
 
   contestants: dict[str, Any] = {OURS: fit}
@@ -45,22 +45,11 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     # Prepared beforehand, which ours does in every step.
     inputs = np.asarray(to_device_input(jnp.asarray(images), jnp.asarray(mean_image(images))))
     for name, jit in ((KERAS, False), (KERAS_XLA, True)):
-      differences[name] = _differences(model, starts[0], inputs, labels, settings, jit)
-      network = _keras(starts[0], settings, jit)
+      differences[name] = _differences(model, begin, inputs, labels, settings, jit)
+      network = _keras(begin, settings, jit)
       contestants[name] = _keras_fit(network, inputs, labels, batch_size)
   times = race(contestants, target.repetitions, 'train', show=show)
 
-  def several(how: str) -> Any:
-    jobs = [
-      together.Job(begin, data, everything, 1, _LR, 'constant', key)
-      for begin, key in zip(starts, keys, strict=True)
-    ]
-    return lambda: together.fit_together(
-      model, jobs, recipe=_RECIPE, batch_size=batch_size, how=how
-    )
-
-  ways = {way: several(way) for way in together.WAYS}
-  group = race(ways, settings.runs_repetitions, f'train {settings.runs} at once', show=show)
   return {
     'keras_absent': keras_rivals.absent(),
     'model': target.model,
@@ -72,12 +61,6 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     'images_a_second': rates(times, len(labels)),
     'speedup': speedups(times, OURS),
     'difference': differences,
-    'together': {
-      'runs': settings.runs,
-      'seconds': group,
-      'images_a_second': rates(group, settings.runs * len(labels)),
-      'speedup_of_one_by_one': speedups(group, 'one_by_one'),
-    },
   }
 
 

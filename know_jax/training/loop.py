@@ -453,29 +453,6 @@ def train_step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
   return jax.pmap(step, AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=64)
-def group_step(model: nn.Module, recipe: Recipe, how: str) -> Callable[..., Any]:
-  """The pmapped step of several runs: as `train_step`, with an axis of runs.
-
-  (states, data, indices [local devices, runs, b], lrs [runs], keys [runs]) -> states, metrics.
-  Leaves of states, data and metrics are `[local devices, runs, ...]`.
-
-  Args:
-    model: as in `fit`.
-    recipe: as in `fit`.
-    how: 'vmap' or 'unroll'.
-  """
-  step = _step(model, recipe)
-
-  def unrolled(*args: Any) -> Any:
-    runs = args[-1].shape[0]
-    found = [step(*jax.tree.map(lambda x, i=i: x[i], args)) for i in range(runs)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-
-  group = jax.vmap(step) if how == 'vmap' else unrolled
-  return jax.pmap(group, AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=0)
-
-
 def _step(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
   """One step of one run on one device of `AXIS`."""
 
