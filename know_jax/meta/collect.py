@@ -38,9 +38,10 @@ from know_jax.io.files import local_path, locked, write_atomic
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.models import MODELS
 from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.workdir import load_trajectory
 from know_jax.system.machine import memory_bytes
 from know_jax.system.progress import progress
-from know_jax.training.loop import OPTIMIZERS, DivergedError
+from know_jax.training.state import OPTIMIZERS, DivergedError
 
 KIND = 'collect'
 FORMAT = 'know_jax.meta/1'
@@ -268,7 +269,7 @@ def _make(config: Mapping[str, Any], output: Path, number: int) -> None:
 
 def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord) -> None:
   """Writes a finished run's two files; the JSON file, last, makes it count."""
-  trajectory, _ = forgetting.load_trajectory(workdir)
+  trajectory, _ = load_trajectory(workdir)
   weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
   data = safetensors.numpy.save(weights, {'format': FORMAT})
   write_atomic(path.with_suffix('.safetensors'), data)

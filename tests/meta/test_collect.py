@@ -19,6 +19,7 @@ from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.files import locked
 from know_jax.meta import collect, mat
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
   run = next(collect.read_runs(output))
   settings = collect.run_config(config_dict(tiny_config()), 0)
   record = forgetting.run(settings, tmp_path / 'direct', show_progress=False)
-  trajectory, _ = forgetting.load_trajectory(tmp_path / 'direct')
+  trajectory, _ = workdirs.load_trajectory(tmp_path / 'direct')
   wanted = trees.named_leaves(trajectory.weights)
   assert set(run.weights) == set(wanted)
   for path, leaf in wanted.items():
