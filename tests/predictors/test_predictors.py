@@ -390,7 +390,7 @@ def test_tsv_sees_which_weights_share_a_row_or_a_column():
 
 @hypothesis.given(seed=seeds)
 @hypothesis.settings(max_examples=5, deadline=None)
-def test_rotating_all_weights_of_a_leaf_rotates_the_prediction_of_known(seed):
+def test_rotating_all_weights_of_a_leaf_rotates_the_prediction_of_known_leaf(seed):
   # It sees the leaf's second moments only. Permutations are rotations of this sort.
   rng = np.random.default_rng(seed)
   history = make_history(KINDS, 7, seed)
@@ -401,7 +401,9 @@ def test_rotating_all_weights_of_a_leaf_rotates_the_prediction_of_known(seed):
 
   with jax.enable_x64(True):
     theta = jax.tree.map(lambda leaf: leaf.astype(np.float64), CONDITIONED)
-    forecast = functools.partial(know_jax.forecast, steps=4, theta=theta, on_bad='ignore')
+    forecast = functools.partial(
+      know_jax.forecast, steps=4, predictor='known_leaf', theta=theta, on_bad='ignore'
+    )
     wanted = forecast(history).weights
     found = forecast({path: rotated(path, leaf) for path, leaf in history.items()}).weights
   for path, leaf in wanted.items():
@@ -412,7 +414,7 @@ def test_rotating_all_weights_of_a_leaf_rotates_the_prediction_of_known(seed):
 
 @hypothesis.given(seed=seeds)
 @hypothesis.settings(max_examples=5, deadline=None)
-def test_known_splits_a_leaf_into_parts_that_have_moved_alike(seed):
+def test_known_leaf_splits_a_leaf_into_parts_that_have_moved_alike(seed):
   rng = np.random.default_rng(seed)
   part = make_history(ONE, 5, seed)['head/kernel'].reshape(5, 12)
   # A rotation keeps the moments: the parts have those of the whole.
@@ -423,7 +425,7 @@ def test_known_splits_a_leaf_into_parts_that_have_moved_alike(seed):
     'rest': {'kernel': rest},
   }
   history = jax.tree.map(lambda leaf: leaf.astype(np.float32), history)
-  found = know_jax.predict(history, 2, theta=CONDITIONED)
+  found = know_jax.predict(history, 2, predictor='known_leaf', theta=CONDITIONED)
   parts = np.concatenate([found['first']['kernel'], found['rest']['kernel']])
   np.testing.assert_allclose(parts, found['whole']['kernel'], rtol=1e-4, atol=1e-5)
 
