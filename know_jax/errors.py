@@ -1,6 +1,8 @@
 """Errors that are the user's to mend, and the wording they share."""
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 
 
@@ -10,6 +12,10 @@ class UserError(ValueError):
   The message names the thing, the value found and the value wanted. Scripts print it without a
   traceback and exit with a non-zero code; library users catch it as a `ValueError`.
   """
+
+
+class KindsWarning(UserWarning):
+  """What is kept, or changed by a rule, where a user might not expect it."""
 
 
 class PredictionWarning(UserWarning):
@@ -36,3 +42,11 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
 def reason(error: OSError) -> str:
   """The operating system's own words for an error, such as 'No space left on device'."""
   return error.strerror or str(error)
+
+
+def warn(text: str, category: type[Warning] = KindsWarning) -> None:
+  """Warns at the line outside this package from which it was called."""
+  frame, level = inspect.currentframe(), 1
+  while frame is not None and frame.f_globals.get('__name__', '').startswith('know_jax.'):
+    frame, level = frame.f_back, level + 1
+  warnings.warn(text, category, stacklevel=level)

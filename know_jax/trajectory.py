@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.struct
 import jax
-import numpy as np
 
 from know_jax import trees
 from know_jax.errors import UserError
@@ -82,7 +81,8 @@ def stacked_length(stacked: trees.PyTree) -> int:
   Raises:
     UserError: there is no leaf, or the leaves disagree on T; the leaf is named.
   """
-  shapes = {path: np.shape(leaf) for path, leaf in trees.named_leaves(stacked).items()}
+  named = trees.named_leaves(stacked)
+  shapes = {path: tuple(leaf.shape) for path, leaf in named.items() if trees.is_array(leaf)}
   if not shapes:
     raise UserError('the history has no leaves; wanted a pytree of weights.')
   length = None

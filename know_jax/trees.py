@@ -1,6 +1,6 @@
 """Pytrees of weights: leaf paths and kinds, stacking, comparison with errors that name leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,14 +24,14 @@ def leaf_paths(tree: PyTree) -> list[str]:
   return [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """Path -> leaf, in the order of `jax.tree.leaves`.
+def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+  """Path -> leaf, in the order of `jax.tree.leaves`; what `is_leaf` says of is taken as a leaf.
 
   Raises:
     UserError: two leaves have the same path, as `{'a/b': x, 'a': {'b': y}}` would.
   """
   named: dict[str, Any] = {}
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):
     path = path_string(key_path)
     if path in named:
       raise UserError(f'two leaves have the path {path!r}; wanted a path of its own for each.')
@@ -44,10 +44,36 @@ def is_floating(leaf: Any) -> bool:
   return jnp.issubdtype(dtype_of(leaf), jnp.floating)
 
 
+def is_inexact(leaf: Any) -> bool:
+  """Whether a leaf holds real or complex floating-point numbers."""
+  return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+
+
+def is_array(leaf: Any) -> bool:
+  """Whether a leaf is an array: of NumPy, JAX, PyTorch, or anything with a shape and a dtype."""
+  return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
+
+
+def is_state(node: Any) -> bool:
+  """Whether a node of a tree is the state of an optimizer of Optax."""
+  return isinstance(node, tuple) and type(node).__module__.partition('.')[0] == 'optax'
+
+
 def dtype_of(leaf: Any) -> Any:
   """The dtype of an array, or of what NumPy makes of something else."""
   # Not jnp.result_type: it would narrow float64 to float32 where x64 is off, and hide a mismatch.
-  return leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype
+  dtype = leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype
+  if isinstance(dtype, str) or type(dtype).__module__ == 'torch':
+    try:
+      return jnp.dtype(str(dtype).removeprefix('torch.'))
+    except TypeError:  # Quantised, of PyTorch alone.
+      return np.dtype(object)
+  return dtype
+
+
+def wide(dtype: Any) -> Any:
+  """The dtype to compute in: float32 for what is narrower, 8-bit floats included."""
+  return jnp.promote_types(dtype, jnp.float32) if dtype.itemsize > 1 else np.dtype(np.float32)
 
 
 def check_same(reference: PyTree, other: PyTree, *, names: tuple[str, str]) -> None:
@@ -67,19 +93,36 @@ def check_same(reference: PyTree, other: PyTree, *, names: tuple[str, str]) -> N
   if extra := [path for path in found if path not in wanted]:
     raise UserError(f'{names[1]} has leaf {extra[0]!r}, which {names[0]} lacks{_more(extra)}.')
   for path in wanted:
+    if not (is_array(wanted[path]) or is_array(found[path])):
+      continue
     for what, of in (('shape', lambda leaf: tuple(np.shape(leaf))), ('dtype', dtype_of)):
       want, have = of(wanted[path]), of(found[path])
       if want != have:
         raise UserError(
           f'leaf {path!r} has {what} {have} in {names[1]}; wanted {want}, as in {names[0]}.'
         )
-  found_in: Any = jax.tree.structure(other)
-  wanted_in: Any = jax.tree.structure(reference)
-  if found_in != wanted_in:
+  check_containers(reference, other, names=names)
+
+
+def check_containers(reference: PyTree, other: PyTree, *, names: tuple[str, str]) -> None:
+  """Checks that two trees of the same leaves are made of containers of the same types.
+
+  Raises:
+    UserError: they are not.
+  """
+  found: Any = jax.tree.structure(other)
+  expected: Any = jax.tree.structure(reference)
+  if _types(found) != _types(expected):
     raise UserError(
-      f'{names[1]} has the leaves of {names[0]} in containers of other types: found {found_in}, '
-      f'wanted {wanted_in}.'
+      f'{names[1]} has the leaves of {names[0]} in containers of other types: found {found}, '
+      f'expected {expected}.'
     )
+
+
+def _types(treedef: Any) -> Any:
+  """The types of a tree's containers; what else they hold, such as functions, may differ."""
+  data = treedef.node_data()
+  return data and (data[0], [_types(child) for child in treedef.children()])
 
 
 def _more(paths: Sequence[str]) -> str:
@@ -89,11 +132,15 @@ def _more(paths: Sequence[str]) -> str:
 def stack(trees: Sequence[PyTree]) -> PyTree:
   """Stacks trees of equal structure, shapes and dtypes on a new leading axis of every leaf.
 
+  What is no array, such as a function or a Python number, goes into an array of objects.
+
   Raises:
     UserError: JAX would narrow a leaf's 64-bit dtype in silence; the leaf is named.
   """
 
-  def join(key_path: tuple, *leaves: Any) -> jax.Array:
+  def join(key_path: tuple, *leaves: Any) -> Any:
+    if not is_array(leaves[-1]):
+      return objects(leaves)
     arrays = [jnp.asarray(leaf) for leaf in leaves]
     if arrays[0].dtype != dtype_of(leaves[0]):
       raise UserError(
@@ -103,6 +150,14 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     return jnp.stack(arrays)
 
   return jax.tree_util.tree_map_with_path(join, *trees)
+
+
+def objects(values: Sequence[Any]) -> np.ndarray:
+  """A NumPy array of these objects, as they are."""
+  found = np.empty(len(values), object)
+  for place, value in enumerate(values):
+    found[place] = value
+  return found
 
 
 def num_weights(tree: PyTree) -> int:

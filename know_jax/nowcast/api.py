@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from know_jax import kinds as kinds_
@@ -22,7 +21,8 @@ def predict(
   predictor: str = 'known',
   theta: Any = None,
   rate: float = 0.5,
-  kinds: kinds_.KindFn | None = None,
+  kinds: kinds_.Rules | None = None,
+  stacked: str | None = None,
   on_bad: str = 'keep',
   **options: Any,
 ) -> trees.PyTree:
@@ -41,7 +41,7 @@ def predict(
   predicted, with a warning.
 
   Args:
-    params_history: the weights at T stages, oldest (smallest subset) first: a list or tuple of
+    params_history: the weights at T stages, oldest (smallest subset) first: any sequence of
       pytrees, a `Trajectory`, or one pytree whose leaves are stacked on axis 0 (`[T, ...]`). KNOWN
       reads the S newest stages, S = 5 for the shipped weights.
     steps: how far ahead; 0 gives the newest weights, bit for bit.
@@ -50,9 +50,12 @@ def predict(
       `known_leaf`, `known_leaf_history_free` and `known`.
     rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size,
       and for KNOWN conditioned on the leaf.
-    kinds: `(path, leaf) -> 'conv' | 'fc' | 'bias' | 'keep' | None` where the default rule of
-      `kinds.default_kind` (None) does not fit; `path` joins the keys by `/`, `leaf` is a
+    kinds: what the names of leaves do not tell, or tell wrongly: a mapping from regular expressions
+      to 'conv', 'fc', 'bias' or 'keep', for paths joined by `/` (`know_jax.kinds` says which leaves
+      a rule touches), or a function `(path, leaf) -> kind or None`, `leaf` a
       `jax.ShapeDtypeStruct` without the time axis.
+    stacked: a regular expression for the paths of leaves that hold layers, or copies for devices,
+      on their first axis: `'layers/'`. Each is predicted as if it were a leaf of its own.
     on_bad: what becomes of a bad leaf: 'keep' (it keeps its newest weights, and a
       `health.PredictionWarning` says so and why), 'raise', or 'ignore' (nothing is looked at, and
       no warning given). The same under a transformation, where the warning comes, and the error is
@@ -61,26 +64,23 @@ def predict(
       (task_vector), `c` (shrink), `coefficients` (least_squares).
 
   Returns:
-    A pytree like one element of the history: same structure, shapes and dtypes. Kept leaves
-    (normalisation, integers) are those of the newest stage.
+    A pytree like one element of the history: same structure, shapes and dtypes; PyTorch tensors for
+    PyTorch tensors. Kept leaves are those of the newest stage, the very objects: normalisation,
+    statistics, embeddings, an optimizer's state, integers, functions, Python numbers. They are not
+    checked, and may differ between stages. Those that one may expect to be predicted are named in a
+    `KindsWarning`.
 
   Raises:
     UserError: before anything is computed, if the history is too short for the step, its stages
-      differ, it holds NaN or infinity (not checked under a transformation), a leaf has no kind or
-      lies on other devices than the rest, or a name or option is unknown; afterwards, if a
-      prediction is bad and `on_bad` is 'raise'.
+      differ, it holds NaN or infinity (not checked under a transformation, nor in kept leaves),
+      leaves have no kind or lie on other devices than the rest, or a name or option is unknown;
+      afterwards, if a prediction is bad and `on_bad` is 'raise'.
   """
   steps = check_steps(steps, least=0)
-  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
-  history = plan.history
+  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options, stacked)
   if steps == 0:
-    return history.unflatten([history.newest(i) for i in range(len(history.leaves))])
-  return history.unflatten(
-    [
-      history.newest(i) if leaf is None else _only_step(leaf)
-      for i, leaf in enumerate(plan.run((steps,)))
-    ]
-  )
+    return plan.history.newest()
+  return plan.history.rebuild([_only_step(leaf) for leaf in plan.run((steps,))])
 
 
 def forecast(
@@ -90,7 +90,8 @@ def forecast(
   predictor: str = 'known',
   theta: Any = None,
   rate: float = 0.5,
-  kinds: kinds_.KindFn | None = None,
+  kinds: kinds_.Rules | None = None,
+  stacked: str | None = None,
   on_bad: str = 'keep',
   **options: Any,
 ) -> Trajectory:
@@ -104,13 +105,8 @@ def forecast(
     UserError: as `predict` does; also for steps = 0.
   """
   steps = check_steps(steps, least=1)
-  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options)
-  history = plan.history
-  predicted = plan.run(tuple(range(1, steps + 1)))
-  leaves = [
-    _repeat(history.newest(i), steps) if leaf is None else leaf for i, leaf in enumerate(predicted)
-  ]
-  return Trajectory(history.unflatten(leaves))
+  plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options, stacked)
+  return Trajectory(plan.history.rebuild(plan.run(tuple(range(1, steps + 1))), steps))
 
 
 PREDICTORS: dict[str, Callable[..., trees.PyTree]] = {
@@ -123,9 +119,3 @@ def _only_step(leaf: jax.Array) -> jax.Array:
   """A leaf of a prediction of one step, `[1, ...]`, without that axis."""
   # On the host by NumPy, because JAX would compile an indexing for every shape.
   return as_jax(np.asarray(leaf)[0]) if is_on_host([leaf], None) else leaf[0]
-
-
-def _repeat(leaf: Any, times: int) -> Any:
-  if isinstance(leaf, jax.Array):
-    return jnp.stack([leaf] * times)
-  return np.stack([leaf] * times)

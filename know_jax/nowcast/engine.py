@@ -91,13 +91,12 @@ class Plan:
   """A prediction that has been checked; `run` carries it out."""
 
   history: History
-  predicted: list[int]
   job: Job
   theta: Any
 
-  def run(self, steps: tuple[int, ...]) -> list[jax.Array | None]:
-    """The predictions of every leaf `[len(steps), ...]`, looked at; None for kept leaves."""
-    predicted = [self.history.leaves[i] for i in self.predicted]
+  def run(self, steps: tuple[int, ...]) -> list[jax.Array]:
+    """The predictions of the history's leaves `[len(steps), ...]`, checked."""
+    predicted = self.history.leaves
     on_host = self.job.predictor != 'tsv' and is_on_host(predicted, self.theta)
     if on_host:
       # Now, also where the caller is traced and the history is a constant of the trace. Elsewhere
@@ -118,10 +117,7 @@ class Plan:
         health_.report_traced(health, **about)
       else:
         health_.report(health, **about, stacklevel=3)
-    leaves: list[jax.Array | None] = [None] * len(self.history.leaves)
-    for i, leaf in zip(self.predicted, found, strict=True):
-      leaves[i] = leaf
-    return leaves
+    return found
 
 
 def _check_devices(leaves: list[Any], job: Job) -> None:
@@ -156,9 +152,10 @@ def plan_of(
   predictor: str,
   theta: Any,
   rate: float,
-  kinds: kinds_.KindFn | None,
+  kinds: kinds_.Rules | None,
   on_bad: str,
   options: dict[str, Any],
+  stacked: str | None = None,
 ) -> Plan:
   """Checks everything that `predict` checks, and computes nothing.
 
@@ -171,9 +168,7 @@ def plan_of(
   options = check_options(predictor, options)
   if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
     raise UserError(f'rate is {rate!r}; wanted a Python number in (0, 1).')
-  history = read_history(params_history)
-  found = list(kinds_.leaf_kinds(history.unflatten(history.structs), kinds).values())
-  predicted = [i for i, kind in enumerate(found) if kind != kinds_.KEEP]
+  history = read_history(params_history, kinds, stacked)
   method = METHODS[predictor]
   if method.leaf_fn is not None and theta is not None:
     raise UserError(f'theta is for the predictors that run KNOWN; {predictor!r} takes none.')
@@ -182,7 +177,7 @@ def plan_of(
   limits = trained_range(method.shipped) if ours else {}
   if steps and method.leaf_fn is None:
     theta = load_known(shipped=method.shipped) if theta is None else theta
-    _check_theta(theta, {found[i] for i in predicted})
+    _check_theta(theta, set(history.kinds))
     if (network := network_of(theta)) != method.shipped:
       raise UserError(
         f'theta holds parameters of {network!r}; predictor {predictor!r} takes those of '
@@ -192,14 +187,14 @@ def plan_of(
   check_finite(history)
   job = Job(
     predictor=predictor,
-    leaves=tuple(Leaf(history.paths[i], found[i]) for i in predicted),
-    shardings=tuple(_sharding(history.leaves[i]) for i in predicted),
+    leaves=tuple(map(Leaf, history.paths, history.kinds)),
+    shardings=tuple(map(_sharding, history.leaves)),
     rate=float(rate),
     options=tuple(options.items()),
     on_bad=on_bad,
     limits=tuple(limits.items()),
   )
-  return Plan(history, predicted, job, theta)
+  return Plan(history, job, theta)
 
 
 def _check_theta(theta: Any, kinds: set[str]) -> None:
@@ -320,7 +315,7 @@ def _let_xla_shard(fn: Callable[..., Any], sharding: NamedSharding | None) -> Ca
 
 def _in_float32(leaf: Any) -> list[jax.Array]:
   """The stages of a leaf, in float32 at least."""
-  dtype = jnp.promote_types(leaf[0].dtype, jnp.float32)
+  dtype = trees.wide(leaf[0].dtype)
   return [leaf[i].astype(dtype) for i in range(_length(leaf))]
 
 
@@ -360,7 +355,7 @@ def _run_on_host(
   health = np.zeros((len(leaves), len(steps), health_.FIELDS), np.float32)
   groups: dict[tuple[str, Any], list[int]] = {}
   for i, (view, info) in enumerate(zip(views, job.leaves, strict=True)):
-    dtype = jnp.promote_types(view[-1].dtype, jnp.float32)
+    dtype = trees.wide(view[-1].dtype)
     groups.setdefault((info.kind, dtype), []).append(i)
   for (kind, dtype), members in groups.items():
     params = theta[kind] if METHODS[job.predictor].leaf_fn is None else None
@@ -423,7 +418,7 @@ def residuals_on_host(newest: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def _movement_on_host(view: Sequence[np.ndarray], found: np.ndarray) -> tuple[np.ndarray, Any]:
   """Largest movement at each step `[steps]`, and the scale, of one leaf."""
   newest, flat = view[-1].reshape(-1), found.reshape(len(found), -1)
-  dtype = jnp.promote_types(newest.dtype, jnp.float32)
+  dtype = trees.wide(newest.dtype)
   movement = np.zeros(len(flat), dtype)
   for part in _chunks(newest.size):
     base = newest[part].astype(dtype)
@@ -439,7 +434,7 @@ def _movement_on_host(view: Sequence[np.ndarray], found: np.ndarray) -> tuple[np
 
 def _largest_on_host(stage: np.ndarray) -> float:
   flat = stage.reshape(-1)
-  dtype = jnp.promote_types(flat.dtype, jnp.float32)
+  dtype = trees.wide(flat.dtype)
   parts = (np.abs(flat[part].astype(dtype)).max() for part in _chunks(flat.size))
   return max(map(float, parts), default=0.0)
 
@@ -447,7 +442,7 @@ def _largest_on_host(stage: np.ndarray) -> float:
 def outside_on_host(window: Sequence[np.ndarray], limits: tuple[float, float]) -> float:
   """`_outside` for NumPy arrays."""
   weight = difference = 0.0
-  for _, stages in _read_chunks(window, jnp.promote_types(window[0].dtype, jnp.float32)):
+  for _, stages in _read_chunks(window, trees.wide(window[0].dtype)):
     weight = max(weight, float(np.abs(stages).max()))
     difference = max(difference, float(np.abs(np.diff(stages, axis=0)).max()))
   return max(weight / limits[0], difference / limits[1])
@@ -871,7 +866,7 @@ def _leaf_moments(window: Any) -> jax.Array:
   """The second moments of one leaf, summed over its weights, block by block: `[S, S]`."""
   size = math.prod(window[0].shape)
   stages = _flat(window)
-  width = jnp.promote_types(window[0].dtype, jnp.float32)
+  width = trees.wide(window[0].dtype)
 
   def sums(block: Any) -> jax.Array:
     if isinstance(block, tuple):
@@ -908,7 +903,7 @@ def _known_leaf(
   """
   shape, dtype = window[0].shape, window[0].dtype
   size = math.prod(shape)
-  width = jnp.promote_types(dtype, jnp.float32)
+  width = trees.wide(dtype)
   stages, wanted = _flat(window), jnp.asarray(steps) - 1
   fused = known.fuse(params)
 

@@ -41,7 +41,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.sealed import write_sealed
 from know_jax.io.weights import Leaf, Reader, Shard, Sink, Weights
 from know_jax.jsonable import digest
-from know_jax.nowcast import api, cards, engine
+from know_jax.nowcast import api, engine
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
 from know_jax.predictors import known_leaf
@@ -152,8 +152,8 @@ def prepare(
   newest = stages[-1]
   chosen = _not_chosen(newest.leaves, only, skip)
   found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})})
-  notes = [note for stage in stages for note in stage.notes]
-  _check_stages(stages, found, notes, skip)
+  notes = [*found.notes, *(note for stage in stages for note in stage.notes)]
+  _check_stages(stages, found.of, notes, skip)
   _check_complex(newest.leaves, {**chosen, **(kinds or {})})
   for note in notes:
     warnings.warn(note, PredictionWarning, stacklevel=2)
@@ -161,7 +161,7 @@ def prepare(
   network = None if known is None else network_of(load_known(known))
   check_used(known, network, predictors)
   job = Job(
-    stages, found, tuple(dict.fromkeys(predictors)), steps, rate, on_bad, known, network,
+    stages, found.of, tuple(dict.fromkeys(predictors)), steps, rate, on_bad, known, network,
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
     tuple(notes),
   )  # fmt: skip
@@ -255,8 +255,6 @@ def _check_stages(
         'embedding is: it is kept as in the newest stage.'
       )
   predicted = {p: leaf for p, leaf in newest.leaves.items() if kinds[p] != kinds_.KEEP}
-  if not predicted:
-    notes.append('nothing is predicted: all leaves are kept as in the newest stage.')
   for number, stage in enumerate(stages[:-1]):
     extra = {
       path: leaf
@@ -344,7 +342,7 @@ def _check_predictor(job: Job, predictor: str) -> None:
     predictor,
     _theta(job, predictor),
     job.rate,
-    lambda path, _: job.kinds.get(path),  # type: ignore[arg-type, return-value]
+    lambda path, _: job.kinds.get(path),
     job.on_bad,
     job.options,
   )
@@ -559,12 +557,6 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       'environment': record['environment'],
     }
     write_sealed(step / CARD, card)
-    if (home := job.stages[-1].home) is not None:
-      cards.copy_side_files(home, step)
-    cards.write_readme(
-      step, card, sizes={path: leaf.size for path, leaf in job.leaves.items()},
-      moved={path: float(values[n - 1][0]) for path, values in health.items()}, notes=job.notes,
-    )  # fmt: skip
   return folders
 
 

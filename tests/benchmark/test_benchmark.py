@@ -112,6 +112,11 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   images = QUICK.train_steps * QUICK.batch_size
   ours = np.array(training['seconds']['know_jax'])
   assert training['images_a_second']['know_jax'] == quartiles(images / ours)
+  together = training['together']
+  assert set(together['seconds']) == {'vmap', 'unroll', 'one_by_one'}
+  for way, seconds in together['seconds'].items():
+    seconds = np.array(seconds)
+    assert together['images_a_second'][way] == quartiles(QUICK.runs * images / seconds)
 
   memory = found['sections']['memory']['entries']
   cases = {(e['predictor'], e['steps'], e['weights']) for e in memory}
@@ -290,7 +295,7 @@ def test_what_is_streamed_is_a_random_walk_in_shards(tmp_path):
   stages = [formats.open_weights(tmp_path / str(stage)) for stage in range(5)]
   for stage in stages:
     assert [leaf.size for leaf in stage.leaves.values()] == [1_000, 1_000, 500]
-  assert set(kinds.find_kinds(stages[0].leaves, {}).values()) == {'fc'}
+  assert set(kinds.find_kinds(stages[0].leaves).of.values()) == {'fc'}
   values = []
   for stage in stages:
     with stage.leaves['dense1/kernel'].open(tmp_path) as reader:

@@ -1,0 +1,268 @@
+"""Which kind a leaf has, by names, shapes and siblings, and by rules of the user's."""
+
+import re
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from know_jax import kinds as kinds_
+from know_jax import trees
+from know_jax.errors import UserError
+
+
+def struct(*shape, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class Linen(nn.Module):
+  """A layer of every sort that the default rule speaks of."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(4, (3, 3))(x)))
+    x = nn.LayerNorm()(x.reshape(x.shape[0], -1, 4))
+    x = nn.Conv(4, (3,))(x)
+    x = nn.MultiHeadDotProductAttention(2)(x)
+    return nn.Dense(3)(x)
+
+
+def test_kinds_of_a_linen_model():
+  variables = jax.eval_shape(Linen().init, jax.random.key(0), jnp.zeros((2, 4, 4, 1)))
+  attention = 'params/MultiHeadDotProductAttention_0'
+  assert kinds_.leaf_kinds(variables) == {
+    'batch_stats/BatchNorm_0/mean': 'keep',
+    'batch_stats/BatchNorm_0/var': 'keep',
+    'params/BatchNorm_0/bias': 'keep',
+    'params/BatchNorm_0/scale': 'keep',
+    'params/Conv_0/bias': 'bias',
+    'params/Conv_0/kernel': 'conv',
+    'params/Conv_1/bias': 'bias',
+    'params/Conv_1/kernel': 'conv',
+    'params/Dense_0/bias': 'bias',
+    'params/Dense_0/kernel': 'fc',
+    'params/LayerNorm_0/bias': 'keep',
+    'params/LayerNorm_0/scale': 'keep',
+    **{
+      f'{attention}/{name}/{leaf}': kind
+      for name in ('key', 'out', 'query', 'value')
+      for leaf, kind in (('bias', 'bias'), ('kernel', 'fc'))
+    },
+  }
+
+
+def test_kinds_of_an_nnx_model():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+      self.norm = nnx.BatchNorm(4, rngs=rngs)
+      self.attention = nnx.MultiHeadAttention(2, 4, 8, decode=False, rngs=rngs)
+      self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+  found = kinds_.leaf_kinds(nnx.state(nnx.eval_shape(lambda: Net(nnx.Rngs(0)))))
+  found = {path.removesuffix('/value'): kind for path, kind in found.items()}
+  assert found == {
+    'conv/kernel': 'conv',
+    'conv/bias': 'bias',
+    'norm/scale': 'keep',
+    'norm/bias': 'keep',
+    'norm/mean': 'keep',
+    'norm/var': 'keep',
+    'drop/rngs/count': 'keep',
+    'drop/rngs/key': 'keep',
+    **{
+      f'attention/{name}/{leaf}': kind
+      for name in ('key', 'out', 'query', 'value')
+      for leaf, kind in (('bias', 'bias'), ('kernel', 'fc'))
+    },
+  }
+
+
+@pytest.mark.parametrize(
+  ('path', 'leaf', 'kind'),
+  [
+    ('kernel', struct(3, 4), 'fc'),
+    ('a/kernel', struct(3, 4, 5), None),
+    ('a/conv/kernel', struct(3, 4, 5), 'conv'),
+    ('a/kernel', struct(3, 4, 5, 6), 'conv'),
+    ('a/kernel', struct(1, 3, 4, 5, 6), 'conv'),
+    ('query/kernel', struct(3, 4, 5), 'fc'),
+    ('query/kernel', struct(3, 3, 4, 5), 'conv'),
+    ('a/out/kernel', struct(3, 4), 'fc'),
+    ('query/dense/kernel', struct(3, 4, 5), None),
+    ('a/bias', struct(), 'bias'),
+    ('query/bias', struct(2, 3), 'bias'),
+    ('a/bias', struct(3, dtype=jnp.bfloat16), 'bias'),
+    ('a/scale', struct(3), 'keep'),
+    ('batch_stats/a/bias', struct(3), 'keep'),
+    ('a/kernel', struct(3, 4, dtype=jnp.int8), 'keep'),
+    ('step', struct(dtype=jnp.int32), 'keep'),
+    ('step', 3, 'keep'),
+    ('rng', jax.eval_shape(lambda: jax.random.key(0)), 'keep'),
+    ('a/kernel/value', struct(3, 4), 'fc'),
+    ('a/kernel', struct(3), None),
+    ('a/embedding', struct(3, 4), 'keep'),
+    ('a/kernels', struct(3, 4), None),
+  ],
+)
+def test_the_default_rule(path, leaf, kind):
+  assert kinds_.default_kind(path, leaf) == kind
+
+
+def test_an_override_names_only_what_it_changes_and_sees_path_and_leaf():
+  tree = {'embed': {'embedding': struct(7, 3)}, 'head': {'kernel': struct(3, 2)}}
+  seen = {}
+
+  def kinds(path, leaf):
+    seen[path] = leaf
+    return 'fc' if path == 'embed/embedding' else None
+
+  assert kinds_.leaf_kinds(tree, kinds) == {'embed/embedding': 'fc', 'head/kernel': 'fc'}
+  assert seen == {'embed/embedding': struct(7, 3), 'head/kernel': struct(3, 2)}
+
+
+def test_an_override_may_predict_normalisation_and_keep_kernels():
+  tree = {'norm': {'scale': struct(3), 'bias': struct(3)}, 'head': {'kernel': struct(3, 2)}}
+  found = kinds_.leaf_kinds(tree, lambda path, leaf: 'bias' if 'norm' in path else 'keep')
+  assert found == {'head/kernel': 'keep', 'norm/bias': 'bias', 'norm/scale': 'bias'}
+
+
+def test_a_leaf_of_unknown_kind_is_named():
+  tree = {'a': {'table': struct(7, 3), 'kernels': struct(7, 3)}, 'head': {'kernel': struct(3, 2)}}
+  with pytest.raises(UserError, match=r"'a/kernels' with shape \(7, 3\) has no known kind.*kinds="):
+    kinds_.leaf_kinds(tree)
+
+
+def test_what_stands_beside_a_scale_is_not_kept_in_silence():
+  tree = {'norm': {'scale': struct(3), 'mean': struct(3), 'gate': struct(3, 2)}}
+  with pytest.raises(UserError, match=r"'norm/gate' with shape \(3, 2\) has no known kind"):
+    kinds_.leaf_kinds(tree)
+
+
+def test_an_override_of_an_unknown_kind_is_an_error():
+  with pytest.raises(
+    UserError, match=r"kinds\('a/kernel', leaf\) returned 'dense'; expected one of "
+  ):
+    kinds_.leaf_kinds({'a': {'kernel': struct(3, 2)}}, lambda path, leaf: 'dense')
+
+
+def test_an_override_cannot_predict_integers():
+  with pytest.raises(UserError, match="leaf 'step' has dtype int32 but kind 'bias'"):
+    kinds_.leaf_kinds({'step': struct(dtype=jnp.int32)}, lambda path, leaf: 'bias')
+
+
+def test_paths_that_collide_are_an_error():
+  # They would shift the kinds of all later leaves.
+  tree = {'a/bias': struct(3), 'a': {'bias': struct(2)}}
+  with pytest.raises(UserError, match="two leaves have the path 'a/bias'"):
+    kinds_.leaf_kinds(tree)
+
+
+NAMES = {
+  'bn.weight': (8,),
+  'bn.bias': (8,),
+  'bn.running_mean': (8,),
+  'bn.running_var': (8,),
+  'conv.weight': (8, 4, 3, 3),
+  'fc.weight': (8, 4),
+  'fc.bias': (8,),
+  'dense.kernel': (4, 8),
+  'dense.bias': (8,),
+  'ln.scale': (8,),
+  'ln.bias': (8,),
+}
+TOLD = ['keep'] * 4 + ['conv', 'fc', 'bias', 'fc', 'bias', 'keep', 'keep']
+
+
+def structs(shapes):
+  return {
+    name.replace('.', '/'): jax.ShapeDtypeStruct(shape, np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def test_kinds_by_names():
+  wanted = dict(zip(structs(NAMES), TOLD, strict=True))
+  assert kinds_.find_kinds(structs(NAMES)).of == wanted
+  rules = kinds_.parse_kinds(['^fc=keep', 'fc/weight=conv', r'bias$=fc'])
+  found = kinds_.find_kinds(structs(NAMES), rules).of
+  assert found == wanted | {
+    'fc/weight': 'keep', 'fc/bias': 'fc', 'bn/bias': 'fc', 'dense/bias': 'fc', 'ln/bias': 'fc'
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape'),
+  [
+    ('0.weight', (100, 8)),
+    ('experts.weight', (2, 8, 8)),
+    ('layers.mlp.kernel', (2, 8, 8)),
+    ('time_decay', (8,)),
+  ],
+)
+def test_unknown_kinds_are_named(name, shape):
+  path = name.replace('.', '/')
+  leaves = structs({name: shape, 'z.tensor': (1, 1)})
+  with pytest.raises(UserError, match=r"leaf 'z/tensor' with shape .* has no known kind") as error:
+    kinds_.find_kinds(leaves)
+  assert f"leaf '{path}' with shape {shape} has no known kind" in str(error.value)
+  assert set(kinds_.find_kinds(leaves, {'.*': 'keep'}).of.values()) == {'keep'}
+
+
+# Leaves as the package meets them; the shapes are few so that little is compiled.
+leaves = st.builds(
+  lambda dtype, shape, seed: (np.random.default_rng(seed).normal(0, 9, shape)).astype(dtype),
+  st.sampled_from([np.float32, np.float16, jnp.bfloat16, np.int32]),
+  st.sampled_from([(), (3,), (2, 3)]),
+  st.integers(0, 99),
+)
+named = st.recursive(
+  leaves,
+  lambda node: st.dictionaries(
+    st.sampled_from(['kernel', 'bias', 'scale', 'query', 'out', 'batch_stats', 'value', 'w']),
+    node,
+    min_size=1,
+    max_size=4,
+  ),
+  max_leaves=8,
+)
+
+
+@hypothesis.given(named, st.sampled_from([*kinds_.KINDS, kinds_.KEEP]))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_every_leaf_has_one_kind_or_the_first_without_one_is_named(tree, instead):
+  def otherwise(path, leaf):
+    """`instead` where the default rule is silent."""
+    if kinds_.default_kind(path, leaf) is None:
+      return instead
+    return None
+
+  kinds = kinds_.leaf_kinds(tree, otherwise)
+  assert list(kinds) == trees.leaf_paths(tree)
+  assert set(kinds.values()) <= {*kinds_.KINDS, kinds_.KEEP}
+  for path, leaf in trees.named_leaves(tree).items():
+    assert trees.is_floating(leaf) or kinds[path] == kinds_.KEEP
+  of = kinds_.find_kinds(trees.named_leaves(tree), otherwise).of
+  assert of == kinds
+  named_by_rules = {f'^{re.escape(path)}$': instead for path in kinds}
+  if all(trees.is_floating(leaf) for leaf in jax.tree.leaves(tree)) and kinds:
+    # A rule that names a leaf to its end is obeyed, whatever the leaf is.
+    assert set(kinds_.leaf_kinds(tree, named_by_rules).values()) == {instead}
+  try:
+    found = kinds_.leaf_kinds(tree)
+  except UserError as error:
+    told = re.findall(r"leaf '([^']*)' with shape", str(error))
+    assert set(told) <= set(kinds)
+    # What is told to be pasted is enough, and touches what was told alone.
+    rules = kinds_.parse_kinds(re.search(r"--kinds='([^']*)'", str(error))[1].split(','))
+    done = kinds_.leaf_kinds(tree, rules)
+    assert set(map(done.get, told)) <= set(rules.values())
+    touched = {path for path in kinds if any(re.search(rule, path) for rule in rules)}
+    assert touched <= set(told)
+  else:
+    assert list(found) == list(kinds)
