@@ -14,12 +14,12 @@ weights replaced; the same command resumes what a kill left.
 
 from absl import flags
 
-from know_jax import forgetting
 from know_jax import kinds as kinds_
 from know_jax.nowcast import from_files, from_run
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.nowcast.health import ON_BAD
 from know_jax.runs import cli
+from know_jax.runs.workdir import load_trajectory
 from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 cli.define_workdir()
@@ -77,7 +77,7 @@ def main() -> None:
     return
   cli.refuse(*_OF_FILES, 'dry_run', because='no --history is given')
   workdir = cli.workdir()
-  trajectory, _ = forgetting.load_trajectory(workdir)
+  trajectory, _ = load_trajectory(workdir)
   print(from_run.kinds_report(trajectory))
   found = from_run.run(
     workdir, predictors=predictors, steps=_STEPS.value, batch_norm=_BATCH_NORM.value,

@@ -10,41 +10,48 @@ A workdir holds `record.json` (config, versions, subset sizes, accuracies), `met
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax.data.augmentation import Augmentation
-from know_jax.data.sources import Dataset, load_dataset, mean_image
+from know_jax import trees
 from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
-from know_jax.models import build_model
 from know_jax.runs.metrics import MetricsLog
 from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.workdir import KIND, restore_stage, stage_path
 from know_jax.seeds import named_key
 from know_jax.system.processes import check_same, from_first, in_all, is_first
 from know_jax.system.progress import progress
+from know_jax.tasks import load_task
+from know_jax.tasks.base import Task
 from know_jax.training import loop
-from know_jax.training.loop import AXIS, Checkpoint, DivergedError, Recipe, TrainState
-from know_jax.training.together import Job, check_processes, fit_together
-from know_jax.trajectory import Trajectory
-
-KIND = 'forget'
-"""What `record.json` of a forgetting run says it is."""
+from know_jax.training.state import (
+  Checkpoint,
+  Recipe,
+  TrainState,
+  create_state,
+  from_tree,
+  learning_rates,
+  to_tree,
+)
+from know_jax.training.steps import Data, put_data
 
 
 def data_fields() -> dict[str, Any]:
   """The config fields that name a task's data, with their defaults."""
   return {
+    # A name in know_jax.tasks.TASKS, or 'package.module:object'.
+    'task': 'classification',
     # A TFDS name or 'digits'; classes: () for all, else those kept, relabelled 0, 1, ...
     'dataset': 'digits',
     'data_dir': placeholder(str),
@@ -73,10 +80,12 @@ def default_config() -> ConfigDict:
       **data_fields(),
       # D^0: this many training examples, drawn by seed and by class; 0: all.
       'train_examples': 0,
-      # Network: a name in know_jax.models.MODELS; width: None for the family's own.
+      # Network: a name in know_jax.models.MODELS, or 'package.module:object'; width: None for the
+      # family's own; head: the layer that a transfer makes anew.
       'model': 'cnn',
       'width': placeholder(int),
       'dtype': 'float32',
+      'head': 'head',
       # Forgetting: S stages (the pre-training is the first), sampling rate r.
       'stages': 5,
       'rate': 0.5,
@@ -92,76 +101,6 @@ def default_config() -> ConfigDict:
       'save_every_seconds': 60.0,
     }
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """A classification task ready to train on.
-
-  Attributes:
-    train: the training set.
-    test: the test set.
-    mean: the mean of the training images / 255, float32 `[H, W, C]`.
-    model: the network.
-  """
-
-  train: Dataset
-  test: Dataset
-  mean: np.ndarray
-  model: nn.Module
-
-  @property
-  def input_shape(self) -> tuple[int, ...]:
-    """`(H, W, C)`."""
-    return self.train.images.shape[1:]
-
-
-def load_splits(config: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
-  """The training and test set that `data_fields` name."""
-  options = {
-    'data_dir': config['data_dir'],
-    'classes': tuple(config['classes']),
-    'image_size': tuple(config['image_size']) or None,
-  }
-  train, test = (
-    load_dataset(config['dataset'], config[split], **options)
-    for split in ('train_split', 'test_split')
-  )
-  return train, test
-
-
-def model_of(config: Mapping[str, Any], num_classes: int) -> nn.Module:
-  """The network that the config of a forgetting run names, with a head of so many classes."""
-  return build_model(
-    config['model'],
-    num_classes=num_classes,
-    width=config['width'],
-    dtype=config['dtype'],
-    axis_name=AXIS,
-  )
-
-
-def load_task(config: Mapping[str, Any]) -> Task:
-  """Loads the data and builds the network that the config of a forgetting run names."""
-  train, test = load_splits(config)
-  train = _draw(train, config['train_examples'], config['seed'])
-  model = model_of(config, train.num_classes)
-  return Task(train, test, mean_image(train.images), model)
-
-
-def _draw(train: Dataset, examples: int, seed: int) -> Dataset:
-  """A random part of a training set, with the classes' shares kept."""
-  if examples == 0 or examples == len(train.labels):
-    return train
-  if not 0 < examples < len(train.labels):
-    raise UserError(
-      f'train_examples is {examples}; wanted 0 (all) to {len(train.labels)}, the size of '
-      f'{train.name}/{train.split}.'
-    )
-  share = examples / len(train.labels)
-  key = named_key(seed, 'train_examples')
-  chosen = nested_subsets(key, train.labels, rate=share, phases=2, stratified=True)[1]
-  return dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])
 
 
 def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> RunRecord:
@@ -183,41 +122,13 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     UserError: a value does not fit, or the workdir belongs to another config.
     DivergedError: the loss, or a weight, is no longer finite.
   """
-  (result,) = _run_all([config], [workdir], how='one_by_one', show_progress=show_progress)
-  if isinstance(result, DivergedError):
-    raise result
-  return result
-
-
-def run_together(
-  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path], *, how: str = 'auto'
-) -> list[RunRecord | DivergedError]:
-  """Runs several forgetting runs at once, stage by stage; each as `run` would, within rounding.
-
-  Each has a workdir of its own, with all that `run` leaves there, and is run on from what it finds
-  there: in company, in another one, or alone. The seconds of a stage are then those that passed
-  while it was trained, with the others beside it.
-
-  Args:
-    configs: the fields of `default_config`; the same in all that `compiled_fields` names.
-    workdirs: one for each config.
-    how: see `together.fit_together`.
-
-  Returns:
-    For each the record, complete, or the error if it diverged.
-
-  Raises:
-    UserError: a value does not fit, the configs have no compiled step in common, a workdir belongs
-      to another config, or there are several processes.
-  """
-  return _run_all(configs, workdirs, how=how, show_progress=False)
-
-
-def compiled_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a run's config that its compiled steps depend on, and those of its data."""
-  names = (*data_fields(), 'model', 'width', 'dtype', 'batch_size', *recipe_fields())
-  # The rate of each step is an argument.
-  return {name: config[name] for name in names if name != 'schedule'}
+  config = config_dict(config)
+  check_same(config, 'config')
+  # All is checked before anything is written.
+  run_ = in_all(lambda: _prepare(config))(Path(workdir).expanduser())
+  while run_.unfinished:
+    _train_stage(run_, show_progress)
+  return run_.record
 
 
 @dataclasses.dataclass
@@ -231,7 +142,11 @@ class _Run:
   plans: list[dict[str, Any]]
   recipe: Recipe
   record: RunRecord
-  data: dict[str, loop.DeviceData] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def data(self) -> tuple[Data, Data]:
+    """The training and the test set, on the devices."""
+    return put_data(self.task)
 
   @property
   def stages_done(self) -> int:
@@ -242,90 +157,45 @@ class _Run:
     return self.stages_done < len(self.subsets)
 
 
-def _run_all(
-  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path], *, how: str, show_progress: bool
-) -> list[RunRecord | DivergedError]:
-  plain = [config_dict(config) for config in configs]
-  first = compiled_fields(plain[0])
-  for config in plain[1:]:
-    for name, value in compiled_fields(config).items():
-      if value != first[name]:
-        raise UserError(
-          f'{name} is {first[name]!r} in one run and {value!r} in another; wanted the same in all '
-          'that train together.'
-        )
-  check_processes(len(plain))
-  for config in plain:
-    check_same(config, 'config')
-  # All are checked before the first writes.
-  opens = in_all(lambda: [_prepare(config) for config in plain])
-  runs = [open_(Path(w).expanduser()) for open_, w in zip(opens, workdirs, strict=True)]
-  results: list[RunRecord | DivergedError] = [run.record for run in runs]
-  left = {i: run for i, run in enumerate(runs) if run.unfinished}
-  _put_data(list(left.values()))
-  while left:
-    with contextlib.ExitStack() as stack:
-      jobs = [stack.enter_context(_stage_job(run, show_progress)) for run in left.values()]
-      trained = fit_together(
-        runs[0].task.model,
-        jobs,
-        recipe=runs[0].recipe,
-        batch_size=plain[0]['batch_size'],
-        how=how,
-        save_every_seconds=min(run.config['save_every_seconds'] for run in left.values()),
-      )
-    for i, state in zip(list(left), trained, strict=True):
-      if isinstance(state, DivergedError):
-        results[i] = state
-      if isinstance(state, DivergedError) or not runs[i].unfinished:
-        del left[i]
-  return results
-
-
 def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
   """Checks a run's config; what it gives opens the run's workdir, the first to be written."""
   task = load_task(config)
-  subsets = nested_subsets(
-    named_key(config['seed'], 'subsets'),
-    task.train.labels,
-    rate=config['rate'],
-    phases=config['stages'],
-    stratified=config['stratified'],
-  )
-  check_subsets(
-    subsets,
-    task.train.labels,
-    batch_size=config['batch_size'],
-    num_classes=task.train.num_classes,
-  )
-  loop.check_batch_size(config['batch_size'], len(subsets[-1]), 'the smallest subset')
+  subsets = subsets_of(task, config)
   plans = [stage_plan(config, stage, len(s)) for stage, s in enumerate(subsets)]
   recipe = recipe_of(config)
-  params = _init(task, config)['params']
+  params = jax.eval_shape(lambda: task.init(jax.random.key(0)))['params']
 
   def open_run(workdir: Path) -> _Run:
     record = RunRecord.open(workdir, config, kind=KIND)
     record.update(
       subset_sizes=[len(s) for s in subsets],
-      class_names=list(task.train.class_names),
-      parameters=int(sum(np.size(x) for x in jax.tree.leaves(params))),
+      parameters=trees.num_weights(params),
+      **task.about,
     )
     return _Run(config, workdir, task, subsets, plans, recipe, record)
 
   return open_run
 
 
-def _put_data(runs: Sequence[_Run]) -> None:
-  """Copies the runs' data to the devices; the test images, the same for all, once."""
-  test: loop.DeviceData | None = None
-  for run in runs:
-    task = run.task
-    if test is None:
-      test = loop.put_data(task.test.images, task.test.labels, task.mean)
-    else:
-      test = dataclasses.replace(test, mean=loop.replicate(task.mean))
-    train = loop.put_data(task.train.images, task.train.labels, task.mean)
-    run.data = {'train': train, 'test': test}
+def subsets_of(task: Task, config: Mapping[str, Any]) -> list[np.ndarray]:
+  """The examples of every stage, all of the training set first.
+
+  Raises:
+    UserError: a stage cannot be trained on them.
+  """
+  strata = task.train.strata
+  if config['stratified'] and strata is None:
+    raise UserError(f'stratified is True, but {task.name} has no classes; wanted False.')
+  subsets = nested_subsets(
+    named_key(config['seed'], 'subsets'),
+    np.zeros(task.train.size, np.int32) if strata is None else strata,
+    rate=config['rate'],
+    phases=config['stages'],
+    stratified=config['stratified'],
+  )
+  check_subsets(subsets, strata, batch_size=config['batch_size'])
+  loop.check_batch_size(config['batch_size'], len(subsets[-1]), 'the smallest subset')
+  return subsets
 
 
 def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str, Any]:
@@ -340,92 +210,39 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
     lr = lr if config['stage_lr'] is None else config['stage_lr']
   if epochs < 1:
     raise UserError(f'stage {stage} has {epochs} epochs; wanted at least 1.')
-  loop.learning_rates(config['schedule'], lr, 1)
+  learning_rates(config['schedule'], lr, 1)
   return {'epochs': epochs, 'lr': lr, 'steps': epochs * (examples // config['batch_size'])}
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:
   """The recipe that `recipe_fields` describe."""
-  return Recipe(
-    optimizer=config['optimizer'],
-    weight_decay=config['weight_decay'],
-    augmentation=Augmentation(**config['augmentation']),
-  )
-
-
-def stage_path(workdir: str | Path, stage: int) -> Path:
-  """The checkpoint of Theta^stage: 0 is trained on all data."""
-  return Path(workdir) / 'stages' / str(stage)
-
-
-def restore_stage(workdir: str | Path, stage: int) -> Any:
-  """The variables of Theta^stage, NumPy arrays.
-
-  Raises:
-    UserError: the checkpoint is missing, damaged or foreign.
-  """
-  return checkpoints.restore(stage_path(workdir, stage))
-
-
-def load_trajectory(workdir: str | Path) -> tuple[Trajectory, RunRecord]:
-  """The weights of all stages of a finished run, oldest (smallest subset) first, and its record.
-
-  Raises:
-    UserError: the workdir holds no finished forgetting run, or a checkpoint is damaged.
-  """
-  record = finished_record(workdir)
-  stages = [restore_stage(workdir, i) for i in range(record['config']['stages'] - 1, -1, -1)]
-  return Trajectory.from_sequence(stages), record
-
-
-def finished_record(workdir: str | Path) -> RunRecord:
-  """The record of a finished run.
-
-  Raises:
-    UserError: the workdir holds no finished forgetting run.
-  """
-  if not (Path(workdir).expanduser() / 'record.json').exists():
-    raise UserError(f'{workdir}: no forgetting run is here; make one with bin/forget.py.')
-  record = RunRecord.read(workdir, KIND)
-  wanted, found = record['config']['stages'], len(record.get('stages', []))
-  if found < wanted:
-    raise UserError(
-      f'{workdir}: {found} of {wanted} stages are done; run bin/forget.py with the same flags to '
-      'finish it.'
-    )
-  return record
-
-
-def _init(task: Task, config: Mapping[str, Any]) -> Any:
-  return loop.init_variables(task.model, named_key(config['seed'], 'init'), task.input_shape)
+  return Recipe(config['optimizer'], config['weight_decay'])
 
 
 def _resume_path(workdir: Path) -> Path:
   return workdir / 'resume'
 
 
-@contextlib.contextmanager
-def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
-  """The next stage of a run, from the checkpoint within it if there is one.
-
-  While the context lasts the stage may be trained; its log and progress bar are open.
-  """
+def _train_stage(run: _Run, show_progress: bool) -> None:
+  """Trains the next stage of a run, from the checkpoint within it if there is one."""
   stage, config, workdir = run.stages_done, run.config, run.workdir
   plan, recipe = run.plans[stage], run.recipe
   epochs_before = sum(plan['epochs'] for plan in run.plans[:stage])
 
   def initial() -> Any:
-    return restore_stage(workdir, stage - 1) if stage else _init(run.task, config)
+    if stage:
+      return restore_stage(workdir, stage - 1)
+    return run.task.init(named_key(config['seed'], 'init'))
 
   variables = in_all(initial)
-  start, seconds_before = Checkpoint(loop.create_state(variables, recipe)), 0.0
+  start, seconds_before = Checkpoint(create_state(variables, recipe)), 0.0
   resume = _resume_path(workdir)
   metadata = from_first(
     lambda: checkpoints.read_metadata(resume) if checkpoints.exists(resume) else {}
   )
   if metadata.get('stage') == stage:
-    state = _from_tree(start.state, in_all(lambda: checkpoints.restore(resume)))
-    start, seconds_before = Checkpoint(state, tuple(metadata['sums'])), metadata['seconds']
+    start = from_tree(start.state, in_all(lambda: checkpoints.restore(resume)))
+    seconds_before = metadata['seconds']
   else:
     # What a kill left of the stage before, maybe half removed, and so nothing that `save` replaces.
     from_first(lambda: remove_tree(resume))
@@ -456,70 +273,49 @@ def _stage_job(run: _Run, show_progress: bool) -> Iterator[Job]:
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
       step = epochs_before + epoch
       from_first(lambda: log.write(step, stage=stage, epoch=epoch, **metrics))
-      bar.set_postfix(loss=f'{metrics["loss"]:.3f}', accuracy=f'{metrics["accuracy"]:.3f}')
+      bar.set_postfix({name: f'{value:.3f}' for name, value in metrics.items()})
       bar.update(1)
 
     def save(checkpoint: Checkpoint) -> None:
       from_first(lambda: log.sync())
       checkpoints.save(
         resume,
-        _to_tree(checkpoint.state),
-        metadata={'stage': stage, 'sums': list(checkpoint.sums), 'seconds': seconds()},
+        to_tree(checkpoint),
+        metadata={'stage': stage, 'seconds': seconds()},
         overwrite=True,
       )
 
-    def on_trained(state: TrainState) -> None:
-      train_seconds = seconds()
-      from_first(lambda: log.sync())
-      _keep_stage(run, state, train_seconds)
-
-    yield Job(
-      start=start,
-      data=run.data['train'],
-      indices=run.subsets[stage],
+    state = loop.fit(
+      run.task,
+      start,
+      run.data[0],
+      run.subsets[stage],
+      recipe=recipe,
       epochs=plan['epochs'],
+      batch_size=config['batch_size'],
       lr=plan['lr'],
       schedule=config['schedule'],
       key=named_key(config['seed'], 'train', stage),
       on_epoch=on_epoch,
       save=save,
-      on_trained=on_trained,
+      save_every_seconds=config['save_every_seconds'],
     )
+    train_seconds = seconds()
+    from_first(lambda: log.sync())
+    _keep_stage(run, state, train_seconds)
 
 
 def _keep_stage(run: _Run, state: TrainState, seconds: float) -> None:
   """Evaluates a trained stage, writes its checkpoint and adds it to the record."""
   stage = run.stages_done
-  metrics = loop.evaluate(run.task.model, state.variables, run.data['test'])
+  metrics = loop.evaluate(run.task, state.variables, run.data[1])
   summary = {
     'stage': stage,
     'examples': len(run.subsets[stage]),
-    'test_loss': metrics['loss'],
-    'test_accuracy': metrics['accuracy'],
+    **{f'test_{name}': value for name, value in metrics.items()},
   }
   path = stage_path(run.workdir, stage)
   checkpoints.save(path, state.variables, metadata=summary, overwrite=True)
   stages = [*run.record.get('stages', []), {**summary, 'train_seconds': seconds}]
   run.record.update(stages=stages)
   from_first(lambda: remove_tree(_resume_path(run.workdir)))
-
-
-def _to_tree(state: TrainState) -> dict[str, Any]:
-  """A state as nested dicts: the optimiser's named tuples become a dict of numbered leaves."""
-  leaves = jax.tree.leaves(state.opt_state)
-  return {
-    'step': state.step,
-    'params': state.params,
-    'batch_stats': state.batch_stats,
-    'opt_state': {str(i): leaf for i, leaf in enumerate(leaves)},
-  }
-
-
-def _from_tree(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
-  leaves = [tree['opt_state'][str(i)] for i in range(len(tree['opt_state']))]
-  return TrainState(
-    step=tree['step'],
-    params=tree['params'],
-    batch_stats=tree.get('batch_stats', {}),
-    opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
-  )

@@ -14,27 +14,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
-from know_jax.data.sources import to_device_input
+from know_jax import trees
+from know_jax.data.base import Batch, Source, checked_batch, part_of
 from know_jax.errors import UserError, reason, unknown_name
 from know_jax.io.sealed import write_sealed
+from know_jax.models.adapters import Model
 from know_jax.nowcast import api
 from know_jax.predictors.methods import METHODS, check_used
 from know_jax.predictors.parameters import load_known, network_of
 from know_jax.report.plots import new_figure, principal_plane
 from know_jax.runs.record import config_dict
+from know_jax.runs.workdir import load_trajectory
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
+from know_jax.tasks import load_task
+from know_jax.tasks.base import Task
 from know_jax.training import loop
+from know_jax.training.steps import Data
 
 _BATCH = 500
 """Test examples that are evaluated at a time."""
@@ -108,18 +111,18 @@ def fit_plane(points: np.ndarray) -> Plane:
   return Plane(mean, axes, shares)
 
 
-def flatten(variables: Any) -> np.ndarray:
-  """The leaves that predictors move, as one float64 vector `[d]`."""
-  kinds, named = kinds_.leaf_kinds(variables), trees.named_leaves(jax.device_get(variables))
+def flatten(variables: Any, rule: kinds_.KindFn | None = None) -> np.ndarray:
+  """The leaves that predictors move, by a task's `kinds`, as one float64 vector `[d]`."""
+  kinds, named = kinds_.leaf_kinds(variables, rule), trees.named_leaves(jax.device_get(variables))
   parts = [
     np.ravel(x).astype(np.float64) for path, x in named.items() if kinds[path] != kinds_.KEEP
   ]
   return np.concatenate(parts)
 
 
-def unflatten(vector: Any, like: Any) -> Any:
+def unflatten(vector: Any, like: Any, rule: kinds_.KindFn | None = None) -> Any:
   """The inverse of `flatten`: the leaves that predictors do not move are those of `like`."""
-  kinds, start, leaves = kinds_.leaf_kinds(like), 0, []
+  kinds, start, leaves = kinds_.leaf_kinds(like, rule), 0, []
   for path, leaf in trees.named_leaves(like).items():
     if kinds[path] != kinds_.KEEP:
       stop = start + int(np.prod(np.shape(leaf)))
@@ -129,7 +132,13 @@ def unflatten(vector: Any, like: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def neighbours(variables: Any, key: jax.Array, count: int, noise: float) -> np.ndarray:
+def neighbours(
+  variables: Any,
+  key: jax.Array,
+  count: int,
+  noise: float,
+  rule: kinds_.KindFn | None = None,
+) -> np.ndarray:
   """Noisy neighbours of a stage.
 
   Args:
@@ -137,97 +146,91 @@ def neighbours(variables: Any, key: jax.Array, count: int, noise: float) -> np.n
     key: decides the noise.
     count: how many.
     noise: its standard deviation over the root mean square of the leaf.
+    rule: a task's `kinds`.
 
   Returns:
     Vectors as `flatten` gives them, `[count, d]`.
   """
-  kinds, scales = kinds_.leaf_kinds(variables), []
+  kinds, scales = kinds_.leaf_kinds(variables, rule), []
   for path, leaf in trees.named_leaves(jax.device_get(variables)).items():
     if kinds[path] != kinds_.KEEP:
       size = np.sqrt(np.mean(np.square(leaf, dtype=np.float64))) if np.size(leaf) else 0.0
       scales.append(np.full(np.size(leaf), noise * size))
   scale = np.concatenate(scales)
   drawn = np.asarray(jax.random.normal(key, (count, scale.size)), np.float64)
-  return flatten(variables) + scale * drawn
+  return flatten(variables, rule) + scale * drawn
 
 
 def evaluate_points(
-  model: nn.Module,
+  task: Task,
   plane: Plane,
   like: Any,
   coordinates: np.ndarray,
-  images: np.ndarray,
-  labels: np.ndarray,
-  mean_image: np.ndarray,
+  examples: Source,
   *,
   points_per_call: int,
   show_progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Loss and accuracy of many weights in a plane; the weights are only ever made on the device.
+  """Loss and score of many weights in a plane; the weights are only ever made on the device.
 
   Args:
-    model: a Flax module.
+    task: whose network and score it is.
     plane: the plane.
     like: variables with the leaves that are the same everywhere.
     coordinates: of the points, `[n, 2]`.
-    images: uint8 `[N, H, W, C]`.
-    labels: int32 `[N]`.
-    mean_image: what is subtracted from images / 255, float32 `[H, W, C]`.
+    examples: what is evaluated on.
     points_per_call: how many points a compiled call takes, vectorised.
     show_progress: whether a bar is shown.
 
   Returns:
-    Mean cross-entropy and accuracy, float64 `[n]` each.
+    The task's loss and its score, float64 `[n]` each.
   """
-  if getattr(model, 'axis_name', None) is not None:
-    model = model.clone(axis_name=None)
   arrays = jax.device_put((plane.mean.astype(np.float32), plane.axes.astype(np.float32)))
-  like, mean_image = jax.device_put((like, mean_image))
-  batches = [
-    jax.device_put((images[i : i + _BATCH], labels[i : i + _BATCH]))
-    for i in range(0, len(labels), _BATCH)
-  ]
+  like, batches = jax.device_put(like), []
+  for start in range(0, examples.size, _BATCH):
+    batch = checked_batch(examples, np.arange(start, min(start + _BATCH, examples.size)))
+    batches.append(jax.device_put(task.prepare(jax.tree.map(jnp.asarray, batch), None)))
   padded = -(-len(coordinates) // points_per_call) * points_per_call
   places = np.resize(coordinates, (padded, 2)).astype(np.float32)
-  totals = np.zeros((2, padded))
+  loss, score = np.zeros((2, padded))
   with progress(padded, 'surface', 'point', show=show_progress) as bar:
     for start in range(0, padded, points_per_call):
-      chunk = slice(start, start + points_per_call)
-      sums = [
-        _sums(model, arrays, like, places[chunk], batch_images, batch_labels, mean_image)
-        for batch_images, batch_labels in batches
-      ]
-      totals[:, chunk] = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+      chunk = range(start, start + points_per_call)
+      rows = jax.device_get(
+        [_sums(task.model, task.sums, task.kinds, arrays, like, places[chunk], b) for b in batches]
+      )
+      totals = jax.tree.map(lambda *row: np.sum(row, axis=0, dtype=np.float64), *rows)
+      for i, point in enumerate(chunk):
+        metrics = task.metrics(jax.tree.map(lambda x, i=i: x[i], totals))
+        loss[point], score[point] = metrics['loss'], metrics[task.score]
       bar.update(points_per_call)
-  loss, correct = totals[:, : len(coordinates)] / len(labels)
-  return loss, correct
+  return loss[: len(coordinates)], score[: len(coordinates)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
-  model: nn.Module,
+  model: Model,
+  sums: Any,
+  kinds: Any,
   arrays: Any,
   like: Any,
   coordinates: jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
-  mean_image: jax.Array,
-) -> jax.Array:
-  """Sums of loss and of correct answers over a batch, `[2, points]`."""
-  inputs = to_device_input(images, mean_image)
+  batch: Batch,
+) -> Any:
+  """The task's sums over a batch, leaves `[points, ...]`."""
 
-  def at(place: jax.Array) -> jax.Array:
+  def at(place: jax.Array) -> Any:
     origin, axes = arrays
     # Products in full precision: on accelerators the default would move every point.
     moved = jnp.matmul(place, axes, precision=jax.lax.Precision.HIGHEST)
-    logits: Any = model.apply(unflatten(origin + moved, like), inputs, train=False)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.stack([loss.sum(), (logits.argmax(-1) == labels).sum()])
+    variables = unflatten(origin + moved, like, kinds)
+    outputs, _ = model.apply(variables, batch, train=False, key=None)
+    return sums(outputs, batch, jnp.ones(len(jax.tree.leaves(batch)[0])))
 
   # One point needs no vectorised convolutions, which are slow on CPUs.
   if coordinates.shape[0] == 1:
-    return at(coordinates[0])[:, None]
-  return jax.vmap(at, out_axes=1)(coordinates)
+    return jax.tree.map(lambda x: x[None], at(coordinates[0]))
+  return jax.vmap(at)(coordinates)
 
 
 def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> dict[str, Any]:
@@ -254,7 +257,8 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   config = config_dict(config)
   _check(config)
   workdir = Path(workdir).expanduser()
-  trajectory, record = forgetting.load_trajectory(workdir)
+  trajectory, record = load_trajectory(workdir)
+  task = load_task(record['config'])
   theta = None if config['known'] is None else load_known(config['known'])
   network = None if theta is None else network_of(theta)
   check_used(config['known'], network, config['predictors'])
@@ -265,27 +269,28 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
       predictor=name,
       theta=theta if METHODS[name].shipped == network else None,
       rate=record['config']['rate'],
+      kinds=task.kinds,
     )
     for name in config['predictors']
   }
-  task = forgetting.load_task(record['config'])
-  examples = config['examples'] or len(task.test.labels)
-  if not 1 <= examples <= len(task.test.labels):
-    raise UserError(f'examples is {examples}; wanted 0 (all) to {len(task.test.labels)}.')
+  examples = config['examples'] or task.test.size
+  if not 1 <= examples <= task.test.size:
+    raise UserError(f'examples is {examples}; wanted 0 (all) to {task.test.size}.')
   stages = [jax.device_get(stage) for stage in trajectory]
-  plane = fit_plane(np.concatenate([_cloud(stage, i, config) for i, stage in enumerate(stages)]))
-  newest, images, labels = stages[-1], task.test.images[:examples], task.test.labels[:examples]
+  clouds = [_cloud(stage, i, config, task.kinds) for i, stage in enumerate(stages)]
+  plane, newest = fit_plane(np.concatenate(clouds)), stages[-1]
+  tested = part_of(task.test, np.arange(examples, dtype=np.int32))
 
   weights = [('stage', i - len(stages) + 1, stage) for i, stage in enumerate(stages)]
   for name, forecast in forecasts.items():
     weights += [(name, n, jax.device_get(w)) for n, w in enumerate(forecast, start=1)]
-  test = loop.put_data(images, labels, task.mean)
-  vectors = np.stack([flatten(variables) for _, _, variables in weights])
+  test = Data(tested, task.prepare)
+  vectors = np.stack([flatten(variables, task.kinds) for _, _, variables in weights])
   places, distances = plane.coordinates(vectors), plane.distances(vectors)
   points = [
     {
       'name': name, 'steps': steps, 'x': float(place[0]), 'y': float(place[1]),
-      'distance': float(distance), **loop.evaluate(task.model, variables, test),
+      'distance': float(distance), **_scores(task, variables, test),
     }
     for (name, steps, variables), place, distance in zip(weights, places, distances, strict=True)
   ]  # fmt: skip
@@ -293,9 +298,8 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
   per_call = config['points_per_call'] or (1 if jax.default_backend() == 'cpu' else 16)
   loss, accuracy = evaluate_points(
-    task.model, plane, newest, grid, images, labels, task.mean, points_per_call=per_call,
-    show_progress=show_progress,
-  )  # fmt: skip
+    task, plane, newest, grid, tested, points_per_call=per_call, show_progress=show_progress
+  )
   found = {
     'config': config,
     'shares': plane.shares.tolist(),
@@ -326,11 +330,18 @@ def _check(config: Mapping[str, Any]) -> None:
     raise UserError(f'grid is {tuple(config["grid"])}; wanted two numbers of at least 2.')
 
 
-def _cloud(stage: Any, index: int, config: Mapping[str, Any]) -> np.ndarray:
+def _scores(task: Task, variables: Any, test: Data) -> dict[str, float]:
+  metrics = loop.evaluate(task, variables, test)
+  return {'accuracy': metrics[task.score], 'loss': metrics['loss']}
+
+
+def _cloud(
+  stage: Any, index: int, config: Mapping[str, Any], rule: kinds_.KindFn | None
+) -> np.ndarray:
   """A stage and its neighbours."""
   key = named_key(config['seed'], 'neighbours', index)
-  around = neighbours(stage, key, config['neighbours'], config['noise'])
-  return np.concatenate([flatten(stage)[None], around])
+  around = neighbours(stage, key, config['neighbours'], config['noise'], rule)
+  return np.concatenate([flatten(stage, rule)[None], around])
 
 
 def _grid_lines(places: np.ndarray, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,9 @@ labelled examples and the same order, so that arms are compared in pairs.
 
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,32 @@ from ml_collections import ConfigDict
 
 from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
-from know_jax.data.sources import Dataset, mean_image
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.journal import append_line, read_lines
 from know_jax.jsonable import digest
-from know_jax.models import HEAD
 from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.workdir import finished_record, stage_path
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
+from know_jax.tasks import load_task
+from know_jax.tasks.base import Task
 from know_jax.training import loop
-from know_jax.training.loop import Checkpoint, Recipe
+from know_jax.training.state import (
+  Checkpoint,
+  DivergedError,
+  Recipe,
+  TrainState,
+  create_state,
+  learning_rates,
+)
+from know_jax.training.steps import Data, put_data
 
 KIND = 'transfer'
+_FIELDS = frozenset(
+  {'predictor', 'steps', 'multiple', 'source_accuracy', 'seed', 'loss', 'seconds', 'weights'}
+)
+"""What a row has beside the task's score."""
 FINE_TUNING = 1
 """The phase after the warm-up."""
 
@@ -66,7 +80,8 @@ class Arm:
     name: the predictor; 'persistence' for the newest weight, 'scratch' for a fresh network.
     steps: n of Theta^-n.
     multiple: r^-n.
-    source_accuracy: of the weights as they are, on the source task; None for 'scratch'.
+    source_accuracy: the task's score of the weights as they are, on the source task; None for
+      'scratch', and where the source has no such score.
     digest: identifies the weights.
     variables: the weights, head included; None for 'scratch'.
   """
@@ -91,7 +106,8 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
 
   Returns:
     One row for each arm and seed: `predictor`, `steps`, `multiple`, `source_accuracy`, `seed`,
-    `accuracy`, `loss`, `seconds`, `weights` (digest); NaN for a training that diverged.
+    the task's score (`accuracy`), `loss`, `seconds`, `weights` (digest); NaN for a training that
+    diverged.
 
   Raises:
     UserError: before any training, if a value does not fit, the workdir is unfinished or damaged,
@@ -99,24 +115,21 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   """
   config = config_dict(config)
   workdir = Path(workdir).expanduser()
-  source = forgetting.finished_record(workdir)['config']
-  train, test = forgetting.load_splits(config)
-  model = forgetting.model_of(source, train.num_classes)
-  arms = find_arms(workdir, only, scratch=config['from_scratch'])
-  check_fits(model, arms, train)
-  subsets = [
-    labelled_subset(train.labels, config['labels_per_class'], seed) for seed in _seeds(config)
-  ]
+  source = finished_record(workdir)['config']
+  task = load_task(config, source)
+  score = task.score
+  arms = find_arms(workdir, only, score, scratch=config['from_scratch'])
+  check_fits(task, [arm.variables for arm in arms if arm.variables is not None])
+  subsets = [labelled_subset(task, config['labels_per_class'], seed) for seed in _seeds(config)]
   loop.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
-  _phases(config)
+  _phases(task, config)
 
-  folder = workdir / 'transfer' / f'{config["dataset"]}-{digest(config)[:8]}'
+  dataset = re.sub(r'[^\w.@-]+', '-', str(config['dataset'])).strip('-')
+  folder = workdir / 'transfer' / f'{dataset}-{digest(config)[:8]}'
   RunRecord.open(folder, config, kind=KIND)
   path = folder / 'results.jsonl'
   done = {_row_key(row): row for row in read_lines(path)}
-  mean = mean_image(train.images)
-  data = loop.put_data(train.images, train.labels, mean)
-  test_data = loop.put_data(test.images, test.labels, mean)
+  data = put_data(task)
   rows = []
   with progress(len(arms) * config['seeds'], 'transfer', 'training') as bar:
     for arm in arms:
@@ -132,14 +145,14 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
         row = done.get(_row_key(about))
         if row is None:
           try:
-            found = train_one(model, arm.variables, data, subset, test_data, config, seed)
-          except loop.DivergedError:
+            found = train_one(task, arm.variables, data, subset, config, seed)
+          except DivergedError:
             # One arm's failure is a result, and no reason to lose the others'.
-            found = dict.fromkeys(('accuracy', 'loss', 'seconds'), math.nan)
-          row = about | {name: found[name] for name in ('accuracy', 'loss', 'seconds')}
+            found = dict.fromkeys((score, 'loss', 'seconds'), math.nan)
+          row = about | {name: found[name] for name in (score, 'loss', 'seconds')}
           append_line(path, row)
         rows.append(row)
-        bar.set_postfix(arm=f'{arm.name} x{arm.multiple:.3g}', accuracy=f'{row["accuracy"]:.3f}')
+        bar.set_postfix(arm=f'{arm.name} x{arm.multiple:.3g}', **{score: f'{row[score]:.3f}'})
         bar.update(1)
   return rows
 
@@ -149,13 +162,15 @@ def _row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
   return tuple(row[field] for field in ('predictor', 'steps', 'weights', 'seed'))
 
 
-def find_arms(workdir: Path, only: Sequence[str] = (), *, scratch: bool = True) -> list[Arm]:
+def find_arms(
+  workdir: Path, only: Sequence[str] = (), score: str = 'accuracy', *, scratch: bool = True
+) -> list[Arm]:
   """The newest weight and every prediction in a workdir.
 
   Raises:
     UserError: a checkpoint is damaged, or a predictor in `only` has no predictions.
   """
-  newest = forgetting.stage_path(workdir, 0)
+  newest = stage_path(workdir, 0)
   # Hidden folders with other names are what a kill left of a save.
   paths = [path for path in (workdir / 'predictions').glob('*/*/') if path.name.isdecimal()]
   paths.sort(key=lambda path: (path.parent.name, int(path.name)))
@@ -166,7 +181,7 @@ def find_arms(workdir: Path, only: Sequence[str] = (), *, scratch: bool = True) 
       f'Run bin/nowcast.py --predictor={missing[0]} first.'
     )
   metadata = checkpoints.read_metadata(newest)
-  arms = [Arm('persistence', 0, 1.0, metadata['test_accuracy'], *_weights(newest))]
+  arms = [Arm('persistence', 0, 1.0, metadata.get(f'test_{score}'), *_weights(newest))]
   if scratch:
     arms.insert(0, Arm('scratch', 0, 0.0, None, 'scratch', None))
   for path in paths:
@@ -178,7 +193,7 @@ def find_arms(workdir: Path, only: Sequence[str] = (), *, scratch: bool = True) 
         about['predictor'],
         about['steps'],
         about['multiple'],
-        about['test_accuracy'],
+        about.get(f'test_{score}'),
         *_weights(path),
       )
     )
@@ -190,29 +205,38 @@ def _weights(path: Path) -> tuple[str, Any]:
   return checkpoints.weights_digest(path), variables
 
 
-def check_fits(model: Any, arms: Sequence[Arm], train: Dataset) -> None:
-  """Checks that the network of the arms takes the images of the task.
+def check_fits(task: Task, starts: Sequence[Any]) -> None:
+  """Checks that a task's network can start from variables of another task.
+
+  Args:
+    task: the target.
+    starts: variables, or their shapes.
 
   Raises:
-    UserError: a leaf below the head has another shape; it is named.
+    UserError: a leaf below the head has another shape, or there is no head; it is named.
   """
-  shape = train.images.shape[1:]
-  wanted = jax.eval_shape(lambda: loop.init_variables(model, jax.random.key(0), shape))
-  for arm in arms:
-    if arm.variables is not None:
-      trees.check_same(
-        _without_head(arm.variables),
-        _without_head(wanted),
-        names=('the source network', f'the network for {train.name} images {shape}'),
-      )
+  wanted = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+  rest = _below_head(wanted, task.head)
+  if len(rest) in (0, len(trees.named_leaves(wanted))):
+    heads = 'all' if not rest else 'none'
+    raise UserError(
+      f'of the leaves of the network {heads} are in its head; wanted some (the config field head '
+      f'names a layer; there are {", ".join(sorted(wanted["params"]))}).'
+    )
+  for variables in starts:
+    trees.check_same(
+      _below_head(variables, task.head),
+      rest,
+      names=('the source network', f'the network for {task.name}'),
+    )
 
 
-def labelled_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+def labelled_subset(task: Task, per_class: int, seed: int) -> np.ndarray:
   """The labelled examples of one seed, int32, ascending.
 
   Args:
-    labels: int32 `[N]`.
-    per_class: examples of each class; 0: all.
+    task: whose training set is drawn from.
+    per_class: examples of each class, or in all where the data have no classes; 0: all there are.
     seed: decides which.
 
   Raises:
@@ -220,8 +244,10 @@ def labelled_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray
   """
   if per_class < 0:
     raise UserError(f'labels_per_class is {per_class}; wanted at least 0 (0: all).')
+  size, strata = task.train.size, task.train.strata
   if per_class == 0:
-    return np.arange(len(labels), dtype=np.int32)
+    return np.arange(size, dtype=np.int32)
+  labels = np.zeros(size, np.int32) if strata is None else np.asarray(strata)
   order = np.asarray(jax.random.permutation(named_key(seed, 'labels'), len(labels)))
   chosen = []
   for label in np.unique(labels):
@@ -235,11 +261,10 @@ def labelled_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray
 
 
 def train_one(
-  model: Any,
+  task: Task,
   variables: Any,
-  data: loop.DeviceData,
+  data: tuple[Data, Data],
   subset: np.ndarray,
-  test: loop.DeviceData,
   config: Mapping[str, Any],
   seed: int,
   curve_epochs: Sequence[int] = (),
@@ -247,42 +272,40 @@ def train_one(
   """One transfer: new head, warm-up, fine-tuning, test.
 
   Args:
-    model: the network with the task's head.
+    task: the target.
     variables: where to start; None: a fresh network.
-    data: the task's training set.
-    subset: the labelled examples in it.
-    test: the task's test set.
+    data: its training and its test set.
+    subset: the labelled examples of the training set.
     config: the fields of `default_config`.
     seed: decides head, order and augmentation.
     curve_epochs: fine-tuning epochs to test after as well; 0 is after the warm-up.
 
   Returns:
-    `accuracy` and `loss` on the test set, `seconds`, and `curve`, a pair (epoch, accuracy) for each
-    of `curve_epochs`, ascending.
+    The task's metrics on the test set, `seconds`, and `curve`, a pair (epoch, score) for each of
+    `curve_epochs`, ascending.
 
   Raises:
     DivergedError: the training diverged.
   """
   began = time.monotonic()
-  shape = data.images.shape[2:]
-  fresh = loop.init_variables(model, named_key(seed, 'head'), shape)
-  variables = jax.device_get(fresh) if variables is None else with_head(variables, fresh)
+  fresh = jax.device_get(task.init(named_key(seed, 'head')))
+  variables = fresh if variables is None else with_head(variables, fresh, task.head)
   curve: list[tuple[int, float]] = []
   metrics: dict[str, float] = {}
 
-  def test_after(epoch: int, state: loop.TrainState) -> None:
-    metrics.update(loop.evaluate(model, state.variables, test))
-    curve.append((epoch, metrics['accuracy']))
+  def test_after(epoch: int, state: TrainState) -> None:
+    metrics.update(loop.evaluate(task, state.variables, data[1]))
+    curve.append((epoch, metrics[task.score]))
 
-  for phase, (recipe, epochs, lr, schedule) in enumerate(_phases(config, variables)):
-    start = loop.create_state(variables, recipe)
+  for phase, (recipe, epochs, lr, schedule) in enumerate(_phases(task, config, variables)):
+    start = create_state(variables, recipe)
     if phase == FINE_TUNING and 0 in curve_epochs:
       test_after(0, start)
     if epochs:
       state = loop.fit(
-        model,
+        task,
         Checkpoint(start),
-        data,
+        data[0],
         subset,
         recipe=recipe,
         epochs=epochs,
@@ -295,45 +318,45 @@ def train_one(
       )
       variables = state.variables
   if not curve or curve[-1][0] < config['epochs']:
-    metrics.update(loop.evaluate(model, variables, test))
+    metrics.update(loop.evaluate(task, variables, data[1]))
   return {**metrics, 'seconds': time.monotonic() - began, 'curve': curve}
 
 
-def with_head(variables: Any, fresh: Any) -> Any:
-  """The variables with the head of others."""
-  return {
-    **variables,
-    'params': {**variables['params'], HEAD: jax.device_get(fresh['params'][HEAD])},
-  }
+def with_head(variables: Any, fresh: Any, head: Callable[[str], bool]) -> Any:
+  """The variables with the head of fresh ones, of all collections; `head` as of a `Task`."""
+  named = trees.named_leaves(variables)
+  leaves = [leaf if head(path) else named[path] for path, leaf in trees.named_leaves(fresh).items()]
+  return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 
-def _without_head(variables: Any) -> Any:
-  params = {name: layer for name, layer in variables['params'].items() if name != HEAD}
-  return {**variables, 'params': params}
+def _below_head(variables: Any, head: Callable[[str], bool]) -> dict[str, Any]:
+  return {path: x for path, x in trees.named_leaves(variables).items() if not head(path)}
 
 
 def _phases(
-  config: Mapping[str, Any], variables: Any = None
+  task: Task, config: Mapping[str, Any], variables: Any = None
 ) -> list[tuple[Recipe, int, float, str]]:
   """Recipe, epochs, learning rate and schedule of warm-up and fine-tuning."""
   whole = forgetting.recipe_of(config)
-  frozen = frozenset() if variables is None else backbone(variables['params'])
+  frozen = frozenset() if variables is None else backbone(task, variables)
   warm = dataclasses.replace(whole, frozen=frozen)
   for epochs, lr in (('warmup_epochs', 'warmup_lr'), ('epochs', 'lr')):
     if config[epochs] < 0:
       raise UserError(f'{epochs} is {config[epochs]}; wanted at least 0.')
-    loop.learning_rates(config['schedule'], config[lr], 1)
+    learning_rates(config['schedule'], config[lr], 1)
   return [
     (warm, config['warmup_epochs'], config['warmup_lr'], 'constant'),
     (whole, config['epochs'], config['lr'], config['schedule']),
   ]
 
 
-def backbone(params: Any) -> frozenset[str]:
+def backbone(task: Task, variables: Any) -> frozenset[str]:
   """Paths of the parameters that a warm-up freezes: all but the head and normalisation layers."""
-  kinds = kinds_.leaf_kinds(params)
+  kinds = kinds_.leaf_kinds(variables, task.kinds)
   return frozenset(
-    path for path, kind in kinds.items() if kind != kinds_.KEEP and not path.startswith(f'{HEAD}/')
+    path.removeprefix('params/')
+    for path, kind in kinds.items()
+    if path.startswith('params/') and kind != kinds_.KEEP and not task.head(path)
   )
 
 
@@ -346,8 +369,9 @@ def _seeds(config: Mapping[str, Any]) -> range:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """The results as a Markdown table: a row for each predictor, in columns x1, x2, ...
 
-  Accuracies are percentages; the spread is the standard deviation over seeds (n - 1).
+  Scores are percentages; the spread is the standard deviation over seeds (n - 1).
   """
+  (score,) = rows[0].keys() - _FIELDS
   multiples = sorted({row['multiple'] for row in rows if row['predictor'] != 'scratch'})
   predictors = sorted({row['predictor'] for row in rows} - {'persistence', 'scratch'})
   heads = [f'x{m:.3g}' for m in multiples]
@@ -365,7 +389,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         continue
       source = group[0]['source_accuracy']
       as_is.append('' if source is None else f'{100 * source:.1f}')
-      scores = [100 * r['accuracy'] for r in group]
+      scores = [100 * r[score] for r in group]
       spread = f' ± {np.std(scores, ddof=1):.1f}' if len(scores) > 1 else ''
       after.append(f'{np.mean(scores):.1f}{spread}')
     return [_LABELS.get(predictor, predictor), *as_is, *after]
@@ -388,8 +412,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     + '|'
   )
   note = (
-    'as is: accuracy (%) of the weights on the source task before any further training; transfer: '
-    f'accuracy (%) on the other task, mean ± standard deviation over {seeds} seeds.'
+    f'as is: {score} (%) of the weights on the source task before any further training; transfer: '
+    f'{score} (%) on the other task, mean ± standard deviation over {seeds} '
+    f'{"seed" if seeds == 1 else "seeds"}.'
   )
   return '\n'.join([line(header), rule, *(line(parts) for parts in body), '', note])
 

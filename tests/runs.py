@@ -13,8 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from know_jax import forgetting, trees
+from know_jax.data.base import Arrays
 from know_jax.runs.record import RunRecord
 from know_jax.system.signals import raise_terminated
+from know_jax.tasks import classification
+from know_jax.tasks.base import Task
 
 SIZES = [625, 250, 100, 40, 16]
 """The subsets of `small_config`; the smallest is one batch, so that order plays no part in it."""
@@ -67,6 +70,14 @@ def assert_close(found: Any, wanted: Any, **tolerance: float) -> None:
   assert list(found) == list(wanted)
   for path, leaf in found.items():
     np.testing.assert_allclose(leaf, wanted[path], err_msg=path, **tolerance)
+
+
+def task_of(
+  model: Any, images: np.ndarray, labels: np.ndarray, mean: Any = None, **options: Any
+) -> Task:
+  """Classification of such images, which are also those that it is tested on."""
+  source = Arrays({'image': images, 'label': labels}, labels)
+  return classification.task(model, source, source, mean=mean, **options)
 
 
 # -- training in NumPy ---------------------------------------------------------------------------

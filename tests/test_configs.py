@@ -14,7 +14,7 @@ from know_jax.models import build_model
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.runs.record import config_dict
 from know_jax.study import arms, design
-from know_jax.training import loop
+from know_jax.training.state import Recipe, learning_rates
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = {
@@ -83,8 +83,9 @@ def test_the_fields_are_those_of_the_pipeline(path):
 
 def check_transfer(config):
   assert config['dataset'] in DATASETS
-  loop.Recipe(config['optimizer'], augmentation=Augmentation(**config['augmentation']))
-  assert len(loop.learning_rates(config['schedule'], config['lr'], 10)) == 10
+  Recipe(config['optimizer'])
+  Augmentation(**config['augmentation'])
+  assert len(learning_rates(config['schedule'], config['lr'], 10)) == 10
   classes = len(config['classes']) or 10
   if config['labels_per_class']:
     # Every labelled example is seen in every epoch.

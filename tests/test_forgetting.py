@@ -23,20 +23,23 @@ from runs import (
 )
 from test_run_record import events_of
 
-from know_jax import forgetting, seeds, trees
+from know_jax import seeds, trees
 from know_jax.data.sources import load_dataset
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.nowcast import from_run
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.metrics import MetricsLog
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.system.signals import Terminated
-from know_jax.training import loop
+from know_jax.tasks import load_task
+from know_jax.training import loop, steps
+from know_jax.training.state import DivergedError
 
 
 def record_of(workdir):
-  return RunRecord.read(workdir, forgetting.KIND)
+  return RunRecord.read(workdir, workdirs.KIND)
 
 
 def assert_same_run(workdir, finished):
@@ -44,8 +47,8 @@ def assert_same_run(workdir, finished):
   assert (workdir / 'metrics.jsonl').read_bytes() == (finished / 'metrics.jsonl').read_bytes()
   assert events_of(workdir / 'tensorboard') == events_of(finished / 'tensorboard')
   for stage in range(5):
-    path = forgetting.stage_path(workdir, stage)
-    assert_same_bits(checkpoints.restore(path), forgetting.restore_stage(finished, stage))
+    path = workdirs.stage_path(workdir, stage)
+    assert_same_bits(checkpoints.restore(path), workdirs.restore_stage(finished, stage))
     about = record_of(workdir)['stages'][stage]
     assert checkpoints.read_metadata(path).items() <= about.items()
   untimed = [
@@ -68,7 +71,7 @@ def test_the_record_is_complete(finished):
   assert environment['commit'] is None or len(environment['commit']) >= 40
   assert record['subset_sizes'] == SIZES
   assert record['class_names'] == ['0', '1', '2', '3', '4']
-  assert record['parameters'] == trees.num_weights(forgetting.restore_stage(finished, 0)['params'])
+  assert record['parameters'] == trees.num_weights(workdirs.restore_stage(finished, 0)['params'])
   assert [stage['stage'] for stage in record['stages']] == [0, 1, 2, 3, 4]
   assert [stage['examples'] for stage in record['stages']] == SIZES
   assert all(stage['train_seconds'] > 0 for stage in record['stages'])
@@ -79,12 +82,12 @@ def test_the_record_is_complete(finished):
 
 
 def test_accuracies_in_the_record_are_those_of_the_checkpoints(finished):
-  task = forgetting.load_task(config_dict(small_config()))
+  task = load_task(config_dict(small_config()))
   images = model_inputs(task.test.images, task.train.images)
   assert len(images) == 178
-  apply = jax.jit(lambda variables: task.model.apply(variables, images, train=False))
+  apply = jax.jit(lambda variables: task.model.module.apply(variables, images, train=False))
   for stage in record_of(finished)['stages']:
-    logits = np.asarray(apply(forgetting.restore_stage(finished, stage['stage'])))
+    logits = np.asarray(apply(workdirs.restore_stage(finished, stage['stage'])))
     accuracy = np.mean(logits.argmax(-1) == task.test.labels)
     loss = -log_softmax(logits)[np.arange(178), task.test.labels].mean()
     assert stage['test_accuracy'] == pytest.approx(accuracy)
@@ -104,29 +107,29 @@ def test_every_epoch_has_one_line_and_its_events(finished):
 
 
 def test_the_trajectory_is_oldest_first(finished):
-  trajectory, record = forgetting.load_trajectory(finished)
+  trajectory, record = workdirs.load_trajectory(finished)
   assert len(trajectory) == 5
   assert record['subset_sizes'] == SIZES
   for index, stage in enumerate((4, 3, 2, 1, 0)):
-    assert_same_bits(jax.device_get(trajectory[index]), forgetting.restore_stage(finished, stage))
-  assert_same_bits(jax.device_get(trajectory.newest), forgetting.restore_stage(finished, 0))
+    assert_same_bits(jax.device_get(trajectory[index]), workdirs.restore_stage(finished, stage))
+  assert_same_bits(jax.device_get(trajectory.newest), workdirs.restore_stage(finished, 0))
 
 
 def test_a_stage_starts_from_the_one_before_with_a_fresh_optimiser_and_schedule(finished):
   """The last stage, two steps with its whole subset, against Adam in NumPy."""
   config = config_dict(small_config())
-  task = forgetting.load_task(config)
+  task = load_task(config)
   subsets = nested_subsets(
     seeds.named_key(0, 'subsets'), task.train.labels, rate=0.4, phases=5, stratified=True
   )
-  before, after = (forgetting.restore_stage(finished, stage) for stage in (3, 4))
+  before, after = (workdirs.restore_stage(finished, stage) for stage in (3, 4))
   images = model_inputs(task.train.images[subsets[4]], task.train.images)
   labels = task.train.labels[subsets[4]]
   adam, params, batch_stats = NumPyOptimizer('adam', 0.0), before['params'], before['batch_stats']
   tiny = {path: np.zeros(np.shape(leaf), bool) for path, leaf in trees.named_leaves(params).items()}
   for lr in (0.01, 0.005):  # Cosine decay over two steps.
     (_, (_, batch_stats)), grads = gradients(
-      task.model.clone(axis_name=None), params, batch_stats, images, labels
+      task.model.module.clone(axis_name=None), params, batch_stats, images, labels
     )
     grads = trees.named_leaves(jax.device_get(grads))
     for path, g in grads.items():
@@ -147,7 +150,7 @@ def test_a_stage_starts_from_the_one_before_with_a_fresh_optimiser_and_schedule(
 def test_train_examples_are_drawn_by_class_and_seed():
   whole = load_dataset('digits', 'train', classes=(0, 1, 2, 3, 4))
   config = config_dict(small_config())
-  drawn = forgetting.load_task(config).train
+  drawn = load_task(config).train
   assert drawn.images.shape == (625, 8, 8, 1)
   shares = np.bincount(whole.labels) * 625 / len(whole.labels)
   assert np.abs(np.bincount(drawn.labels) - shares).max() < 1
@@ -157,16 +160,16 @@ def test_train_examples_are_drawn_by_class_and_seed():
   ]
   assert len(pairs[0]) == 625
   assert pairs[0] < pairs[1]
-  again = forgetting.load_task(config).train
-  other = forgetting.load_task({**config, 'seed': 1}).train
+  again = load_task(config).train
+  other = load_task({**config, 'seed': 1}).train
   assert (again.images == drawn.images).all()
   assert (other.images != drawn.images).any()
   for all_of_them in (0, len(whole.labels)):
-    task = forgetting.load_task({**config, 'train_examples': all_of_them})
+    task = load_task({**config, 'train_examples': all_of_them})
     assert (task.train.images == whole.images).all()
   # The mean image is that of the examples that are used.
   mean = drawn.images.astype(np.float64).mean(0) / 255
-  np.testing.assert_allclose(forgetting.load_task(config).mean, mean, rtol=1e-6)
+  np.testing.assert_allclose(load_task(config).prepare.mean, mean, rtol=1e-6)
 
 
 # -- running on ----------------------------------------------------------------------------------
@@ -185,10 +188,10 @@ def test_seeds_and_stage_options_make_other_runs(finished, tmp_path):
   forget(tmp_path, seed=1, stages=2, stage_epochs=1, stage_lr=1e-4)
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [(line['stage'], line['epoch']) for line in lines] == [(0, 1), (0, 2), (1, 1)]
-  first, second = (forgetting.restore_stage(tmp_path, stage)['params'] for stage in (0, 1))
+  first, second = (workdirs.restore_stage(tmp_path, stage)['params'] for stage in (0, 1))
   moves = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True)]
   assert 0 < max(moves) < 15 * 1e-4 * 1.5  # 15 steps of Adam, of at most about the rate each.
-  other = forgetting.restore_stage(finished, 0)['params']
+  other = workdirs.restore_stage(finished, 0)['params']
   assert np.abs(first['dense']['kernel'] - other['dense']['kernel']).min() > 0
 
 
@@ -243,21 +246,21 @@ def test_a_crash_between_checkpoint_and_record_does_not_show(monkeypatch, finish
   assert_same_run(tmp_path, finished)
 
 
-def stop_at_steps(context, steps):
+def stop_at_steps(context, at):
   """SIGTERM within training steps, counted from the start of the process."""
-  real, count = loop.train_step, 0
+  real, count = steps.train_step, 0
 
-  def train_step(model, recipe):
+  def train_step(task, recipe):
     def step_fn(*args):
       nonlocal count
       count += 1
-      if count in steps:
+      if count in at:
         signal.raise_signal(signal.SIGTERM)
-      return real(model, recipe)(*args)
+      return real(task, recipe)(*args)
 
     return step_fn
 
-  context.setattr(loop, 'train_step', train_step)
+  context.setattr(steps, 'train_step', train_step)
 
 
 def test_sigterm_again_and_again_does_not_show(monkeypatch, finished, tmp_path):
@@ -396,7 +399,7 @@ def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, fields, 
 
 
 def test_divergence_ends_the_run_without_a_checkpoint(tmp_path):
-  with pytest.raises(loop.DivergedError, match=r'NaN or infinity|the loss is nan'):
+  with pytest.raises(DivergedError, match=r'NaN or infinity|the loss is nan'):
     forget(tmp_path, optimizer='sgd', lr=1e30)
   assert not (tmp_path / 'stages').exists()
   assert record_of(tmp_path).get('stages') is None
@@ -408,7 +411,7 @@ def test_an_unfinished_run_is_not_predicted_from(finished, tmp_path):
   record_of(workdir).update(stages=record_of(workdir)['stages'][:3])
   shutil.rmtree(workdir / 'stages' / '4')
   for use in (
-    lambda: forgetting.load_trajectory(workdir),
+    lambda: workdirs.load_trajectory(workdir),
     lambda: from_run.run(workdir, predictors=['shrink'], steps=1),
   ):
     with pytest.raises(UserError, match=r'run: 3 of 5 stages are done; run bin/forget.py'):
@@ -416,7 +419,7 @@ def test_an_unfinished_run_is_not_predicted_from(finished, tmp_path):
   with pytest.raises(
     UserError, match=r'nowhere: no forgetting run is here; make one with bin/forget.py'
   ):
-    forgetting.load_trajectory(tmp_path / 'nowhere')
+    workdirs.load_trajectory(tmp_path / 'nowhere')
   assert not (workdir / 'predictions').exists()
 
 
@@ -429,7 +432,7 @@ def test_a_damaged_stage_is_named(finished, tmp_path):
   content[len(content) // 2] ^= 1
   victim.write_bytes(content)
   with pytest.raises(UserError, match=r'checkpoint .*stages/2 is damaged: file .* altered'):
-    forgetting.load_trajectory(workdir)
+    workdirs.load_trajectory(workdir)
   shutil.rmtree(workdir / 'stages' / '2')
   with pytest.raises(UserError, match=r'there is no checkpoint .*stages/2'):
-    forgetting.load_trajectory(workdir)
+    workdirs.load_trajectory(workdir)

@@ -48,7 +48,6 @@ def run(name, theta):
 def test_import_is_quick_and_neither_it_nor_predict_brings_in_the_heavy_packages():
   heavy = (
     'tensorflow', 'tensorflow_datasets', 'orbax', 'optax', 'sklearn', 'matplotlib', 'h5py',
-    'pandas',
   )  # fmt: skip
   out = run(f"""
 import sys, time
@@ -75,7 +74,8 @@ def pins(lock):
 
 def test_the_lower_bounds_are_the_versions_that_are_tested():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  extras = project['optional-dependencies'].values()
+  # PyTorch is tried in an environment of its own: no lock file has it.
+  extras = [v for extra, v in project['optional-dependencies'].items() if extra != 'torch']
   wanted = [Requirement(line) for line in itertools.chain(project['dependencies'], *extras)]
   oldest, newest = pins('oldest.txt'), pins('newest.txt')
   assert len(wanted) > 20

@@ -8,11 +8,15 @@ import pytest
 from PIL import Image
 from runs import assert_same_bits, snapshot
 
-from know_jax import forgetting, landscape, predict, seeds, trees
 from know_jax import kinds as kinds_
+from know_jax import landscape, predict, seeds, trees
+from know_jax.data.base import part_of
 from know_jax.errors import UserError
 from know_jax.io.sealed import read_sealed
+from know_jax.runs import workdir as workdirs
+from know_jax.tasks import load_task
 from know_jax.training import loop
+from know_jax.training.steps import Data
 
 
 def small_landscape(**fields):
@@ -35,12 +39,12 @@ def drawn(finished, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def stages(finished):
-  return [forgetting.restore_stage(finished, i) for i in range(4, -1, -1)]
+  return [workdirs.restore_stage(finished, i) for i in range(4, -1, -1)]
 
 
 @pytest.fixture(scope='module')
 def task(finished):
-  return forgetting.load_task(forgetting.finished_record(finished)['config'])
+  return load_task(workdirs.finished_record(finished)['config'])
 
 
 # -- the plane -----------------------------------------------------------------------------------
@@ -110,16 +114,15 @@ def test_neighbours_are_as_far_as_they_should_be(stages):
 @pytest.mark.parametrize('points_per_call', [1, 4])
 def test_the_surface_is_what_evaluation_gives(stages, task, points_per_call):
   plane = landscape.fit_plane(np.stack([landscape.flatten(stage) for stage in stages]))
-  images, labels = task.test.images[:77], task.test.labels[:77]
+  tested = part_of(task.test, np.arange(77))
   coordinates = np.random.default_rng(0).normal(size=(6, 2)) * 0.5
   loss, accuracy = landscape.evaluate_points(
-    task.model, plane, stages[-1], coordinates, images, labels, task.mean,
-    points_per_call=points_per_call,
+    task, plane, stages[-1], coordinates, tested, points_per_call=points_per_call
   )  # fmt: skip
-  data = loop.put_data(images, labels, task.mean)
+  data = Data(tested, task.prepare)
   for i, place in enumerate(coordinates):
     variables = landscape.unflatten(plane.mean + place @ plane.axes, stages[-1])
-    wanted = loop.evaluate(task.model, variables, data)
+    wanted = loop.evaluate(task, variables, data)
     assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
     assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
   assert len(set(loss)) == 6
@@ -133,14 +136,12 @@ def test_three_stages_lie_on_their_own_plane(stages, task):
   plane = landscape.fit_plane(vectors)
   assert plane.shares.sum() == pytest.approx(1.0)
   np.testing.assert_allclose(plane.distances(vectors), 0.0, atol=1e-9)
-  images, labels = task.test.images, task.test.labels
   loss, accuracy = landscape.evaluate_points(
-    task.model, plane, stages[-1], plane.coordinates(vectors), images, labels, task.mean,
-    points_per_call=2,
+    task, plane, stages[-1], plane.coordinates(vectors), task.test, points_per_call=2
   )  # fmt: skip
-  data = loop.put_data(images, labels, task.mean)
+  data = Data(task.test, task.prepare)
   for i, stage in enumerate(few):
-    wanted = loop.evaluate(task.model, stage, data)
+    wanted = loop.evaluate(task, stage, data)
     assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
     assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
 
@@ -156,10 +157,10 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
     (name, n) for name in ('task_vector', 'shrink') for n in (1, 2)
   ]
   # Points score as they are, not as their shadow on the plane.
-  data = loop.put_data(task.test.images[:60], task.test.labels[:60], task.mean)
+  data = Data(part_of(task.test, np.arange(60)), task.prepare)
   shrunk = jax.device_get(predict(stages, 2, predictor='shrink', rate=0.4))
   for place, variables in ((0, stages[0]), (4, stages[-1]), (8, shrunk)):
-    wanted = loop.evaluate(task.model, variables, data)
+    wanted = loop.evaluate(task, variables, data)
     assert found['points'][place]['accuracy'] == wanted['accuracy']
     assert found['points'][place]['loss'] == wanted['loss']
   # The plane is that of stages and neighbours; the points' places are on it.
@@ -184,7 +185,7 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
   assert x[-1] - x[0] == pytest.approx(y[-1] - y[0])
   # Row 2 and column 1 of the surface are y[2] and x[1].
   variables = landscape.unflatten(plane.mean + np.array([x[1], y[2]]) @ plane.axes, stages[-1])
-  wanted = loop.evaluate(task.model, variables, data)
+  wanted = loop.evaluate(task, variables, data)
   assert found['loss'][2][1] == pytest.approx(wanted['loss'], rel=1e-4)
   assert found['accuracy'][2][1] == pytest.approx(wanted['accuracy'])
 

@@ -17,6 +17,7 @@ ROWS = (
   ('predictors/*',),
   ('models/*',),
   ('data/*',),
+  ('tasks/*',),
   ('training/*',),
   ('runs/*',),
   ('report/*',),

@@ -8,10 +8,10 @@ import sys
 import pytest
 from processes import ROOT, Kill, Scripts
 
-from know_jax import forgetting
 from know_jax.io import checkpoints
 from know_jax.io.journal import read_lines
 from know_jax.predictors import parameters
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import RunRecord
 
 
@@ -40,7 +40,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert code == 0, err
   assert out.startswith(said)
   workdir = scripts.folder / 'workdir'
-  record = RunRecord.read(workdir, forgetting.KIND)
+  record = RunRecord.read(workdir, workdirs.KIND)
   rows = [line.split() for line in out.splitlines()[2:-1]]
   assert [row[:3] for row in rows] == [
     [str(s['stage']), str(s['examples']), f'{s["test_accuracy"]:.2%}'] for s in record['stages']

@@ -7,16 +7,19 @@ import statistics
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_bits, snapshot
+from runs import assert_same_bits, snapshot, task_of
 
-from know_jax import forgetting, transfer, trees
+from know_jax import transfer, trees
 from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.journal import read_lines
+from know_jax.models import build_model
 from know_jax.nowcast import from_run
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.training import loop
+from know_jax.training.state import DivergedError
 
 ARMS = [
   ('scratch', 0, 0.0),
@@ -99,7 +102,7 @@ def test_there_is_a_row_for_each_arm_and_seed(transferred):
       assert row['source_accuracy'] is None
       continue
     path = workdir / 'predictions' / row['predictor'] / str(row['steps'])
-    path = path if row['steps'] else forgetting.stage_path(workdir, 0)
+    path = path if row['steps'] else workdirs.stage_path(workdir, 0)
     assert row['weights'] == checkpoints.weights_digest(path)
     assert row['source_accuracy'] == checkpoints.read_metadata(path)['test_accuracy']
   record = RunRecord.read(results(workdir).parent, transfer.KIND)
@@ -158,7 +161,7 @@ def test_arms_of_one_seed_share_head_labels_and_order(monkeypatch, copy):
 def test_the_head_is_new_and_the_rest_that_of_the_arm(monkeypatch, copy):
   calls = spy_on_fit(monkeypatch, train=False)
   transfer.run(small_transfer(seeds=1), copy, ['shrink'])
-  newest = forgetting.restore_stage(copy, 0)
+  newest = workdirs.restore_stage(copy, 0)
   starts = [call['start'] for call in calls[::2]]
   sources = [
     None,
@@ -169,13 +172,13 @@ def test_the_head_is_new_and_the_rest_that_of_the_arm(monkeypatch, copy):
   for start, source in zip(starts, sources, strict=True):
     assert start.params['head']['kernel'].shape == (16, 5)
     if source is not None:
-      assert_same_bits(start.batch_stats, source['batch_stats'])
+      assert_same_bits(start.collections['batch_stats'], source['batch_stats'])
       for layer in set(source['params']) - {'head'}:
         assert_same_bits(start.params[layer], source['params'][layer])
     assert (start.params['head']['kernel'] != newest['params']['head']['kernel']).all()
   scratch = starts[0]
   assert (scratch.params['dense']['kernel'] != newest['params']['dense']['kernel']).all()
-  assert (scratch.batch_stats['norm1']['mean'] == 0).all()
+  assert (scratch.collections['batch_stats']['norm1']['mean'] == 0).all()
 
 
 def test_the_warm_up_moves_head_and_normalisation_only(monkeypatch, copy):
@@ -193,7 +196,7 @@ def test_the_warm_up_moves_head_and_normalisation_only(monkeypatch, copy):
         moves = moving is None or path.split('/')[0] in moving
         assert (np.asarray(leaf) != after[path]).any() == moves, path
       for layer in ('norm1', 'norm2', 'norm3'):
-        stats = [call[end].batch_stats[layer]['mean'] for end in ('start', 'end')]
+        stats = [call[end].collections['batch_stats'][layer]['mean'] for end in ('start', 'end')]
         assert (stats[0] != stats[1]).any()
     assert_same_bits(fine['start'].variables, warm['end'].variables)
     assert int(fine['start'].step) == 0
@@ -267,10 +270,10 @@ def test_only_what_is_new_is_trained(monkeypatch, transferred, tmp_path):
 def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy):
   train_one = transfer.train_one
 
-  def diverging(model, variables, *rest):
+  def diverging(task, variables, *rest):
     if variables is None:
-      raise loop.DivergedError('the loss is nan')
-    return train_one(model, variables, *rest)
+      raise DivergedError('the loss is nan')
+    return train_one(task, variables, *rest)
 
   monkeypatch.setattr(transfer, 'train_one', diverging)
   config = small_transfer(seeds=1)
@@ -286,20 +289,24 @@ def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy):
 
 
 def test_labelled_subsets_hold_so_many_of_each_class():
-  labels = load_dataset('digits', 'train', classes=(5, 6, 7, 8, 9)).labels
-  found = transfer.labelled_subset(labels, 10, 0)
+  source = load_dataset('digits', 'train', classes=(5, 6, 7, 8, 9))
+  labels, task = (
+    source.labels,
+    task_of(build_model('cnn', num_classes=5), source.images, source.labels),
+  )
+  found = transfer.labelled_subset(task, 10, 0)
   assert found.dtype == np.int32
   assert len(set(found.tolist())) == 50
   assert found.tolist() == sorted(found.tolist())
   assert np.bincount(labels[found]).tolist() == [10] * 5
-  assert (transfer.labelled_subset(labels, 10, 0) == found).all()
-  others = {tuple(transfer.labelled_subset(labels, 10, seed)) for seed in range(20)}
+  assert (transfer.labelled_subset(task, 10, 0) == found).all()
+  others = {tuple(transfer.labelled_subset(task, 10, seed)) for seed in range(20)}
   assert len(others) == 20
   # All examples have their chance: of 20 draws of 10 from about 144, none takes the first only.
   assert len(set().union(*others)) > 450
   # More labels of the same seed are more labels, not others.
-  assert set(found) < set(transfer.labelled_subset(labels, 20, 0))
-  assert transfer.labelled_subset(labels, 0, 3).tolist() == list(range(len(labels)))
+  assert set(found) < set(transfer.labelled_subset(task, 20, 0))
+  assert transfer.labelled_subset(task, 0, 3).tolist() == list(range(len(labels)))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +318,9 @@ def test_labelled_subsets_hold_so_many_of_each_class():
 )
 def test_labelled_subsets_that_cannot_be_drawn(per_class, message):
   with pytest.raises(UserError, match=message):
-    transfer.labelled_subset(np.repeat([0, 1, 2], [9, 4, 3]), per_class, 0)
+    labels = np.repeat([0, 1, 2], [9, 4, 3])
+    task = task_of(build_model('cnn', num_classes=3), np.zeros((16, 8, 8, 1), np.uint8), labels)
+    transfer.labelled_subset(task, per_class, 0)
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -353,7 +362,7 @@ def test_workdirs_and_predictors_that_are_not_there(copy, tmp_path):
   (copy / 'predictions' / 'shrink' / '1' / 'manifest.json').write_text('{}')
   with pytest.raises(UserError, match=r'shrink/1/manifest.json is damaged or foreign'):
     transfer.run(small_transfer(), copy)
-  record = RunRecord.read(copy, forgetting.KIND)
+  record = RunRecord.read(copy, workdirs.KIND)
   record.update(stages=record['stages'][:2])
   with pytest.raises(UserError, match=r'run: 2 of 5 stages are done'):
     transfer.run(small_transfer(), copy)
@@ -408,11 +417,13 @@ def test_the_table_has_means_and_spreads():
     'average': ['90.0', '', '70.0', naive, '', shown('average', 2)],
     'shrink': ['90.0', '80.0', '70.0', naive, shown('shrink', 1), '70.0 ± 0.0'],
   }
-  assert 'over 3 seeds' in table
+  assert 'over 3 seeds.' in table
 
 
 def test_the_table_of_one_seed_has_no_spread():
-  header, body = cells_of(transfer.table([row('persistence', 0, 0, 0.5, 0.9)]))
+  table = transfer.table([row('persistence', 0, 0, 0.5, 0.9)])
+  assert 'over 1 seed.' in table
+  header, body = cells_of(table)
   assert header == ['predictor', 'as is x1', 'transfer x1']
   assert body == {'persistence (naive)': ['90.0', '50.0']}
 

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from runs import forget, sigterm_raises, small_config
+from runs import forget, sigterm_raises
 
 import know_jax
-from know_jax import forgetting, trees
+from know_jax import trees
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.nowcast import engine
 from know_jax.system import processes
 from know_jax.system.signals import Terminated
-from know_jax.training import loop
+from know_jax.training import steps
 
 FEW_STEPS = {
   'train_examples': 96,
@@ -97,8 +97,6 @@ def refuse_what_does_not_fit(folder):
     forget(folder / 'refused', batch_size=6)
   with pytest.raises(UserError, match=r'lr is 0\.1 in process 0 and 0\.2 in process 1'):
     forget(folder / 'refused', lr=[0.1, 0.2][jax.process_index()])
-  with pytest.raises(UserError, match='2 runs and 2 processes; wanted one of either'):
-    forgetting.run_together([small_config()] * 2, [folder / 'refused', folder / 'too'])
   # Each in a folder that only one of them has.
   with pytest.raises(UserError, match=r'wanted a folder that all processes share'):
     forget(folder / f'apart{jax.process_index()}', **FEW_STEPS)
@@ -148,24 +146,24 @@ def save_and_restore(folder):
 
 def stop_together(folder):
   """Process 1 gets SIGTERM in a step; both save after the same one, and leave the run."""
-  real, steps = loop.train_step, 0
+  real, count = steps.train_step, 0
 
-  def train_step(model, recipe):
+  def train_step(task, recipe):
     def step_fn(*args):
-      nonlocal steps
-      steps += 1
-      result = real(model, recipe)(*args)
-      if steps == STOPPED_AFTER and jax.process_index() == 1:
+      nonlocal count
+      count += 1
+      result = real(task, recipe)(*args)
+      if count == STOPPED_AFTER and jax.process_index() == 1:
         signal.raise_signal(signal.SIGTERM)
       return result
 
     return step_fn
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'train_step', train_step)
+    patch.setattr(steps, 'train_step', train_step)
     with sigterm_raises(), pytest.raises(Terminated):
       forget(folder / 'stopped', **FEW_STEPS)
-  (folder / f'steps{jax.process_index()}.json').write_text(json.dumps(steps))
+  (folder / f'steps{jax.process_index()}.json').write_text(json.dumps(count))
 
 
 def main(folder):

@@ -10,11 +10,14 @@ import numpy as np
 from know_jax.benchmark.histories import History, build, num_predicted, of_network
 from know_jax.benchmark.settings import STAGES, Settings
 from know_jax.benchmark.timing import race, rates, spread
-from know_jax.benchmark.training_speed import random_images, start
+from know_jax.benchmark.training_speed import random_images, random_task, start
 from know_jax.data.augmentation import PAPER_AUGMENTATION
 from know_jax.errors import PredictionWarning
 from know_jax.nowcast import api
+from know_jax.tasks.base import AXIS
 from know_jax.training import loop
+from know_jax.training.state import Recipe
+from know_jax.training.steps import put_data
 
 PREDICTORS = ('known', 'known_leaf')
 STEPS = 3
@@ -89,15 +92,15 @@ def _epoch(settings: Settings, show: bool) -> dict[str, Any]:
   """One epoch through `training.fit`, images and augmentation on the device."""
   target = settings.gpu_trained
   images, labels = random_images(settings.gpu_images, target.image)
-  data = loop.put_data(images, labels)
-  model = build(target, axis_name=loop.AXIS)
+  model = build(target, axis_name=AXIS)
+  task = random_task(model, images, labels, augmentation=PAPER_AUGMENTATION)
+  data, _ = put_data(task)
   key = jax.random.key(0)
-  begin = start(model, key, target.image)
-  recipe = loop.Recipe('adam', augmentation=PAPER_AUGMENTATION)
+  begin = start(task, key)
 
   def fit() -> Any:
     return loop.fit(
-      model, begin, data, np.arange(len(labels), dtype=np.int32), recipe=recipe, epochs=1,
+      task, begin, data, np.arange(len(labels), dtype=np.int32), recipe=Recipe('adam'), epochs=1,
       batch_size=settings.batch_size, lr=1e-3, schedule='cosine', key=key,
     )  # fmt: skip
 

@@ -210,20 +210,6 @@ def _training(section: Mapping[str, Any]) -> Iterable[str]:
       for name in section['seconds']
     ],
   )
-  together = section['together']
-  yield f'{together["runs"]} seeds at once, by `fit_together`; images of all of them:'
-  slower = together['speedup_of_one_by_one']
-  yield _table(
-    ('', 'images a second', 'one by one is faster by'),
-    [
-      (
-        name,
-        _spread(together['images_a_second'][name]),
-        _spread(slower[name]) if name in slower else '',
-      )
-      for name in together['seconds']
-    ],
-  )
 
 
 def _gpu(section: Mapping[str, Any]) -> Iterable[str]:

@@ -47,8 +47,6 @@ class Settings:
     trained: the network that is trained.
     batch_size: images a step.
     train_steps: steps of an epoch.
-    runs: trainings at once.
-    runs_repetitions: how often these are repeated.
     gpu_anywhere: whether what is for GPUs runs on any device, to see that it does.
     gpu_predicted: the network predicted three steps ahead on a GPU.
     gpu_weights: weights of the large model there, in bfloat16.
@@ -82,8 +80,6 @@ class Settings:
   )
   batch_size: int = 128
   train_steps: int = 40
-  runs: int = 4
-  runs_repetitions: int = 3
   gpu_anywhere: bool = False
   gpu_predicted: Target = dataclasses.field(
     default_factory=lambda: Target('resnet18', (32, 32, 3), repetitions=15)
@@ -118,7 +114,6 @@ QUICK = Settings(
   trained=_TINY,
   batch_size=16,
   train_steps=2,
-  runs=2,
   gpu_anywhere=True,
   gpu_predicted=_TINY,
   gpu_weights=20_000,

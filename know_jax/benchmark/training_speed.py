@@ -1,4 +1,4 @@
-"""Images a second in training: ours beside Keras, and several runs at once."""
+"""Images a second in training: know_jax beside Keras."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,31 +12,36 @@ from know_jax.benchmark.histories import build
 from know_jax.benchmark.rivals import check_equal
 from know_jax.benchmark.settings import Images, Settings
 from know_jax.benchmark.timing import race, rates, speedups
+from know_jax.data.base import Arrays
 from know_jax.data.sources import mean_image, to_device_input
-from know_jax.training import loop, together
+from know_jax.tasks import classification
+from know_jax.tasks.base import AXIS, Task
+from know_jax.training import loop
+from know_jax.training.state import Checkpoint, Recipe, create_state
+from know_jax.training.steps import put_data
 
 OURS, KERAS, KERAS_XLA = 'know_jax', 'Keras', 'Keras with XLA'
 CLASSES = 10
 
 _LR = 1e-3
-_RECIPE = loop.Recipe('adam')
+_RECIPE = Recipe('adam')
 _CHECKED_STEPS = 3
 
 
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
-  """An epoch of the small CNN, by `training.fit` and by Keras' `fit`; and several runs at once."""
+  """An epoch of the small CNN, by `loop.fit` and by Keras' `fit`."""
   target, batch_size = settings.trained, settings.batch_size
   images, labels = random_images(settings.train_steps * batch_size, target.image)
-  data = loop.put_data(images, labels)
-  model = build(target, axis_name=loop.AXIS)
-  keys = [jax.random.key(seed) for seed in range(settings.runs)]
-  starts = [start(model, key, target.image) for key in keys]
+  task = random_task(build(target, axis_name=AXIS), images, labels)
+  data, _ = put_data(task)
+  key = jax.random.key(0)
+  begin = start(task, key)
   everything = np.arange(len(labels), dtype=np.int32)
 
   def fit() -> Any:
     return loop.fit(
-      model, starts[0], data, everything, recipe=_RECIPE, epochs=1, batch_size=batch_size, lr=_LR,
-      schedule='constant', key=keys[0],
+      task, begin, data, everything, recipe=_RECIPE, epochs=1, batch_size=batch_size, lr=_LR,
+      schedule='constant', key=key,
     )  # fmt: skip
 
   contestants: dict[str, Any] = {OURS: fit}
@@ -45,22 +50,11 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     # Prepared beforehand, which ours does in every step.
     inputs = np.asarray(to_device_input(jnp.asarray(images), jnp.asarray(mean_image(images))))
     for name, jit in ((KERAS, False), (KERAS_XLA, True)):
-      differences[name] = _differences(model, starts[0], inputs, labels, settings, jit)
-      network = _keras(starts[0], settings, jit)
+      differences[name] = _differences(task, begin, inputs, labels, settings, jit)
+      network = _keras(begin, settings, jit)
       contestants[name] = _keras_fit(network, inputs, labels, batch_size)
   times = race(contestants, target.repetitions, 'train', show=show)
 
-  def several(how: str) -> Any:
-    jobs = [
-      together.Job(begin, data, everything, 1, _LR, 'constant', key)
-      for begin, key in zip(starts, keys, strict=True)
-    ]
-    return lambda: together.fit_together(
-      model, jobs, recipe=_RECIPE, batch_size=batch_size, how=how
-    )
-
-  ways = {way: several(way) for way in together.WAYS}
-  group = race(ways, settings.runs_repetitions, f'train {settings.runs} at once', show=show)
   return {
     'keras_absent': keras_rivals.absent(),
     'model': target.model,
@@ -72,12 +66,6 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     'images_a_second': rates(times, len(labels)),
     'speedup': speedups(times, OURS),
     'difference': differences,
-    'together': {
-      'runs': settings.runs,
-      'seconds': group,
-      'images_a_second': rates(group, settings.runs * len(labels)),
-      'speedup_of_one_by_one': speedups(group, 'one_by_one'),
-    },
   }
 
 
@@ -88,13 +76,20 @@ def random_images(count: int, image: Images) -> tuple[np.ndarray, np.ndarray]:
   return rng.integers(0, 256, (count, *image), dtype=np.uint8), labels
 
 
-def start(model: Any, key: jax.Array, image: Images) -> loop.Checkpoint:
+def random_task(
+  model: Any, images: np.ndarray, labels: np.ndarray, mean: np.ndarray | None = None, **options: Any
+) -> Task:
+  """Classification of such images, which are also those that it is tested on."""
+  source = Arrays({'image': images, 'label': labels}, labels)
+  return classification.task(model, source, source, mean=mean, **options)
+
+
+def start(task: Task, key: jax.Array) -> Checkpoint:
   """Where a training begins."""
-  variables = jax.device_get(loop.init_variables(model, key, image))
-  return loop.Checkpoint(loop.create_state(variables, _RECIPE))
+  return Checkpoint(create_state(jax.device_get(task.init(key)), _RECIPE))
 
 
-def _keras(begin: loop.Checkpoint, settings: Settings, jit: bool) -> Any:
+def _keras(begin: Checkpoint, settings: Settings, jit: bool) -> Any:
   return keras_rivals.cnn(begin.state.params, settings.trained.image, jit=jit, lr=_LR)
 
 
@@ -105,8 +100,8 @@ def _keras_fit(network: Any, inputs: np.ndarray, labels: np.ndarray, batch_size:
 
 
 def _differences(
-  model: Any,
-  begin: loop.Checkpoint,
+  task: Task,
+  begin: Checkpoint,
   inputs: np.ndarray,
   labels: np.ndarray,
   settings: Settings,
@@ -116,13 +111,13 @@ def _differences(
   size = settings.batch_size
   inputs, labels = inputs[:size], labels[:size]
   network = _keras(begin, settings, jit)
-  logits = model.apply(begin.state.variables, inputs, train=False)
+  logits, _ = task.model.apply(begin.state.variables, {'image': inputs}, train=False, key=None)
   found = network.predict(inputs, batch_size=size, verbose=0)
   apart = float(np.abs(found - logits).max())
   theirs = network.fit(
     inputs, labels, batch_size=size, epochs=_CHECKED_STEPS, shuffle=False, verbose=0
   ).history['loss']
-  ours = _losses(model, begin, labels, settings)
+  ours = _losses(task, begin, labels, settings)
   return {
     'logits': check_equal('logits of Keras', apart, 1e-4),
     'loss': check_equal('loss of Keras', float(np.abs(np.subtract(ours, theirs)).max()), 1e-3),
@@ -130,14 +125,14 @@ def _differences(
 
 
 def _losses(
-  model: Any, begin: loop.Checkpoint, labels: np.ndarray, settings: Settings
+  task: Task, begin: Checkpoint, labels: np.ndarray, settings: Settings
 ) -> Sequence[float]:
   images, _ = random_images(settings.train_steps * settings.batch_size, settings.trained.image)
   # The mean of all of them is subtracted, as for Keras.
-  data = loop.put_data(images[: len(labels)], labels, mean_image(images))
+  task = random_task(task.model, images[: len(labels)], labels, mean_image(images))
   losses: list[float] = []
   loop.fit(
-    model, begin, data, np.arange(len(labels), dtype=np.int32), recipe=_RECIPE,
+    task, begin, put_data(task)[0], np.arange(len(labels), dtype=np.int32), recipe=_RECIPE,
     epochs=_CHECKED_STEPS, batch_size=len(labels), lr=_LR, schedule='constant',
     key=jax.random.key(0), on_epoch=lambda _, metrics: losses.append(metrics['loss']),
   )  # fmt: skip

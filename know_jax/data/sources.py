@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from know_jax.data.base import Batch
 from know_jax.errors import UserError, unknown_name
 from know_jax.io.files import write_atomic
 
@@ -57,6 +58,25 @@ class Dataset:
   def num_classes(self) -> int:
     """How many classes there are, whether or not the split has examples of all."""
     return len(self.class_names)
+
+  @property
+  def size(self) -> int:
+    """How many examples there are."""
+    return len(self.labels)
+
+  @property
+  def strata(self) -> np.ndarray:
+    """The class of every example."""
+    return self.labels
+
+  @property
+  def arrays(self) -> Batch:
+    """All examples, as one batch."""
+    return {'image': self.images, 'label': self.labels}
+
+  def batch(self, indices: np.ndarray) -> Batch:
+    """The examples at `indices`: images and labels."""
+    return {name: array[indices] for name, array in self.arrays.items()}
 
 
 def load_dataset(

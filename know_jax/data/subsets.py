@@ -107,35 +107,33 @@ def _stratified_order(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def check_subsets(
-  subsets: Sequence[np.ndarray], labels: ArrayLike, *, batch_size: int, num_classes: int
+  subsets: Sequence[np.ndarray], labels: ArrayLike | None, *, batch_size: int
 ) -> None:
   """Checks that every stage can be trained on: a full batch, and an example of each class.
 
   Args:
     subsets: index sets as from `nested_subsets`, stage 0 (the whole set) first.
-    labels: [N] integers from 0 to `num_classes` - 1.
+    labels: [N] integers, the class of every example; None where there are no classes.
     batch_size: examples in a training batch.
-    num_classes: how many classes each stage must hold.
 
   Raises:
     UserError: a subset is smaller than a batch or lacks a class; the stage is named.
   """
-  labels = _checked_labels(labels)
-  if labels.min() < 0 or labels.max() >= num_classes:
-    wrong = labels.min() if labels.min() < 0 else labels.max()
-    raise UserError(f'labels hold class {wrong}; wanted 0 to {num_classes - 1}.')
+  labels = None if labels is None else _checked_labels(labels)
+  classes = () if labels is None else np.unique(labels)
   for stage, subset in enumerate(subsets):
     if subset.size < batch_size:
       raise UserError(
         f'stage {stage} (0 is the whole set) has {subset.size} examples; wanted at least one '
         f'batch of {batch_size}. Use a smaller batch, fewer stages, a higher rate or more data.'
       )
-    counts = np.bincount(labels[subset], minlength=num_classes)
-    if missing := np.flatnonzero(counts == 0).tolist():
+    if labels is None:
+      continue
+    if missing := np.setdiff1d(classes, labels[subset]).tolist():
       more = f' (and {len(missing) - 1} more such classes)' if len(missing) > 1 else ''
       raise UserError(
         f'stage {stage} (0 is the whole set) has {subset.size} examples but none of class '
-        f'{missing[0]}{more}; wanted all {num_classes} classes. Use stratified subsets, fewer '
+        f'{missing[0]}{more}; wanted all {len(classes)} classes. Use stratified subsets, fewer '
         'stages, a higher rate or more data.'
       )
 

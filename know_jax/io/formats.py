@@ -14,7 +14,7 @@ from know_jax.errors import UserError, reason
 from know_jax.io.files import local_path
 from know_jax.io.weights import Weights
 
-FORMATS = ('orbax', 'safetensors')
+FORMATS = ('orbax', 'safetensors', 'torch', 'keras', 'npz', 'msgpack')
 """In the order in which they are asked."""
 
 _SAVE = 'save its tensors by safetensors.torch.save_file'
@@ -23,7 +23,6 @@ _MAGIC = (
    'save_pretrained it'),
   (0, b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.', "a PyTorch file in torch.save's old form",
    'load it by torch.load(..., weights_only=True) and torch.save it again'),
-  (0, b'\x89HDF\r\n\x1a\n', 'an HDF5 file', 'save it by Keras or as safetensors'),
   (0, b'\x93NUMPY', 'arrays of NumPy without names (.npy, or .eqx of Equinox)',
    'save them with names: np.savez(file, **arrays), or safetensors.numpy.save_file'),
   (0, b'\x1f\x8b', 'a file compressed by gzip', 'unpack it'),

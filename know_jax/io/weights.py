@@ -284,7 +284,7 @@ def patching(source: Path, finish: Callable[[IO[bytes]], None] | None = None) ->
       if finish is not None:
         finish(file)
         file.flush()
-        with path.with_name(file.name).open('rb') as written:
+        with Path(file.name).open('rb') as written:
           sink.checksum = hashlib.file_digest(written, 'sha256')
 
   return writing

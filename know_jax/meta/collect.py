@@ -13,10 +13,6 @@ A finished run is two files in the output folder (format `know_jax.meta/1`):
                            of the safetensors file
 
 A run that diverged leaves the JSON file alone, with the reason.
-
-On an accelerator, several runs of one architecture train together (`together` in the config). A
-run is then the same as one that trained alone but for rounding, and its JSON file names under
-`together` the runs that it began its last training with.
 """
 
 import contextlib
@@ -40,12 +36,12 @@ from know_jax import forgetting, kinds, trees
 from know_jax.errors import UserError, unknown_name
 from know_jax.io.files import local_path, locked, write_atomic
 from know_jax.io.sealed import read_sealed, write_sealed
-from know_jax.jsonable import digest
 from know_jax.models import MODELS
 from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.workdir import load_trajectory
 from know_jax.system.machine import memory_bytes
 from know_jax.system.progress import progress
-from know_jax.training.loop import OPTIMIZERS, DivergedError
+from know_jax.training.state import OPTIMIZERS, DivergedError
 
 KIND = 'collect'
 FORMAT = 'know_jax.meta/1'
@@ -92,9 +88,6 @@ def default_config() -> ConfigDict:
       'augmented': 0.5,
       'optimizers': ('adam',),
       'schedules': ('cosine', 'constant'),
-      # At most so many runs of one compiled step train at once, in the way that is fastest on the
-      # device. Not part of what the folder is: workers may differ in it.
-      'together': 1,
     }
   )
 
@@ -137,8 +130,6 @@ def check_config(config: Mapping[str, Any]) -> None:
       raise UserError(f'{name} is {tuple(config[name])}; wanted a range 0 < low <= high.')
   if config['seed'] < 0:
     raise UserError(f'seed is {config["seed"]}; wanted at least 0.')
-  if config['together'] < 1:
-    raise UserError(f'together is {config["together"]}; wanted at least 1.')
   if config['runs'] < 1 or config['stages'] < 2:
     raise UserError(
       f'runs is {config["runs"]} and stages {config["stages"]}; wanted at least 1 and 2.'
@@ -221,25 +212,18 @@ def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str
   output = local_path(output, 'output')
   if dry_run:
     return _listing(config, output)
-  together = config.pop('together')
   RunRecord.open(output, config, kind=KIND)
   (output / 'runs').mkdir(exist_ok=True)
-  numbers = range(config['runs'])
-  steps = {n: _step_of(run_config(config, n)) if together > 1 else '' for n in numbers}
-  with progress(len(numbers), 'collect', 'run') as bar:
-    waiting = list(numbers)
+  with progress(config['runs'], 'collect', 'run') as bar:
+    waiting = list(range(config['runs']))
     _sweep(output)
     while waiting:
       # Runs that another worker holds come round again, in case it dies.
       number = waiting.pop(0)
-      done = [number]
-      if not _about_path(output, number).exists():
-        alike = [other for other in waiting if together > 1 and steps[other] == steps[number]]
-        done = _collect(config, output, [number, *alike], together)
-        if not done:
-          waiting.append(number)
-      waiting = [other for other in waiting if other not in done]
-      bar.update(len(done))
+      if _collect(config, output, number):
+        bar.update(1)
+      else:
+        waiting.append(number)
   return summary(output)
 
 
@@ -253,62 +237,39 @@ def _sweep(output: Path) -> None:
         shutil.rmtree(workdir, ignore_errors=True)
 
 
-def _step_of(settings: ConfigDict) -> str:
-  """Equal for runs that share a compiled step."""
-  return digest(forgetting.compiled_fields(config_dict(settings)))
+def _collect(config: Mapping[str, Any], output: Path, number: int) -> bool:
+  """Makes a run unless it is there; false if another worker is at it."""
+  path = _about_path(output, number)
+  if path.exists():
+    return True
+  try:
+    with locked(_claim_path(path), wait_seconds=1.0):
+      # Another worker may have held the claim, and ended, since the file was looked for.
+      if not path.exists():
+        _make(config, output, number)
+  except TimeoutError:
+    return False
+  return True
 
 
-def _collect(
-  config: Mapping[str, Any], output: Path, numbers: Sequence[int], together: int
-) -> list[int]:
-  """Makes the first run and as many of the others as may train together with it.
-
-  Returns:
-    The runs that are done now, by this worker or another; none if another is at the first one.
-  """
-  done, held = list[int](), list[int]()
-  with contextlib.ExitStack() as claims:
-    for number in numbers:
-      path = _about_path(output, number)
-      try:
-        if not path.exists():
-          # Only the first is worth waiting for.
-          wait_seconds = 0.0 if number != numbers[0] else 1.0
-          claims.enter_context(locked(_claim_path(path), wait_seconds=wait_seconds))
-      except TimeoutError:
-        if number == numbers[0]:
-          return []
-        continue
-      # Another worker may have held the claim, and ended, since it was looked for.
-      (done if path.exists() else held).append(number)
-      if len(held) == together:
-        break
-    if held:
-      _make(config, output, held)
-  return done + held
-
-
-def _make(config: Mapping[str, Any], output: Path, numbers: Sequence[int]) -> None:
-  """Makes runs that this worker has claimed."""
-  paths = [_about_path(output, number) for number in numbers]
-  workdirs = [output / 'running' / path.stem for path in paths]
-  settings = [run_config(config, number) for number in numbers]
-  results = forgetting.run_together(settings, workdirs)
-  company = {'together': list(numbers)} if len(numbers) > 1 else {}
-  for number, path, workdir, own, result in zip(
-    numbers, paths, workdirs, settings, results, strict=True
-  ):
-    about = {'format': FORMAT, 'number': number, 'config': config_dict(own), **company}
-    if isinstance(result, DivergedError):
-      write_sealed(path, {**about, 'diverged': str(result)})
-    else:
-      _pack(path, about, workdir, result)
-    shutil.rmtree(workdir)
+def _make(config: Mapping[str, Any], output: Path, number: int) -> None:
+  """Makes a run that this worker has claimed."""
+  path = _about_path(output, number)
+  workdir = output / 'running' / path.stem
+  settings = run_config(config, number)
+  about = {'format': FORMAT, 'number': number, 'config': config_dict(settings)}
+  try:
+    record = forgetting.run(settings, workdir, show_progress=False)
+  except DivergedError as error:
+    write_sealed(path, {**about, 'diverged': str(error)})
+  else:
+    _pack(path, about, workdir, record)
+  shutil.rmtree(workdir)
 
 
 def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord) -> None:
   """Writes a finished run's two files; the JSON file, last, makes it count."""
-  trajectory, _ = forgetting.load_trajectory(workdir)
+  trajectory, _ = load_trajectory(workdir)
   weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
   data = safetensors.numpy.save(weights, {'format': FORMAT})
   write_atomic(path.with_suffix('.safetensors'), data)

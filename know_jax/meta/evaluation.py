@@ -13,20 +13,16 @@ bootstrap intervals are over runs.
 import csv
 import dataclasses
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from know_jax import forgetting
 from know_jax import kinds as kinds_
-from know_jax.data.sources import to_device_input
 from know_jax.errors import UserError, unknown_name
 from know_jax.io.files import write_atomic
 from know_jax.io.journal import append_line, read_lines
@@ -41,8 +37,10 @@ from know_jax.predictors.parameters import load_known, read_card, theta_digest
 from know_jax.report.intervals import bootstrap_interval
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.system.progress import progress
+from know_jax.tasks import load_task
 from know_jax.training import loop
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES, has_batch_norm, settled
+from know_jax.training.steps import Data
 
 KIND = 'evaluate_known'
 SPLITS = ('run', 'family', 'dataset')
@@ -380,11 +378,8 @@ def score_networks(
     A row for each policy, question and arm, and the true and copied networks' own:
     `NETWORK_FIELDS`.
   """
-  task = forgetting.load_task(run.about['config'])
-  test = loop.put_data(task.test.images, task.test.labels, task.mean)
-  images = to_device_input(
-    jnp.asarray(task.train.images[: math.prod(RECALIBRATION.values())]), jnp.asarray(task.mean)
-  )
+  task = load_task(run.about['config'])
+  test = Data(task.test, task.prepare)
   assert run.weights is not None
   last = stages_of(run) - 1
   about = _about('run', '', run.about)
@@ -393,10 +388,8 @@ def score_networks(
   normalised = has_batch_norm(unflatten_dict(stages[last], sep='/'))
 
   def score(weights: Mapping[str, np.ndarray], policy: str) -> dict[str, float]:
-    variables = unflatten_dict(dict(weights), sep='/')
-    if normalised:
-      variables = apply_policy(policy, task.model, variables, images, **RECALIBRATION)
-    return loop.evaluate(task.model, jax.device_get(variables), test)
+    variables = settled(policy, task, unflatten_dict(dict(weights), sep='/'), **RECALIBRATION)
+    return loop.evaluate(task, jax.device_get(variables), test)
 
   questions = []
   for what, newest, start in (

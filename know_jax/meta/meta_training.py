@@ -41,8 +41,9 @@ from know_jax.runs.record import RunRecord, config_dict
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
 from know_jax.system.signals import Terminated, uninterrupted
-from know_jax.training import loop
-from know_jax.training.loop import AXIS
+from know_jax.tasks.base import AXIS
+from know_jax.training import loop, steps
+from know_jax.training.state import DivergedError, learning_rates
 
 KIND = 'meta_train'
 VALIDATION_BLOCK = 8192
@@ -169,7 +170,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   state = _train(config, workdir, train, validation)
   for kind, ratio in state.best_ratio.items():
     if not np.isfinite(ratio):
-      raise loop.DivergedError(
+      raise DivergedError(
         f'the error on the validation runs was never finite for {kind!r} at learning rate '
         f'{config["lr"]}; wanted a finite one.'
       )
@@ -276,7 +277,7 @@ def check_config(config: Mapping[str, Any]) -> None:
   check_split(config)
   if config['weight_decay'] < 0:
     raise UserError(f'weight_decay is {config["weight_decay"]}; wanted at least 0.')
-  loop.learning_rates(config['schedule'], config['lr'], 1)
+  learning_rates(config['schedule'], config['lr'], 1)
   loop.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
 
 
@@ -292,7 +293,7 @@ def _train(
   theta = jax.device_get(architecture.init(named_key(config['seed'], 'theta')))
   if architecture.relative:
     theta = {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
-  rates = loop.learning_rates(config['schedule'], config['lr'], config['steps'])
+  rates = learning_rates(config['schedule'], config['lr'], config['steps'])
   blank = {kind: np.float64(np.inf) for kind in KINDS}
   state = MetaState(
     step=np.int64(0),
@@ -319,7 +320,7 @@ def _train(
     checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
 
   step_fn = train_step(config['architecture'], config['weight_decay'])
-  replicated = loop.replicate((state.theta, state.opt_state))
+  replicated = steps.replicate((state.theta, state.opt_state))
   saved, done = time.monotonic(), int(state.step)
   with (
     MetricsLog(workdir, resume_step=done) as log,
@@ -337,7 +338,7 @@ def _train(
           losses.append(float(loss[0]))
           done = step + 1
           if (step + 1) % config['validate_every'] == 0:
-            theta, opt_state = loop.unreplicate(replicated)
+            theta, opt_state = steps.unreplicate(replicated)
             state = _validate(
               state._replace(theta=theta, opt_state=opt_state),
               ratios_of(config['architecture'], theta, validation),
@@ -360,7 +361,7 @@ def _train(
 
 
 def _current(state: MetaState, replicated: Any, step: int) -> MetaState:
-  theta, opt_state = loop.unreplicate(replicated)
+  theta, opt_state = steps.unreplicate(replicated)
   return state._replace(step=np.int64(step), theta=theta, opt_state=opt_state)
 
 
@@ -491,7 +492,7 @@ def train_step(architecture: str, weight_decay: float) -> Any:
     updates = jax.tree.map(lambda update: -lr * update, updates)
     return (optax.apply_updates(theta, updates), opt_state), loss
 
-  return jax.pmap(step, AXIS, in_axes=(0, 0, None), donate_argnums=0)
+  return steps.mapped(step, in_axes=(0, 0, None), donate_argnums=0)
 
 
 def ratios_of(architecture: str, theta: Any, windows: Windows) -> dict[str, float]:

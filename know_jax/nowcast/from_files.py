@@ -41,7 +41,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.sealed import write_sealed
 from know_jax.io.weights import Leaf, Reader, Shard, Sink, Weights
 from know_jax.jsonable import digest
-from know_jax.nowcast import api, engine
+from know_jax.nowcast import api, cards, engine
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
 from know_jax.predictors import known_leaf
@@ -557,6 +557,12 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       'environment': record['environment'],
     }
     write_sealed(step / CARD, card)
+    if (home := job.stages[-1].home) is not None:
+      cards.copy_side_files(home, step)
+    cards.write_readme(
+      step, card, sizes={path: leaf.size for path, leaf in job.leaves.items()},
+      moved={path: float(values[n - 1][0]) for path, values in health.items()}, notes=job.notes,
+    )  # fmt: skip
   return folders
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
-from know_jax.data.sources import to_device_input
+from know_jax import trees
 from know_jax.errors import PredictionWarning, UserError, unknown_name
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
@@ -25,8 +23,11 @@ from know_jax.nowcast import api
 from know_jax.predictors.methods import METHODS, check_used, max_steps
 from know_jax.predictors.parameters import SHIPPED, load_known, network_of
 from know_jax.report.plots import plot_nowcast
+from know_jax.runs.workdir import load_trajectory
+from know_jax.tasks import load_task
 from know_jax.training import loop
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES, settled
+from know_jax.training.steps import Data
 from know_jax.trajectory import Trajectory
 
 RECALIBRATION_BATCH = 128
@@ -41,8 +42,9 @@ class Prediction:
     steps: n; 0 is the newest weight itself.
     multiple: r^-n, how many times the data it stands for.
     variables: the predicted variables.
-    accuracy: on the run's own test set, in [0, 1].
-    loss: likewise, mean cross-entropy.
+    accuracy: the task's score, on the run's own test set.
+    loss: likewise.
+    score: what the task's score is called.
     movement: kind -> mean absolute and relative change from the newest weight.
     path: the checkpoint; None for the newest weight.
   """
@@ -53,6 +55,7 @@ class Prediction:
   variables: Any
   accuracy: float
   loss: float
+  score: str
   movement: dict[str, dict[str, float]]
   path: Path | None
 
@@ -97,7 +100,7 @@ def run(
   if batch_norm not in BATCH_NORM_POLICIES:
     raise unknown_name('BatchNorm policy', batch_norm, BATCH_NORM_POLICIES)
   workdir = Path(workdir).expanduser()
-  trajectory, record = forgetting.load_trajectory(workdir)
+  trajectory, record = load_trajectory(workdir)
   config = record['config']
   for name in predictors:
     reach = max_steps(name, len(trajectory))
@@ -109,19 +112,15 @@ def run(
   theta = None if known is None else load_known(known)
   network = None if theta is None else network_of(theta)
   check_used(known, network, predictors)
-  task = forgetting.load_task(config)
-  test = loop.put_data(task.test.images, task.test.labels, task.mean)
-  kinds = kinds_.leaf_kinds(trajectory.newest)
-  images = None
-  if batch_norm == 'recalibrate' and has_batch_norm(trajectory.newest):
-    wanted = recalibration_batches * RECALIBRATION_BATCH
-    images = to_device_input(jnp.asarray(task.train.images[:wanted]), jnp.asarray(task.mean))
+  task = load_task(config)
+  test = Data(task.test, task.prepare)
+  kinds = kinds_.leaf_kinds(trajectory.newest, task.kinds)
 
   newest = jax.device_get(trajectory.newest)
   stage = record['stages'][0]
   found = [
     Prediction(
-      'persistence', 0, 1.0, newest, stage['test_accuracy'], stage['test_loss'],
+      'persistence', 0, 1.0, newest, stage[f'test_{task.score}'], stage['test_loss'], task.score,
       _movement(newest, newest, kinds), None,
     )
   ]  # fmt: skip
@@ -132,24 +131,31 @@ def run(
     given = theta if METHODS[name].shipped == network else None
     with _noted() as warned[name]:
       forecasts[name] = api.forecast(
-        trajectory, steps, predictor=name, theta=given, rate=config['rate'], on_bad=on_bad
+        trajectory,
+        steps,
+        predictor=name,
+        theta=given,
+        rate=config['rate'],
+        kinds=task.kinds,
+        on_bad=on_bad,
       )
   for name, forecast in forecasts.items():
     _remove_beyond(workdir, name, steps)
     for n, weights in enumerate(forecast, start=1):
-      variables = apply_policy(
-        batch_norm, task.model, weights, images,
+      variables = settled(
+        batch_norm, task, weights,
         num_batches=recalibration_batches, batch_size=RECALIBRATION_BATCH,
       )  # fmt: skip
       variables = jax.device_get(variables)
-      metrics = loop.evaluate(task.model, variables, test)
+      metrics = loop.evaluate(task, variables, test)
       prediction = Prediction(
         predictor=name,
         steps=n,
         multiple=config['rate'] ** -n,
         variables=variables,
-        accuracy=metrics['accuracy'],
+        accuracy=metrics[task.score],
         loss=metrics['loss'],
+        score=task.score,
         movement=_movement(newest, variables, kinds),
         path=prediction_path(workdir, name, n),
       )
@@ -199,7 +205,7 @@ def _save(
     'predictor': prediction.predictor,
     'steps': prediction.steps,
     'multiple': prediction.multiple,
-    'test_accuracy': prediction.accuracy,
+    f'test_{prediction.score}': prediction.accuracy,
     'test_loss': prediction.loss,
     'batch_norm': batch_norm,
     'warnings': list(warned),
@@ -249,7 +255,7 @@ def kinds_report(trajectory: Trajectory) -> str:
 def report(found: Sequence[Prediction]) -> str:
   """A line for every prediction: accuracy as it is, and how far each kind of leaf moved."""
   kinds = list(found[0].movement)
-  header = f'{"predictor":<20} {"data":>6} {"accuracy":>9} {"loss":>9}'
+  header = f'{"predictor":<20} {"data":>6} {found[0].score:>9} {"loss":>9}'
   lines = [header + ''.join(f'  {"|move| " + kind:>22}' for kind in kinds)]
   for p in found:
     line = f'{p.predictor:<20} {f"x{p.multiple:.3g}":>6} {p.accuracy:>9.2%} {p.loss:>9.4f}'

@@ -19,6 +19,7 @@ from know_jax.predictors import parameters
 from know_jax.runs.record import config_dict
 from know_jax.study.arms import MAIN, Arm, arms_of, default_arms, theta_of
 from know_jax.study.sources import Source, check_source, source_config, weights_digest
+from know_jax.tasks import load_task
 from know_jax.training import batch_norm, loop
 from know_jax.version import __version__
 
@@ -71,9 +72,7 @@ class Study:
   Attributes:
     config: as plain data.
     arms: in the order of the config.
-    model: the network with the target's head.
-    train: the target's training set.
-    test: the target's test set.
+    target: the task that is transferred to.
     subsets: combined seed -> the labelled examples.
 
   Raises:
@@ -84,30 +83,20 @@ class Study:
     self.config: dict[str, Any] = config_dict(config)
     self._check_counts()
     config = self.config
-    self.train, self.test = forgetting.load_splits(config['transfer'])
-    self._source_train, _ = forgetting.load_splits(config['source'])
-    source_model = forgetting.model_of(config['source'], self._source_train.num_classes)
-    self.model = forgetting.model_of(config['source'], self.train.num_classes)
-    abstract = jax.eval_shape(
-      lambda: loop.init_variables(
-        source_model, jax.random.key(0), self._source_train.images.shape[1:]
-      )
-    )
-    transfer.check_fits(
-      self.model, [transfer.Arm('persistence', 0, 1.0, None, '', abstract)], self.train
-    )
+    source = load_task(config['source'])
+    self.target = load_task(config['transfer'], config['source'])
+    abstract = jax.eval_shape(lambda: source.init(jax.random.key(0)))
+    transfer.check_fits(self.target, [abstract])
     self.arms = arms_of(config, batch_norm=batch_norm.has_batch_norm(abstract))
     self.subsets = {
-      seed: transfer.labelled_subset(
-        self.train.labels, config['transfer']['labels_per_class'], seed
-      )
+      seed: transfer.labelled_subset(self.target, config['transfer']['labels_per_class'], seed)
       for seed in self.seeds()
     }
     smallest = next(iter(self.subsets.values()))
     loop.check_batch_size(config['transfer']['batch_size'], len(smallest), 'the labelled subset')
-    transfer._phases(config['transfer'])
+    transfer._phases(self.target, config['transfer'])
     forgetting.recipe_of(config['source'])
-    examples = config['source']['train_examples'] or len(self._source_train.labels)
+    examples = source.train.size
     self._settings = {source: source_config(config, source, examples) for source in self.sources()}
     self._settings_digests = {
       source: digest(config_dict(settings)) for source, settings in self._settings.items()

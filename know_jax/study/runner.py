@@ -23,11 +23,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from know_jax import forgetting
-from know_jax.data.sources import mean_image
 from know_jax.errors import UserError, reason
 from know_jax.io.files import hidden_sibling, local_path, locked
 from know_jax.io.journal import Journal
 from know_jax.runs.record import RunRecord
+from know_jax.runs.workdir import KIND as KIND_OF_SOURCES
 from know_jax.study.arms import TRAINED, Arm
 from know_jax.study.design import Study, combined_seed
 from know_jax.study.results import (
@@ -41,7 +41,8 @@ from know_jax.study.results import (
 )
 from know_jax.study.sources import Run, Source, weights_digest
 from know_jax.system.progress import Bar, progress
-from know_jax.training import loop
+from know_jax.training.state import DivergedError
+from know_jax.training.steps import Data, put_data
 from know_jax.transfer import train_one
 
 KIND = 'study'
@@ -70,7 +71,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   record.update(study=study.config)
   journal = Journal(workdir / _JOURNAL)
   (workdir / 'sources').mkdir(exist_ok=True)
-  target = functools.cache(functools.partial(_target, study))
+  target = functools.cache(lambda: put_data(study.target))
   elsewhere = []
   total = len(list(study.cells()))
   with progress(total, 'study', 'training', show=show_progress) as bar:
@@ -100,7 +101,7 @@ def _run_source(
   source: Source,
   path: Path,
   journal: Journal,
-  target: Callable[[], tuple[loop.DeviceData, loop.DeviceData]],
+  target: Callable[[], tuple[Data, Data]],
   bar: Bar,
   show_progress: bool,
 ) -> None:
@@ -124,12 +125,11 @@ def _run_source(
           variables, _ = loaded().start(arm)
         number = combined_seed(source.seed, seed)
         try:
-          data, test = target()
           found = train_one(
-            study.model, variables, data, study.subsets[number], test, study.transfer_config(arm),
+            study.target, variables, target(), study.subsets[number], study.transfer_config(arm),
             number, study.curve_epochs(seed),
           )  # fmt: skip
-        except loop.DivergedError:
+        except DivergedError:
           # One arm's failure is a result, and no reason to lose the others'.
           found = _DIVERGED
         journal.add(key, task='transfer', **found)
@@ -141,7 +141,7 @@ def _is_finished(study: Study, source: Source, path: Path) -> bool:
   """Whether a source's run is there and complete, without loading its data."""
   if not (path / 'record.json').exists():
     return False
-  stages = RunRecord.read(path, forgetting.KIND).get('stages', [])
+  stages = RunRecord.read(path, KIND_OF_SOURCES).get('stages', [])
   return len(stages) == study.config['source']['stages']
 
 
@@ -151,18 +151,10 @@ def _start(arm: Arm, loaded: Callable[[], Run]) -> tuple[dict[str, Any], Any]:
     return {'weights': 'scratch', 'retrodiction': {}, 'seconds': 0.0}, None
   try:
     variables, seconds = loaded().start(arm)
-  except loop.DivergedError:
+  except DivergedError:
     return {'weights': None, 'retrodiction': {}, 'seconds': math.nan}, None
-  about = {'weights': weights_digest(variables), 'seconds': seconds}
+  about = {'weights': weights_digest(variables, loaded().head), 'seconds': seconds}
   return about | loaded().scores(arm, variables), variables
-
-
-def _target(study: Study) -> tuple[loop.DeviceData, loop.DeviceData]:
-  mean = mean_image(study.train.images)
-  return (
-    loop.put_data(study.train.images, study.train.labels, mean),
-    loop.put_data(study.test.images, study.test.labels, mean),
-  )
 
 
 def write_results(study: Study, workdir: Path) -> int:
@@ -244,7 +236,7 @@ def _source_timings(study: Study, workdir: Path) -> Iterator[dict[str, Any]]:
     path = workdir / 'sources' / source.name
     if not (path / 'record.json').exists():
       continue
-    for stage in RunRecord.read(path, forgetting.KIND).get('stages', []):
+    for stage in RunRecord.read(path, KIND_OF_SOURCES).get('stages', []):
       yield {
         'task': 'forget' if stage['stage'] else 'pretrain',
         'step': stage['stage'],

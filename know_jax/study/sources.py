@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
-from know_jax.data.sources import to_device_input
-from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.io import checkpoints
-from know_jax.models import HEAD
 from know_jax.nowcast import api
+from know_jax.runs.workdir import finished_record, restore_stage
 from know_jax.seeds import named_key
 from know_jax.study.arms import Arm, can_predict, theta_of
+from know_jax.tasks import load_task
 from know_jax.training import loop
-from know_jax.training.batch_norm import apply_policy
-from know_jax.training.loop import Checkpoint
+from know_jax.training.batch_norm import settled
+from know_jax.training.state import Checkpoint, create_state
+from know_jax.training.steps import Data, put_data
 
 RECALIBRATION = (10, 128)
 """Batches and images in each for the BatchNorm policy `recalibrate`; fewer where there are not."""
@@ -75,24 +74,9 @@ def check_source(settings: ConfigDict) -> None:
   Raises:
     UserError: a stage could not be trained.
   """
-  train = forgetting.load_task(settings).train
-  subsets = _subsets(settings, train.labels)
-  check_subsets(
-    subsets, train.labels, batch_size=settings['batch_size'], num_classes=train.num_classes
-  )
-  loop.check_batch_size(settings['batch_size'], len(subsets[-1]), 'the smallest subset')
+  subsets = forgetting.subsets_of(load_task(settings), settings)
   for stage, subset in enumerate(subsets):
     forgetting.stage_plan(settings, stage, len(subset))
-
-
-def _subsets(settings: Mapping[str, Any], labels: np.ndarray) -> list[np.ndarray]:
-  return nested_subsets(
-    named_key(settings['seed'], 'subsets'),
-    labels,
-    rate=settings['rate'],
-    phases=settings['stages'],
-    stratified=settings['stratified'],
-  )
 
 
 class Run:
@@ -106,19 +90,20 @@ class Run:
 
   def __init__(self, workdir: Path):
     self.workdir = workdir
-    self.record = forgetting.finished_record(workdir)
+    self.record = finished_record(workdir)
     self.settings = self.record['config']
-    self._task = forgetting.load_task(self.settings)
+    self._task = load_task(self.settings)
     count = self.settings['stages']
-    self.stages = [forgetting.restore_stage(workdir, i) for i in range(count - 1, -1, -1)]
+    self.stages = [restore_stage(workdir, i) for i in range(count - 1, -1, -1)]
+
+  @property
+  def head(self) -> Callable[[str], bool]:
+    """Which leaves are the head: see `Task`."""
+    return self._task.head
 
   @functools.cached_property
-  def _train(self) -> loop.DeviceData:
-    return loop.put_data(self._task.train.images, self._task.train.labels, self._task.mean)
-
-  @functools.cached_property
-  def _test(self) -> loop.DeviceData:
-    return loop.put_data(self._task.test.images, self._task.test.labels, self._task.mean)
+  def _data(self) -> tuple[Data, Data]:
+    return put_data(self._task)
 
   def start(self, arm: Arm) -> tuple[Any, float]:
     """The variables that an arm transfers, on the host, and the seconds it took to make them.
@@ -135,7 +120,11 @@ class Run:
     began = time.monotonic()
     variables = jax.device_get(self._predict(arm, self.stages[-arm.history :]))
     seconds = time.monotonic() - began
-    return jax.device_get(self._settle_batch_norm(arm.batch_norm, variables)), seconds
+    batches, size = RECALIBRATION
+    size = min(size, self._task.train.size)
+    batches = min(batches, self._task.train.size // size)
+    variables = settled(arm.batch_norm, self._task, variables, num_batches=batches, batch_size=size)
+    return jax.device_get(variables), seconds
 
   def _kept(self, name: str, train: Callable[[int], Any], history: int) -> tuple[Any, float]:
     path = self.workdir / name
@@ -152,9 +141,8 @@ class Run:
     Each for as long as its forgetting stage took: what the stages cost, in the other order.
     """
     config, task = self.settings, self._task
-    key = named_key(config['seed'], 'init')
-    variables = loop.init_variables(task.model, key, task.input_shape)
-    subsets = _subsets(config, task.train.labels)
+    variables = task.init(named_key(config['seed'], 'init'))
+    subsets = forgetting.subsets_of(task, config)
     for stage in range(history - 1, -1, -1):
       plan = forgetting.stage_plan(config, stage, len(subsets[stage]))
       variables = self._fit(
@@ -165,7 +153,7 @@ class Run:
   def _extra(self, history: int) -> Any:
     """Trains Theta^0 on all data for as many steps as its forgetting stages took."""
     steps = extra_steps(self.settings, self.record['subset_sizes'], history)
-    examples = len(self._task.train.labels)
+    examples = self._task.train.size
     # One epoch of exactly so many steps: every example is in it equally often, or once more.
     indices = np.resize(np.arange(examples, dtype=np.int32), steps * self.settings['batch_size'])
     lr = forgetting.stage_plan(self.settings, 1, examples)['lr']
@@ -174,9 +162,9 @@ class Run:
   def _fit(self, variables: Any, indices: Any, epochs: int, lr: float, *names: str | int) -> Any:
     config, recipe = self.settings, forgetting.recipe_of(self.settings)
     return loop.fit(
-      self._task.model,
-      Checkpoint(loop.create_state(variables, recipe)),
-      self._train,
+      self._task,
+      Checkpoint(create_state(variables, recipe)),
+      self._data[0],
       indices,
       recipe=recipe,
       epochs=epochs,
@@ -187,7 +175,7 @@ class Run:
     ).variables
 
   def _predict(self, arm: Arm, history: Sequence[Any]) -> Any:
-    kinds = kinds_.leaf_kinds(self.stages[-1])
+    kinds = kinds_.leaf_kinds(self.stages[-1], self._task.kinds)
 
     def only(path: str, leaf: Any) -> str:
       del leaf
@@ -204,17 +192,6 @@ class Run:
       **dict(arm.options),
     )
 
-  def _settle_batch_norm(self, policy: str, variables: Any) -> Any:
-    images, (batches, size) = None, RECALIBRATION
-    if policy == 'recalibrate':
-      size = min(size, len(self._task.train.labels))
-      batches = min(batches, len(self._task.train.labels) // size)
-      chosen = jnp.asarray(self._task.train.images[: batches * size])
-      images = to_device_input(chosen, jnp.asarray(self._task.mean))
-    return apply_policy(
-      policy, self._task.model, variables, images, num_batches=batches, batch_size=size
-    )
-
   def scores(self, arm: Arm, variables: Any) -> dict[str, Any]:
     """What is known of a start before it is transferred.
 
@@ -227,11 +204,11 @@ class Run:
       predicted kinds of leaf below the head over that of Theta^0; `retrodiction`, by kind and for
       all: see `retrodiction`.
     """
-    metrics = loop.evaluate(self._task.model, variables, self._test)
+    metrics = loop.evaluate(self._task, variables, self._data[1])
     newest = self.stages[-1]
-    norm, newest_norm = (np.linalg.norm(_flat(x, kinds_.KINDS)) for x in (variables, newest))
+    norm, newest_norm = (np.linalg.norm(self._flat(x, kinds_.KINDS)) for x in (variables, newest))
     return {
-      'source_accuracy': metrics['accuracy'],
+      'source_accuracy': metrics[self._task.score],
       'source_loss': metrics['loss'],
       'weight_norm': float(norm / newest_norm),
       'retrodiction': self.retrodiction(arm),
@@ -255,10 +232,20 @@ class Run:
     groups = {'all': kinds_.KINDS, **{kind: (kind,) for kind in kinds_.KINDS}}
     found = {}
     for name, kinds in groups.items():
-      truth, copied, guess = (_flat(x, kinds) for x in (self.stages[-1], seen[-1], predicted))
+      truth, copied, guess = (self._flat(x, kinds) for x in (self.stages[-1], seen[-1], predicted))
       if truth.size and (distance := np.abs(copied - truth).mean()) > 0:
         found[name] = float(np.abs(guess - truth).mean() / distance)
     return found
+
+  def _flat(self, variables: Any, kinds: Sequence[str]) -> np.ndarray:
+    """The leaves of some kinds below the head as one float64 vector."""
+    found = kinds_.leaf_kinds(variables, self._task.kinds)
+    parts = [
+      np.ravel(leaf).astype(np.float64)
+      for path, leaf in trees.named_leaves(variables).items()
+      if found[path] in kinds and not self._task.head(path)
+    ]
+    return np.concatenate([np.empty(0), *parts])
 
 
 def extra_steps(settings: Mapping[str, Any], sizes: Sequence[int], history: int) -> int:
@@ -267,22 +254,11 @@ def extra_steps(settings: Mapping[str, Any], sizes: Sequence[int], history: int)
   return sum(plan['steps'] for plan in plans)
 
 
-def _flat(variables: Any, kinds: Sequence[str]) -> np.ndarray:
-  """The leaves of some kinds below the head as one float64 vector."""
-  found, named = kinds_.leaf_kinds(variables), trees.named_leaves(variables)
-  parts = [
-    np.ravel(leaf).astype(np.float64)
-    for path, leaf in named.items()
-    if found[path] in kinds and HEAD not in path.split('/')
-  ]
-  return np.concatenate([np.empty(0), *parts])
-
-
-def weights_digest(variables: Any) -> str:
+def weights_digest(variables: Any, head: Callable[[str], bool] | None = None) -> str:
   """Identifies what is transferred: the SHA-256 of all leaves but the head's, which is new."""
   hashed = hashlib.sha256()
   for path, leaf in sorted(trees.named_leaves(jax.device_get(variables)).items()):
-    if HEAD not in path.split('/'):
+    if head is None or not head(path):
       hashed.update(f'{path} {leaf.dtype} {leaf.shape}\n'.encode())
       hashed.update(np.ascontiguousarray(leaf).tobytes())
   return hashed.hexdigest()

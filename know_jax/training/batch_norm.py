@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from know_jax.data.base import Batch
 from know_jax.errors import UserError, unknown_name
+from know_jax.models.adapters import Model, Variables
+from know_jax.tasks.base import Task
 from know_jax.trees import named_leaves, path_string
-
-Variables = dict[str, Any]
 
 BATCH_NORM_POLICIES = ('keep', 'reset', 'recalibrate')
 """The names that `apply_policy` knows."""
@@ -31,9 +32,9 @@ def has_batch_norm(variables: Variables) -> bool:
 
 def apply_policy(
   policy: str,
-  model: Any,
+  model: Model,
   variables: Variables,
-  images: Any = None,
+  batch: Batch | None = None,
   *,
   num_batches: int,
   batch_size: int,
@@ -52,19 +53,18 @@ def apply_policy(
 
   Args:
     policy: one of `BATCH_NORM_POLICIES`.
-    model: the Flax module, called as `model.apply(variables, images, train=True)`.
+    model: the network.
     variables: `params` and, where there is BatchNorm, `batch_stats`; not replicated.
-    images: for `recalibrate`: [N, H, W, C], floating-point, normalised as in training, not
-      augmented; the first `num_batches * batch_size` are used, in the order given.
+    batch: for `recalibrate`: examples as the network takes them, not augmented; the first
+      `num_batches * batch_size` are used, in the order given.
     num_batches: for `recalibrate`: the number of batches.
-    batch_size: for `recalibrate`: the number of images in each.
+    batch_size: for `recalibrate`: the number of examples in each.
 
   Returns:
     The variables, in new dicts where something changed; arrays are never written to.
 
   Raises:
-    UserError: unknown policy; for `recalibrate`, too few images or images that are not arrays of
-      floating-point numbers of rank 4, or sizes below 1.
+    UserError: unknown policy; for `recalibrate`, too few examples or none, or sizes below 1.
   """
   if policy not in BATCH_NORM_POLICIES:
     raise unknown_name('BatchNorm policy', policy, BATCH_NORM_POLICIES)
@@ -72,7 +72,7 @@ def apply_policy(
     return variables
   if policy == 'reset':
     return _reset(variables)
-  return _recalibrate(model, variables, images, num_batches, batch_size)
+  return _recalibrate(model, variables, batch or {}, num_batches, batch_size)
 
 
 def _reset(variables: Variables) -> Variables:
@@ -93,47 +93,52 @@ def _reset(variables: Variables) -> Variables:
   }
 
 
+def settled(
+  policy: str, task: Task, variables: Variables, *, num_batches: int, batch_size: int
+) -> Variables:
+  """`apply_policy` with the first training examples of a task."""
+  batch = None
+  if policy == 'recalibrate' and has_batch_norm(variables):
+    examples = min(num_batches * batch_size, task.train.size)
+    batch = task.prepared(np.arange(examples, dtype=np.int32))
+  return apply_policy(
+    policy, task.model, variables, batch, num_batches=num_batches, batch_size=batch_size
+  )
+
+
 def _recalibrate(
-  model: Any, variables: Variables, images: Any, num_batches: int, batch_size: int
+  model: Model, variables: Variables, batch: Batch, num_batches: int, batch_size: int
 ) -> Variables:
   if num_batches < 1 or batch_size < 1:
     raise UserError(
       f'recalibrate was given num_batches={num_batches}, batch_size={batch_size}; wanted both to '
       'be at least 1.'
     )
-  shape, dtype = np.shape(images), getattr(images, 'dtype', None)
-  if len(shape) != 4 or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+  sizes = [len(leaf) for leaf in jax.tree.leaves(batch)]
+  if (examples := min(sizes, default=0)) < (wanted := num_batches * batch_size):
     raise UserError(
-      f'recalibrate was given images of shape {shape} and dtype {dtype}; wanted normalised '
-      'floating-point images [N, height, width, channels].'
-    )
-  if shape[0] < (wanted := num_batches * batch_size):
-    raise UserError(
-      f'recalibrate was given {shape[0]} images; wanted at least {wanted} '
+      f'recalibrate was given {examples} examples; wanted at least {wanted} '
       f'(num_batches {num_batches} x batch_size {batch_size}).'
     )
-  if getattr(model, 'axis_name', None) is not None:
-    # Here one device sees the whole batch, and no mapped axis is bound.
-    model = model.clone(axis_name=None)
   total = None
   for i in range(num_batches):
-    batch = jnp.asarray(images[i * batch_size : (i + 1) * batch_size])
-    stats = _batch_statistics(model, variables, batch)
+    part = jax.tree.map(lambda x, i=i: x[i * batch_size : (i + 1) * batch_size], batch)
+    stats = _batch_statistics(model, variables, jax.tree.map(jnp.asarray, part))
     total = stats if total is None else jax.tree.map(jnp.add, total, stats)
   return {**variables, _STATS: jax.tree.map(lambda leaf: leaf / num_batches, total)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_statistics(model: Any, variables: Variables, images: jax.Array) -> Any:
+def _batch_statistics(model: Model, variables: Variables, batch: Batch) -> Any:
   """The mean and variance of one batch at every BatchNorm layer, whatever its momentum.
 
   A training step gives `new = m old + (1 - m) batch`. At `old = 0` that is `(1 - m) batch`, and its
   derivative in the direction of ones is m.
   """
-  rest = {key: value for key, value in variables.items() if key != _STATS}
 
   def step(old: Any) -> Any:
-    _, new = model.apply({**rest, _STATS: old}, images, train=True, mutable=[_STATS])
+    given = {**variables, _STATS: old}
+    _, new = model.apply(given, batch, train=True, key=jax.random.key(0))
     return new[_STATS]
 
   zeros = jax.tree.map(jnp.zeros_like, variables[_STATS])

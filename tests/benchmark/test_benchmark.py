@@ -112,11 +112,6 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   images = QUICK.train_steps * QUICK.batch_size
   ours = np.array(training['seconds']['know_jax'])
   assert training['images_a_second']['know_jax'] == quartiles(images / ours)
-  together = training['together']
-  assert set(together['seconds']) == {'vmap', 'unroll', 'one_by_one'}
-  for way, seconds in together['seconds'].items():
-    seconds = np.array(seconds)
-    assert together['images_a_second'][way] == quartiles(QUICK.runs * images / seconds)
 
   memory = found['sections']['memory']['entries']
   cases = {(e['predictor'], e['steps'], e['weights']) for e in memory}

@@ -4,7 +4,9 @@ References: the libraries that write the formats, and the safetensors library.
 """
 
 import gzip
+import importlib.util
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -114,3 +116,123 @@ def test_all_dtypes_of_safetensors_are_read(tmp_path, dtype):
   assert (leaf.dtype, leaf.shape) == (values.dtype, (3, 4))
   with leaf.open(tmp_path) as reader:
     assert reader.read(2, 9).tobytes() == values.reshape(-1)[2:9].tobytes()
+
+
+# --- hostile files --------------------------------------------------------------------------------
+
+
+class Bomb:
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.mkdir, (str(self.path),)
+
+
+def torch_like(path, data):
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('archive/data.pkl', pickle.dumps(data, 2))
+    archive.writestr('archive/byteorder', 'little')
+    archive.writestr('archive/version', '3\n')
+
+
+def test_pickle_bombs_do_not_go_off(tmp_path):
+  torch_like(tmp_path / 'bomb.pt', {'a': Bomb(tmp_path / 'boom')})
+  has_torch = importlib.util.find_spec('torch') is not None
+  message = (
+    'not a PyTorch file of tensors and plain' if has_torch else 'pip install .know_jax.torch'
+  )
+  with pytest.raises(UserError, match=message) as error:
+    open_weights(tmp_path / 'bomb.pt')
+  assert '\n' not in str(error.value)
+  np.savez(tmp_path / 'bomb.npz', a=np.array([Bomb(tmp_path / 'boom')], object))
+  with pytest.raises(UserError, match=r"bomb.npz: array 'a' holds Python objects"):
+    open_weights(tmp_path / 'bomb.npz')
+  (tmp_path / 'bomb.bin').write_bytes(pickle.dumps(Bomb(tmp_path / 'boom')))
+  with pytest.raises(UserError, match='is a Python pickle, which may run any code and is never op'):
+    open_weights(tmp_path / 'bomb.bin')
+  assert not (tmp_path / 'boom').exists()
+
+
+def good(name, path):
+  rng = np.random.default_rng(0)
+  tree = {'a': {'kernel': rng.normal(size=(5, 4)).astype('f'), 'bias': np.ones(4, 'f')}, 'n': 3}
+  if name == 'npz':
+    np.savez(path, **tree['a'])
+  elif name == 'packed npz':
+    np.savez_compressed(path, **tree['a'])
+  elif name == 'msgpack':
+    import flax.serialization
+
+    path.write_bytes(flax.serialization.to_bytes(tree))
+  elif name == 'h5':
+    import h5py
+
+    with h5py.File(path, 'w') as file:
+      for key, leaf in tree['a'].items():
+        file[key] = leaf
+  elif name == 'torch':
+    torch = pytest.importorskip('torch')
+    torch.save({name: torch.from_numpy(leaf) for name, leaf in tree['a'].items()}, path)
+
+
+@pytest.mark.parametrize('name', ['npz', 'packed npz', 'msgpack', 'h5', 'torch'])
+def test_cut_off_and_altered_files_are_refused_in_one_line_or_read(tmp_path, name):
+  path = tmp_path / 'good'
+  with (tmp_path / 'written').open('wb') as file:
+    good(name, file if 'npz' in name else tmp_path / 'written')
+  (tmp_path / 'written').rename(path)
+  data = path.read_bytes()
+  assert open_weights(path).leaves
+
+  def outcome(changed):
+    path.write_bytes(changed)
+    try:
+      for leaf in open_weights(path).leaves.values():
+        with leaf.open(tmp_path) as reader:
+          reader.read(0, leaf.size)
+    except UserError as error:
+      assert '\n' not in str(error), error
+      assert str(path) in str(error)
+      return 'refused'
+    return 'read'
+
+  # The last bytes of an archive are its comment's length.
+  # Each file of HDF5 takes a process.
+  for cut in range(1, len(data) - 2, max(1, len(data) // (60 if name != 'h5' else 2))):
+    assert outcome(data[:cut]) == 'refused', cut
+  rng = np.random.default_rng(0)
+  for _ in range({'torch': 20, 'h5': 3}.get(name, 150)):
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+      changed[rng.integers(len(data))] = rng.integers(256)
+    outcome(bytes(changed))
+
+
+def test_an_array_of_msgpack_in_pieces_is_named(tmp_path, monkeypatch):
+  import flax.serialization
+
+  monkeypatch.setattr(flax.serialization, 'MAX_CHUNK_SIZE', 64)
+  tree = {'a': {'kernel': np.zeros((10, 10), np.float32)}}
+  (tmp_path / 'm').write_bytes(flax.serialization.to_bytes(tree))
+  with pytest.raises(UserError, match=r"array 'a/kernel' is in several pieces, as Flax"):
+    open_weights(tmp_path / 'm')
+  # 1,000 maps in each other.
+  (tmp_path / 'deep').write_bytes(b'\x81\xa1a' * 1000 + b'\xc0')
+  with pytest.raises(UserError, match='nested too deep'):
+    open_weights(tmp_path / 'deep')
+
+
+def test_orders_and_dtypes_of_npz(tmp_path):
+  values = np.arange(12, dtype=np.float32).reshape(3, 4)
+  np.savez(tmp_path / 'a.npz', f=np.asfortranarray(values), b=values.astype(ml_dtypes.bfloat16))
+  weights = open_weights(tmp_path / 'a.npz')
+  found = {}
+  for path, leaf in weights.leaves.items():
+    with leaf.open(tmp_path) as reader:
+      found[path] = reader.read(0, 12).reshape(leaf.shape)
+  # An array in Fortran's order is taken as its transpose.
+  np.testing.assert_array_equal(found['f'], values.T)
+  assert found['b'].dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(found['b'], values)
+  assert 'as bfloat16 has: taken for that' in weights.notes[0]

@@ -1,5 +1,6 @@
 """The meta-dataset: what is drawn, what is kept, and that nothing is made twice."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -15,10 +16,11 @@ from ml_collections import ConfigDict
 from know_jax import forgetting, kinds, trees
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
+from know_jax.io import checkpoints
 from know_jax.io.files import locked
 from know_jax.meta import collect, mat
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
-from know_jax.training import together
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +112,7 @@ def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
   run = next(collect.read_runs(output))
   settings = collect.run_config(config_dict(tiny_config()), 0)
   record = forgetting.run(settings, tmp_path / 'direct', show_progress=False)
-  trajectory, _ = forgetting.load_trajectory(tmp_path / 'direct')
+  trajectory, _ = workdirs.load_trajectory(tmp_path / 'direct')
   wanted = trees.named_leaves(trajectory.weights)
   assert set(run.weights) == set(wanted)
   for path, leaf in wanted.items():
@@ -237,7 +239,6 @@ def test_the_flag_may_be_written_either_way(tmp_path, flag):
     ('optimizers', ('adm',), "Did you mean 'adam"),
     ('rate', (0.9, 0.3), 'rate is'),
     ('stages', 1, 'stages 1'),
-    ('together', 0, 'together is 0; wanted at least 1'),
   ],
 )
 def test_bad_settings_are_named_before_anything_is_written(tmp_path, field, value, message):
@@ -248,99 +249,65 @@ def test_bad_settings_are_named_before_anything_is_written(tmp_path, field, valu
   assert not (tmp_path / 'new').exists()
 
 
-# -- runs that train together ----------------------------------------------------------------------
+# -- kills and other workers -----------------------------------------------------------------------
 
 
 class Crash(BaseException):
   """Ends a collection where it stands, without any save."""
 
 
-def test_runs_that_train_together_are_those_that_train_alone(collected, tmp_path, monkeypatch):
-  """With a crash in the middle, after which nothing is trained again that was kept."""
+def test_a_killed_collection_trains_nothing_twice(collected, tmp_path, monkeypatch):
+  """A crash in the middle of the first run; what it kept is as if nothing had happened."""
   alone, _ = collected
-  config = tiny_config()
-  config.together = 2
-  monkeypatch.setattr(together, 'step_seconds', lambda *args: {'vmap': 1.0})
-  kept, real = [], forgetting._keep_stage
+  kept, real = [], checkpoints.save
 
-  def keep_stage(run, state, seconds):
-    if len(kept) == 5:
+  def save(path, tree, *, metadata, **options):
+    if len(kept) == 3:
       raise Crash
-    kept.append((run.workdir.name, run.stages_done))
-    real(run, state, seconds)
+    saved = real(path, tree, metadata=metadata, **options)
+    if path.parent.name == 'stages':
+      kept.append((path.parents[1].name, metadata['stage']))
+    return saved
 
-  monkeypatch.setattr(forgetting, '_keep_stage', keep_stage)
+  monkeypatch.setattr(checkpoints, 'save', save)
   with pytest.raises(Crash):
-    collect.run(config, tmp_path)
-  assert len(kept) == 5
+    collect.run(tiny_config(), tmp_path)
   assert not list((tmp_path / 'runs').glob('*.json'))
-  monkeypatch.setattr(
-    forgetting, '_keep_stage', lambda run, *args: (
-      kept.append((run.workdir.name, run.stages_done)), real(run, *args)
-    )
-  )  # fmt: skip
-  assert '2 runs, 0 diverged' in collect.run(config, tmp_path)
-  assert sorted(kept) == [(name, stage) for name in ('00000', '00001') for stage in range(7)]
+  first = kept.copy()
+  kept.clear()
+  kept += [None] * 4  # Of these none is the third.
+  assert '2 runs, 0 diverged' in collect.run(tiny_config(), tmp_path)
+  assert first == [('00000', stage) for stage in range(3)]
+  stages = [('00000', stage) for stage in range(3, 7)] + [('00001', stage) for stage in range(7)]
+  assert kept[4:] == stages
+  assert not list((tmp_path / 'running').iterdir())
   assert sorted(path.name for path in (tmp_path / 'runs').iterdir()) == [
     f'0000{number}.{suffix}' for number in (0, 1) for suffix in ('json', 'safetensors')
   ]
-  assert not list((tmp_path / 'running').iterdir())
   for run, wanted in zip(collect.read_runs(tmp_path), collect.read_runs(alone), strict=True):
-    assert run.about.pop('together') == [0, 1]
     assert run.about.keys() == wanted.about.keys()
-    assert run.about['config'] == wanted.about['config']
-    assert run.about['kinds'] == wanted.about['kinds']
-    for stage, other in zip(run.about['stages'], wanted.about['stages'], strict=True):
-      assert stage['examples'] == other['examples']
-      assert stage['test_loss'] == pytest.approx(other['test_loss'], rel=1e-3)
-    assert run.weights.keys() == wanted.weights.keys()
-    for path, leaf in wanted.weights.items():
-      # Rounding, grown over the steps of Adam; weights themselves move by a hundred times as much.
-      np.testing.assert_allclose(run.weights[path], leaf, atol=1e-3, err_msg=path)
-  # How many train together is no part of what the folder is.
-  assert '2 runs' in collect.run(tiny_config(), tmp_path)
+    assert run.about['weights_sha256'] == wanted.about['weights_sha256']
 
 
-def test_a_group_has_what_shares_a_compiled_step_and_nobody_holds(tmp_path, monkeypatch):
-  config = tiny_config()
-  config.runs, config.together, config.families = 12, 3, ('cnn', 'cnn_bn')
-  made = []
+def test_a_run_that_another_worker_is_at_comes_round_again(tmp_path, monkeypatch):
+  config, made = tiny_config(), []
+  config.runs = 5
 
-  def make(config, output, numbers):
-    made.append(list(numbers))
-    for number in numbers:
-      collect._about_path(output, number).write_text('')
+  def make(config, output, number):
+    made.append(number)
+    (output / 'runs' / f'{number:05d}.json').write_text('')
+    if number == 4:
+      held.close()  # The other worker dies; its run is still to be made.
 
   monkeypatch.setattr(collect, '_make', make)
   monkeypatch.setattr(collect, 'summary', lambda output: '')
   (tmp_path / 'runs').mkdir()
-  plain = config_dict(config)
-  steps = [collect._step_of(collect.run_config(plain, n)) for n in range(12)]
-  alike = [n for n in range(12) if steps[n] == steps[0]]
-  assert 2 < len(alike) <= 6
-  # One is done and another worker is at a second one, which is looked for again in the end.
-  collect._about_path(tmp_path, alike[1]).write_text('')
-  held = tmp_path / 'runs' / f'{alike[2]:05d}.claim'
-  with locked(held):
-    found = collect._collect(plain, tmp_path, alike, 3)
-    assert found == [alike[1], alike[0], *alike[3:5]]
-    assert made == [[alike[0], *alike[3:5]]]
-    assert collect._collect(plain, tmp_path, alike[2:], 3) == []
+  (tmp_path / 'runs' / '00001.json').write_text('')
+  held = contextlib.ExitStack()
+  held.enter_context(locked(tmp_path / 'runs' / '00002.claim'))
   collect.run(config, tmp_path)
-  numbers = [number for group in made for number in group]
-  assert sorted([*numbers, alike[1]]) == list(range(12))
-  for group in made:
-    assert len(group) <= 3
-    assert len({steps[number] for number in group}) == 1
+  assert made == [0, 3, 4, 2]
   assert not list((tmp_path / 'runs').glob('.*'))
-
-
-def test_runs_of_other_steps_are_not_trained_together(tmp_path):
-  settings = [collect.run_config(config_dict(tiny_config()), number) for number in (0, 1)]
-  settings[1].augmentation.rotation = 5.0
-  with pytest.raises(UserError, match=r'augmentation is .* wanted the same in all'):
-    forgetting.run_together(settings, [tmp_path / 'a', tmp_path / 'b'])
-  assert list(tmp_path.iterdir()) == []
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -350,7 +317,7 @@ def test_a_reader_of_either_sort_reads_and_describes_a_collection(collected):
   output, summary = collected
   assert [run.number for run in mat.read_any(output)] == [0, 1]
   found = mat.describe(output, list(collect.read_runs(output)))
-  assert found['config'] == {k: v for k, v in config_dict(tiny_config()).items() if k != 'together'}
+  assert found['config'] == config_dict(tiny_config())
   assert found['summary'] == summary.splitlines()
   assert found['environment']['devices'] == 8
 

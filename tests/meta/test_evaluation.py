@@ -11,11 +11,11 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from test_meta_training import synthetic_run
 
-from know_jax import forgetting
 from know_jax.errors import UserError
 from know_jax.meta import collect, evaluation, meta_training
 from know_jax.meta.evaluation import Arm
 from know_jax.runs.record import config_dict
+from know_jax.tasks import load_task
 from know_jax.training.batch_norm import apply_policy
 
 ARMS = [
@@ -141,24 +141,26 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
   change = 100 * rows['beyond', 'shrink']['accuracy_change']
   assert f'{change:.2f} [{change:.2f}, {change:.2f}]' in table and table.count('`truth`') == 2
   # An independent way: the model itself on weights made by hand.
-  task = forgetting.load_task(run.about['config'])
+  task = load_task(run.about['config'])
   weights = {path: 2 * leaf[6] - leaf[5] for path, leaf in run.weights.items()}
   kept = {p: run.weights[p][6] for p, kind in run.about['kinds'].items() if kind == 'keep'}
   variables = unflatten_dict({**weights, **kept}, sep='/')
-  images = task.test.images / np.float32(255) - task.mean
-  logits = jax.jit(lambda x: task.model.clone(axis_name=None).apply(variables, x, train=False))(
-    images
-  )
+  images = task.test.images / np.float32(255) - task.prepare.mean
+  logits = jax.jit(
+    lambda x: task.model.module.clone(axis_name=None).apply(variables, x, train=False)
+  )(images)
   accuracy = (np.asarray(logits).argmax(-1) == task.test.labels).mean()
   np.testing.assert_allclose(rows['beyond', 'task_vector']['accuracy'], accuracy, atol=0.003)
   # Recalibrated, both the prediction and what it is compared with have other statistics.
   again = {(r['what'], r['arm']): r for r in found if r['batch_norm'] == 'recalibrate'}
   assert again.keys() == rows.keys()
   assert again['beyond', 'copying']['loss'] != rows['beyond', 'copying']['loss']
-  images = task.train.images[:1280] / np.float32(255) - task.mean
-  fresh = apply_policy('recalibrate', task.model, variables, images, num_batches=10, batch_size=128)
-  logits = task.model.clone(axis_name=None).apply(
-    jax.device_get(fresh), task.test.images / np.float32(255) - task.mean, train=False
+  images = task.train.images[:1280] / np.float32(255) - task.prepare.mean
+  fresh = apply_policy(
+    'recalibrate', task.model, variables, {'image': images}, num_batches=10, batch_size=128
+  )
+  logits = task.model.module.clone(axis_name=None).apply(
+    jax.device_get(fresh), task.test.images / np.float32(255) - task.prepare.mean, train=False
   )
   accuracy_again = (np.asarray(logits).argmax(-1) == task.test.labels).mean()
   np.testing.assert_allclose(again['beyond', 'task_vector']['accuracy'], accuracy_again, atol=0.003)

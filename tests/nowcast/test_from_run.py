@@ -11,12 +11,14 @@ import pytest
 from runs import assert_close, assert_same_bits, forget, model_inputs, small_config, snapshot
 
 import know_jax
-from know_jax import forgetting, trees
+from know_jax import trees
 from know_jax.errors import PredictionWarning, UserError
 from know_jax.io import checkpoints
 from know_jax.nowcast import from_run
 from know_jax.predictors import known, parameters
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
+from know_jax.tasks import load_task
 
 NAMES = ('known_leaf', 'linear_fit', 'shrink')
 
@@ -38,7 +40,7 @@ def copy(finished, tmp_path):
 
 def stages_of(workdir):
   """The weights of the five stages, oldest first."""
-  return [forgetting.restore_stage(workdir, stage) for stage in (4, 3, 2, 1, 0)]
+  return [workdirs.restore_stage(workdir, stage) for stage in (4, 3, 2, 1, 0)]
 
 
 def orbax_restore(path):
@@ -89,9 +91,9 @@ def test_every_prediction_is_there_once_and_says_what_it_is(predicted, known_fil
 
 def test_scores_are_those_of_the_weights(predicted):
   _, found = predicted
-  task = forgetting.load_task(config_dict(small_config()))
+  task = load_task(config_dict(small_config()))
   images, labels = model_inputs(task.test.images, task.train.images), task.test.labels
-  apply = jax.jit(lambda variables: task.model.apply(variables, images, train=False))
+  apply = jax.jit(lambda variables: task.model.module.apply(variables, images, train=False))
   for p in found:
     accuracy = np.mean(np.asarray(apply(p.variables)).argmax(-1) == labels)
     assert p.accuracy == pytest.approx(accuracy)
@@ -133,9 +135,9 @@ def test_movement_equals_numpy(predicted):
 
 def test_reports_name_every_leaf_and_prediction(predicted):
   workdir, found = predicted
-  trajectory, _ = forgetting.load_trajectory(workdir)
+  trajectory, _ = workdirs.load_trajectory(workdir)
   lines = from_run.kinds_report(trajectory).splitlines()
-  leaves = trees.named_leaves(forgetting.restore_stage(workdir, 0))
+  leaves = trees.named_leaves(workdirs.restore_stage(workdir, 0))
   assert len(lines) == 1 + len(leaves) == 1 + 5 + 2 + 6 + 6
   rows = [line.split(maxsplit=2) for line in lines[1:]]
   assert {row[0]: row[2] for row in rows} == {p: str(leaf.shape) for p, leaf in leaves.items()}
@@ -169,7 +171,7 @@ def test_the_picture_is_drawn(predicted):
 def test_batch_norm_policies(predicted, copy):
   _, kept = predicted
   (wanted,) = [p for p in kept if (p.predictor, p.steps) == ('shrink', 1)]
-  newest = forgetting.restore_stage(copy, 0)
+  newest = workdirs.restore_stage(copy, 0)
   assert_same_bits(wanted.variables['batch_stats'], newest['batch_stats'])
   assert_same_bits(wanted.variables['params']['norm1'], newest['params']['norm1'])
 
@@ -191,7 +193,7 @@ def test_batch_norm_policies(predicted, copy):
   found = run('recalibrate', recalibration_batches=3)
   assert_same_bits(found['params'], wanted.variables['params'])
   # The first convolution of the first 3 x 128 training images, in float64.
-  task = forgetting.load_task(config_dict(small_config()))
+  task = load_task(config_dict(small_config()))
   images = model_inputs(task.train.images[:384], task.train.images).astype(np.float64)
   padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))

@@ -16,12 +16,13 @@ from runs import assert_same_bits, snapshot
 from test_checkpoints import bits, corrupt, corrupt_and_check
 from test_meta_training import synthetic_run
 
-from know_jax import forgetting, load_known
+from know_jax import load_known
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.meta import collect
 from know_jax.nowcast import from_run
 from know_jax.predictors import parameters
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,10 +248,10 @@ def test_scripts_on_a_full_disk_go_on_once_there_is_space(tmp_path, request, tho
   assert_one_line(out, 'full', 'forget.py')
   kept = out / 'full.run'
   for path in kept.glob('stages/[0-9]'):  # What is there is whole.
-    assert_same_bits(checkpoints.restore(path), forgetting.restore_stage(finished, int(path.name)))
+    assert_same_bits(checkpoints.restore(path), workdirs.restore_stage(finished, int(path.name)))
   assert (out / 'more.code').read_text().strip() == '0', (out / 'more.err').read_text()
   for stage in range(5):
-    found, wanted = (forgetting.restore_stage(w, stage) for w in (out / 'more.run', finished))
+    found, wanted = (workdirs.restore_stage(w, stage) for w in (out / 'more.run', finished))
     assert_same_bits(found, wanted)
   name = 'metrics.jsonl'
   assert (out / 'more.run' / name).read_text() == (finished / name).read_text()

@@ -17,9 +17,8 @@ import scipy.stats
 from PIL import Image
 from runs import SIZES, STEPS, assert_same_bits, small_config, snapshot
 
-from know_jax import forgetting, seeds, transfer, trees
 from know_jax import kinds as kinds_
-from know_jax.data.sources import mean_image
+from know_jax import seeds, transfer, trees
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io import journal as journal_
@@ -27,11 +26,15 @@ from know_jax.io.files import locked
 from know_jax.io.journal import append_line, read_lines
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.predictors import parameters
+from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
 from know_jax.study import analysis, arms, design, report, results, runner, summary, tables
 from know_jax.study import sources as study_sources
 from know_jax.study.results import COLUMNS, TIMING_COLUMNS
+from know_jax.tasks import load_task
 from know_jax.training import loop
+from know_jax.training.state import DivergedError
+from know_jax.training.steps import put_data
 
 
 @pytest.fixture(scope='module')
@@ -181,11 +184,9 @@ def test_equal_weights_are_trained_once_and_have_equal_rows(studied):
 def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run):
   """The same training by hand, from the checkpoint, with `transfer.train_one`."""
   config = study.config['transfer']
-  subset = transfer.labelled_subset(study.train.labels, 10, 1)
-  mean = mean_image(study.train.images)
-  data, test = (loop.put_data(part.images, part.labels, mean) for part in (study.train, study.test))
-  newest = forgetting.restore_stage(source_run.workdir, 0)
-  older = forgetting.restore_stage(source_run.workdir, 1)
+  subset, data = transfer.labelled_subset(study.target, 10, 1), put_data(study.target)
+  newest = workdirs.restore_stage(source_run.workdir, 0)
+  older = workdirs.restore_stage(source_run.workdir, 1)
   predicted = jax.tree.map(lambda a, b: a + (a - b), newest['params'], older['params'])
   kept = kinds_.leaf_kinds(newest)
   moved = jax.tree_util.tree_map_with_path(
@@ -193,9 +194,7 @@ def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run)
     newest['params'],
     predicted,
   )
-  found = transfer.train_one(
-    study.model, {**newest, 'params': moved}, data, subset, test, config, 1
-  )
+  found = transfer.train_one(study.target, {**newest, 'params': moved}, data, subset, config, 1)
   (row,) = [
     r
     for r in read(studied)
@@ -206,11 +205,9 @@ def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run)
 
 def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
   subset = study.subsets[0]
-  mean = mean_image(study.train.images)
-  data, test = (loop.put_data(part.images, part.labels, mean) for part in (study.train, study.test))
   # At a constant rate a training of one epoch is the first half of one of two.
   config = study.config['transfer'] | {'schedule': 'constant'}
-  arguments = (study.model, source_run.stages[-1], data, subset, test)
+  arguments = (study.target, source_run.stages[-1], put_data(study.target), subset)
   found = transfer.train_one(*arguments, config, 0, [2, 0, 1])
   whole = transfer.train_one(*arguments, config, 0)
   assert (found['accuracy'], found['loss']) == (whole['accuracy'], whole['loss'])
@@ -342,10 +339,10 @@ def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy, theta):
   (copy / 'journal.jsonl').unlink()
   real = transfer.train_one
 
-  def train_one(model, variables, *rest):
+  def train_one(task, variables, *rest):
     if variables is None:
-      raise loop.DivergedError('the loss is nan')
-    return real(model, variables, *rest)
+      raise DivergedError('the loss is nan')
+    return real(task, variables, *rest)
 
   monkeypatch.setattr(runner, 'train_one', train_one)
   monkeypatch.setattr(study_sources.Run, '_extra', _diverge)
@@ -364,7 +361,7 @@ def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy, theta):
 
 
 def _diverge(self, history):
-  raise loop.DivergedError('the loss is nan')
+  raise DivergedError('the loss is nan')
 
 
 def test_the_plan_says_how_much_there_is_and_writes_nothing(studied, theta, tmp_path):
@@ -430,9 +427,7 @@ def test_incremental_training_goes_from_the_smallest_subset_to_all(monkeypatch, 
   for (_, small, *_), (_, large, *_) in itertools.pairwise(calls):
     assert set(small) < set(large)
   # From the same fresh network as the pre-training.
-  fresh = loop.init_variables(
-    forgetting.load_task(source_run.settings).model, seeds.named_key(0, 'init'), (8, 8, 1)
-  )
+  fresh = load_task(source_run.settings).init(seeds.named_key(0, 'init'))
   assert_same_bits(calls[0][0].params, fresh['params'])
 
 
@@ -509,9 +504,8 @@ def test_scores_equal_numpy(source_run, study):
   known_arm = arm_of(study, 'known_leaf', 2)
   assert source_run.retrodiction(known_arm).keys() >= {'all', 'conv', 'fc'}
   assert source_run.retrodiction(dataclasses.replace(known_arm, step=3)) == {}
-  task = forgetting.load_task(source_run.settings)
-  test = loop.put_data(task.test.images, task.test.labels, task.mean)
-  metrics = loop.evaluate(task.model, variables, test)
+  task = load_task(source_run.settings)
+  metrics = loop.evaluate(task, variables, put_data(task)[1])
   assert (scores['source_accuracy'], scores['source_loss']) == tuple(
     metrics[name] for name in ('accuracy', 'loss')
   )
@@ -613,7 +607,7 @@ def test_amounts_are_nested_and_ablations_are_of_the_first(theta):
   sizes = [study.settings(source).train_examples for source in study.sources()]
   assert sizes == [625, 250, 625]
   images = [
-    {image.tobytes() for image in forgetting.load_task(study.settings(source)).train.images}
+    {image.tobytes() for image in load_task(study.settings(source)).train.images}
     for source in study.sources()
   ]
   assert images[1] < images[0] == images[2]

@@ -16,10 +16,10 @@ import pytest
 from runs import assert_close, assert_same_bits, forget, small_config
 from two_processes import FEW_STEPS, STOPPED_AFTER, make_history
 
-from know_jax import forgetting
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.journal import read_lines
+from know_jax.runs import workdir as workdirs
 from know_jax.system import processes
 from know_jax.training import loop
 
@@ -125,13 +125,13 @@ def both(tmp_path_factory):
 def assert_same_run(found, wanted):
   """The same run but for rounding."""
   for stage in range(FEW_STEPS['stages']):
-    weights = [forgetting.restore_stage(workdir, stage) for workdir in (found, wanted)]
+    weights = [workdirs.restore_stage(workdir, stage) for workdir in (found, wanted)]
     assert_close(*weights, rtol=1e-4, atol=1e-6)
   metrics = [read_lines(workdir / 'metrics.jsonl') for workdir in (found, wanted)]
   assert [line['step'] for line in metrics[0]] == [1, 2]
   for line, other in zip(*metrics, strict=True):
     assert line == pytest.approx(other, rel=1e-4)
-  stages = [forgetting.finished_record(workdir)['stages'] for workdir in (found, wanted)]
+  stages = [workdirs.finished_record(workdir)['stages'] for workdir in (found, wanted)]
   for stage, other in zip(*stages, strict=True):
     seconds = {'train_seconds': stage['train_seconds']}
     assert stage == pytest.approx({**other, **seconds}, rel=1e-4)
@@ -142,7 +142,7 @@ def test_two_processes_train_as_one(both, alone):
   workdir = folder / 'run'
   for devices in (1, 4):
     assert_same_run(workdir, alone[devices])
-  assert forgetting.finished_record(workdir)['environment']['devices'] == 4
+  assert workdirs.finished_record(workdir)['environment']['devices'] == 4
   # Process 0 alone writes and says what there is to say.
   assert len(list((workdir / 'tensorboard').iterdir())) == FEW_STEPS['stages']
   assert 'test accuracy' in first

@@ -11,7 +11,9 @@ import pytest
 
 from know_jax.errors import UserError
 from know_jax.models import build_model
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES, apply_policy, has_batch_norm
+from know_jax.models.adapters import linen
+from know_jax.training import batch_norm
+from know_jax.training.batch_norm import BATCH_NORM_POLICIES, has_batch_norm
 from know_jax.trees import named_leaves
 
 SETTINGS = {'num_batches': 2, 'batch_size': 4}
@@ -35,6 +37,11 @@ class Mixed(nn.Module):
   def __call__(self, x, *, train):
     x = nn.LayerNorm(name='layer_norm')(x)
     return nn.BatchNorm(use_running_average=not train, name='batch_norm')(x)
+
+
+def apply_policy(policy, model, variables, x=None, **sizes):
+  batch = None if x is None else {'image': x}
+  return batch_norm.apply_policy(policy, linen(model), variables, batch, **sizes)
 
 
 def images(batch=8, size=(8, 8, 1), seed=0):
@@ -218,12 +225,11 @@ def test_without_batch_norm_every_policy_is_the_identity(name, policy):
   ('policy', 'given', 'message'),
   [
     ('recalibrated', {}, "unknown BatchNorm policy 'recalibrated'. Did you mean 'recalibrate'"),
-    ('recalibrate', {'num_batches': 3}, r'given 8 images; wanted at least 12 \(num_batches 3 x'),
+    ('recalibrate', {'num_batches': 3}, r'given 8 examples; wanted at least 12 \(num_batches 3 x'),
     ('recalibrate', {'batch_size': 0}, 'num_batches=2, batch_size=0; wanted both'),
     ('recalibrate', {'num_batches': -1}, 'num_batches=-1, batch_size=4; wanted both'),
-    ('recalibrate', {'images': None}, r'shape \(\) and dtype None; wanted normalised'),
-    ('recalibrate', {'images': np.zeros((8, 8, 8, 1), np.uint8)}, 'dtype uint8; wanted norm'),
-    ('recalibrate', {'images': np.zeros((8, 64), np.float32)}, r'shape \(8, 64\) and'),
+    ('recalibrate', {'x': None}, 'given 0 examples; wanted at least 8'),
+    ('recalibrate', {'x': np.zeros((0, 8, 8, 1))}, 'given 0 examples; wanted at least 8'),
   ],
 )
 def test_bad_input_is_refused(policy, given, message):
@@ -231,7 +237,7 @@ def test_bad_input_is_refused(policy, given, message):
   variables = trained(model, x)
   assert has_batch_norm(variables)
   with pytest.raises(UserError, match=message):
-    apply_policy(policy, model, variables, **{'images': x, **SETTINGS, **given})
+    apply_policy(policy, model, variables, **{'x': x, **SETTINGS, **given})
 
 
 # -- several devices ---------------------------------------------------------------------------

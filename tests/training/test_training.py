@@ -1,5 +1,6 @@
 """Training: eight devices do what one does, steps follow their formulas, nothing is lost."""
 
+import dataclasses
 import functools
 import itertools
 import signal
@@ -16,6 +17,7 @@ from runs import (
   log_softmax,
   model_inputs,
   sigterm_raises,
+  task_of,
 )
 
 from know_jax import trees
@@ -24,17 +26,23 @@ from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
 from know_jax.models import build_model
 from know_jax.system.signals import Terminated
-from know_jax.training import loop
-from know_jax.training.loop import AXIS, Checkpoint, DivergedError, Recipe
+from know_jax.tasks import classification
+from know_jax.tasks.base import AXIS
+from know_jax.training import loop, steps
+from know_jax.training.state import (
+  Checkpoint,
+  DivergedError,
+  Recipe,
+  create_state,
+  learning_rates,
+)
+from know_jax.training.steps import put_data
 
 MODEL = build_model('cnn_bn', num_classes=5, width=2, convs=1, axis_name=AXIS)
 BATCH = 24
 SOME = np.arange(5, 85, dtype=np.int32)  # Three batches and a part of one.
-AUGMENTED = Recipe(
-  'sgd',
-  weight_decay=1e-3,
-  augmentation=Augmentation(rotation=10.0, shift=0.15, zoom=0.3, flip=True),
-)
+AUGMENTED = Augmentation(rotation=10.0, shift=0.15, zoom=0.3, flip=True)
+RECIPE = Recipe('sgd', weight_decay=1e-3)
 
 
 @pytest.fixture(scope='module')
@@ -44,13 +52,26 @@ def digits():
 
 
 @pytest.fixture(scope='module')
-def data(digits):
-  return loop.put_data(*digits)
+def task(digits):
+  return task_of(MODEL, *digits, augmentation=AUGMENTED)
 
 
 @pytest.fixture(scope='module')
-def variables():
-  return jax.device_get(loop.init_variables(MODEL, jax.random.key(0), (8, 8, 1)))
+def plain(digits):
+  """The same without augmentation."""
+  return task_of(MODEL, *digits)
+
+
+@pytest.fixture(scope='module')
+def variables(task):
+  return jax.device_get(task.init(jax.random.key(0)))
+
+
+@functools.cache
+def data_of(task, devices=8):
+  """The training set, where the package has so many devices."""
+  assert jax.local_device_count() == devices
+  return put_data(task)[0]
 
 
 @pytest.fixture
@@ -59,17 +80,17 @@ def one_device(monkeypatch):
   monkeypatch.setattr(jax, 'pmap', functools.partial(jax.pmap, devices=jax.devices()[:1]))
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
-  for name in ('train_step', 'eval_step', '_identity'):
-    monkeypatch.setattr(loop, name, functools.cache(getattr(loop, name).__wrapped__))
+  for name in ('_train_step', '_eval_step', '_identity'):
+    monkeypatch.setattr(steps, name, functools.cache(getattr(steps, name).__wrapped__))
 
 
-def fit(variables, data, *, recipe=AUGMENTED, indices=SOME, seed=1, start=None, **options):
-  """`training.fit` for two epochs of three steps; returns the state and the metrics of epochs."""
+def fit(variables, task, *, recipe=RECIPE, indices=SOME, seed=1, start=None, **options):
+  """`loop.fit` for two epochs of three steps; returns the state and the metrics of epochs."""
   metrics = {}
   state = loop.fit(
-    MODEL,
-    start or Checkpoint(loop.create_state(variables, recipe)),
-    data,
+    task,
+    start or Checkpoint(create_state(variables, recipe)),
+    data_of(task, jax.local_device_count()),
     indices,
     **{
       'recipe': recipe,
@@ -89,22 +110,24 @@ def fit(variables, data, *, recipe=AUGMENTED, indices=SOME, seed=1, start=None, 
 
 
 @pytest.fixture(scope='module')
-def on_eight(variables, data):
-  return fit(variables, data)
+def on_eight(variables, task):
+  return fit(variables, task)
 
 
-def test_eight_devices_train_and_evaluate_as_one(digits, variables, on_eight, data, one_device):
-  assert data.labels.shape == (8, 96)
-  scores = loop.evaluate(MODEL, on_eight[0].variables, loop.put_data(*digits))
-  alone = loop.put_data(*digits)
-  assert alone.labels.shape == (1, 96)
-  state, metrics = fit(variables, alone)
+def test_eight_devices_train_and_evaluate_as_one(variables, on_eight, task, request):
+  everything = np.zeros((8, 3), np.int32)
+  assert data_of(task).at(everything)[0]['label'].shape == (8, 96)
+  scores = loop.evaluate(task, on_eight[0].variables, data_of(task))
+  request.getfixturevalue('one_device')
+  alone = data_of(task, 1)
+  assert alone.at(everything[:1])[0]['label'].shape == (1, 96)
+  state, metrics = fit(variables, task)
   # Six steps in float32, whose sums are taken in another order: some units in the last place of
   # the largest weights. A BatchNorm that saw its own device's three examples would be off by 1e-1.
   assert_close(state, on_eight[0], rtol=1e-4, atol=1e-6)
   for epoch in (1, 2):
     assert metrics[epoch] == pytest.approx(on_eight[1][epoch], rel=1e-5)
-  assert loop.evaluate(MODEL, state.variables, alone) == pytest.approx(scores, rel=1e-4)
+  assert loop.evaluate(task, state.variables, alone) == pytest.approx(scores, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -122,17 +145,17 @@ def test_eight_devices_train_and_evaluate_as_one(digits, variables, on_eight, da
 )
 def test_the_parts_of_a_batch(monkeypatch, batch_size, parts):
   whole = (batch_size,)
-  assert loop.microbatches(batch_size) == whole  # Eight devices have the processors.
+  assert steps.microbatches(batch_size) == whole  # Eight devices have the processors.
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
-  assert loop.microbatches(batch_size) == parts
+  assert steps.microbatches(batch_size) == parts
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert loop.microbatches(batch_size) == whole
+  assert steps.microbatches(batch_size) == whole
 
 
 def test_the_parts_of_any_batch_are_all_of_it_and_not_many(monkeypatch):
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
   for batch_size in range(1, 2000):
-    *parts, last = loop.microbatches(batch_size)
+    *parts, last = steps.microbatches(batch_size)
     assert sum(parts) + last == batch_size
     assert len(parts) < 20
     assert all(size % 4 == 0 for size in parts)
@@ -144,30 +167,30 @@ def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
   monkeypatch, digits, one_device, name, parts
 ):
   model = build_model(name, num_classes=5, width=2, convs=1, axis_name=AXIS)
-  variables = jax.device_get(loop.init_variables(model, jax.random.key(0), (8, 8, 1)))
-  data, seen = loop.put_data(*digits), []
-  original = loop._loss_and_correct
+  seen = []
 
-  def loss_and_correct(logits, labels):
-    seen.append(len(labels))
-    return original(logits, labels)
+  def loss(logits, batch):
+    seen.append(len(batch['label']))
+    return classification.loss(logits, batch)
+
+  task = dataclasses.replace(task_of(model, *digits, augmentation=AUGMENTED), loss=loss)
+  variables = jax.device_get(task.init(jax.random.key(0)))
 
   def trained():
     seen.clear()
     metrics = {}
     state = loop.fit(
-      model, Checkpoint(loop.create_state(variables, AUGMENTED)), data, SOME, recipe=AUGMENTED,
+      task, Checkpoint(create_state(variables, RECIPE)), data_of(task, 1), SOME, recipe=RECIPE,
       epochs=3, batch_size=64, lr=0.05, schedule='cosine', key=jax.random.key(1),
       on_epoch=metrics.__setitem__,
     )  # fmt: skip
     return state, metrics
 
-  monkeypatch.setattr(loop, '_loss_and_correct', loss_and_correct)
-  monkeypatch.setattr(loop, 'microbatches', lambda batch_size: (40, 24))
+  monkeypatch.setattr(steps, 'microbatches', lambda batch_size: (40, 24))
   state, metrics = trained()
   assert seen == parts
-  monkeypatch.setattr(loop, 'microbatches', lambda batch_size: (batch_size,))
-  loop.train_step.cache_clear()
+  monkeypatch.setattr(steps, 'microbatches', lambda batch_size: (batch_size,))
+  steps._train_step.cache_clear()
   whole, wanted = trained()
   assert seen == [64]
   # Sums in float32, taken in another order.
@@ -177,11 +200,11 @@ def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adam', 'adamw'])
-def test_steps_follow_the_formulas_of_the_optimisers(digits, data, variables, name):
+def test_steps_follow_the_formulas_of_the_optimisers(digits, plain, variables, name):
   # One batch is the whole subset, so that the order of examples does not matter.
   indices, epochs, lr = SOME[:BATCH], 4, 0.02
   recipe = Recipe(name, weight_decay=0.05)
-  state, metrics = fit(variables, data, recipe=recipe, indices=indices, epochs=epochs, lr=lr)
+  state, metrics = fit(variables, plain, recipe=recipe, indices=indices, epochs=epochs, lr=lr)
   images, labels = model_inputs(digits[0][indices], digits[0]), digits[1][indices]
   reference = NumPyOptimizer(name, 0.05)
   params = jax.tree.map(lambda p: np.asarray(p, np.float64), variables['params'])
@@ -209,7 +232,7 @@ def test_steps_follow_the_formulas_of_the_optimisers(digits, data, variables, na
     updated = reference.update(trees.named_leaves(params), named, rate)
     params = jax.tree.unflatten(treedef, list(updated.values()))
   assert int(state.step) == epochs
-  assert_close(state.batch_stats, batch_stats, rtol=1e-4, atol=1e-5)
+  assert_close(state.collections['batch_stats'], batch_stats, rtol=1e-4, atol=1e-5)
   found = trees.named_leaves(state.params)
   for path, leaf in trees.named_leaves(params).items():
     # Adam divides a gradient by its own size: one that is itself rounding (about 1e-8) has no
@@ -222,10 +245,10 @@ def test_steps_follow_the_formulas_of_the_optimisers(digits, data, variables, na
   assert share < 0.2, 'too few weights are compared'
 
 
-def test_frozen_parameters_do_not_move(data, variables):
+def test_frozen_parameters_do_not_move(plain, variables):
   frozen = frozenset({'dense/kernel', 'conv1/kernel', 'norm1/bias'})
   recipe = Recipe('adamw', weight_decay=0.1, frozen=frozen)
-  state, _ = fit(variables, data, recipe=recipe)
+  state, _ = fit(variables, plain, recipe=recipe)
   after = trees.named_leaves(state.params)
   assert frozen < set(after)
   for path, leaf in trees.named_leaves(variables['params']).items():
@@ -240,25 +263,25 @@ def test_evaluation_equals_numpy_with_and_without_padding(digits, on_eight):
   correct = logits.argmax(-1) == digits[1]
   # Without padding; the last of two rounds is short; fewer examples than devices.
   for size, batch_size in ((96, 12), (37, 3), (5, 512)):
-    part = loop.put_data(digits[0][:size], digits[1][:size], mean)
-    scores = loop.evaluate(MODEL, found, part, batch_size=batch_size)
+    part = task_of(MODEL, digits[0][:size], digits[1][:size], mean)
+    scores = loop.evaluate(part, found, data_of(part), batch_size=batch_size)
     assert scores['loss'] == pytest.approx(losses[:size].mean(), rel=1e-5)
     assert scores['accuracy'] == pytest.approx(correct[:size].mean())
 
 
-def test_training_sees_augmented_images(variables, data):
+def test_training_sees_augmented_images(variables, task, plain):
   one_step = {'indices': SOME[:BATCH], 'epochs': 1}
-  _, plain = fit(variables, data, recipe=Recipe('sgd', weight_decay=0.05), **one_step)
-  _, augmented = fit(variables, data, **one_step)
-  _, otherwise = fit(variables, data, **one_step, seed=2)
-  losses = [metrics[1]['loss'] for metrics in (plain, augmented, otherwise)]
+  _, as_they_are = fit(variables, plain, **one_step)
+  _, augmented = fit(variables, task, **one_step)
+  _, otherwise = fit(variables, task, **one_step, seed=2)
+  losses = [metrics[1]['loss'] for metrics in (as_they_are, augmented, otherwise)]
   assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-3
 
 
 def test_every_step_augments_anew(digits, variables):
   # With equal examples and weights that stay, nothing but the augmentation tells steps apart.
   images, labels = np.repeat(digits[0][:1], 96, axis=0), np.zeros(96, np.int32)
-  alike = loop.put_data(images, labels, np.zeros((8, 8, 1)))
+  alike = task_of(MODEL, images, labels, np.zeros((8, 8, 1)), augmentation=AUGMENTED)
   _, metrics = fit(variables, alike, indices=SOME[:BATCH], epochs=4, lr=0.0)
   losses = [epoch['loss'] for epoch in metrics.values()]
   assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
@@ -270,31 +293,33 @@ def test_every_step_augments_anew(digits, variables):
 def test_schedules_have_their_closed_forms():
   half = np.sqrt(0.5)
   wanted = 0.2 * np.array([1, (1 + half) / 2, 0.5, (1 - half) / 2])
-  np.testing.assert_allclose(loop.learning_rates('cosine', 0.2, 4), wanted, rtol=1e-6)
-  np.testing.assert_allclose(loop.learning_rates('cosine', 0.2, 4000).mean(), 0.1, rtol=1e-3)
-  found = loop.learning_rates('constant', 3e-3, 5)
+  np.testing.assert_allclose(learning_rates('cosine', 0.2, 4), wanted, rtol=1e-6)
+  np.testing.assert_allclose(learning_rates('cosine', 0.2, 4000).mean(), 0.1, rtol=1e-3)
+  found = learning_rates('constant', 3e-3, 5)
   assert found.dtype == np.float32
   assert found.tolist() == [np.float32(3e-3)] * 5
-  assert loop.learning_rates('cosine', 0.2, 1).tolist() == [np.float32(0.2)]
+  assert learning_rates('cosine', 0.2, 1).tolist() == [np.float32(0.2)]
 
 
-def batches_of(monkeypatch, data, variables, **options):
+def batches_of(monkeypatch, task, variables, **options):
   """The examples of every step of a fit, `[steps, batch]`, without training."""
   seen = []
 
-  def step_fn(state, data, index, lr, key):
+  nothing = steps.replicate({'loss': 0.0, 'accuracy': 0.0, 'examples': 1.0})
+
+  def step_fn(state, arrays, prepare, index, lr, key):
     seen.append(index.ravel())
-    return state.replace(step=state.step + 1), (np.zeros(8), np.zeros(8))
+    return state.replace(step=state.step + 1), nothing
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'train_step', lambda model, recipe: step_fn)
-    fit(variables, data, **options)
+    patch.setattr(steps, 'train_step', lambda task, recipe: step_fn)
+    fit(variables, task, **options)
   return np.stack(seen)
 
 
-def test_epochs_are_fresh_permutations_that_seeds_decide(monkeypatch, data, variables):
+def test_epochs_are_fresh_permutations_that_seeds_decide(monkeypatch, task, variables):
   shuffled = np.roll(SOME[::-1], 17)  # Neither sorted nor from 0.
-  batches = functools.partial(batches_of, monkeypatch, data, variables, indices=shuffled, epochs=4)
+  batches = functools.partial(batches_of, monkeypatch, task, variables, indices=shuffled, epochs=4)
   found = batches(seed=1)
   assert found.shape == (12, BATCH)
   epochs = [found[i : i + 3].ravel() for i in range(0, 12, 3)]
@@ -308,21 +333,21 @@ def test_epochs_are_fresh_permutations_that_seeds_decide(monkeypatch, data, vari
   assert (batches(seed=1) == found).all()
 
 
-def test_a_seed_decides_the_result_bit_for_bit(variables, data, on_eight):
-  again, metrics = fit(variables, data)
+def test_a_seed_decides_the_result_bit_for_bit(variables, task, on_eight):
+  again, metrics = fit(variables, task)
   assert_same_bits(again, on_eight[0])
   assert metrics == on_eight[1]
-  other, metrics = fit(variables, data, seed=2)
+  other, metrics = fit(variables, task, seed=2)
   assert metrics[1] != on_eight[1][1]
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), other.params, again.params)
   assert min(jax.tree.leaves(moved)) > 0
 
 
-def test_nothing_is_compiled_again_for_other_rates_epochs_and_seeds(variables, data, on_eight):
+def test_nothing_is_compiled_again_for_other_rates_epochs_and_seeds(variables, task, on_eight):
   del on_eight  # Has compiled what there is to compile.
   with compilations() as found:
-    fit(variables, data, lr=0.5, epochs=3, seed=3, schedule='constant')
-    fit(variables, data, lr=1e-4, epochs=1, seed=2**31)
+    fit(variables, task, lr=0.5, epochs=3, seed=3, schedule='constant')
+    fit(variables, task, lr=1e-4, epochs=1, seed=2**31)
   assert found == []
   with compilations() as found:
     jax.jit(lambda x: x + 1)(1.0)
@@ -332,36 +357,36 @@ def test_nothing_is_compiled_again_for_other_rates_epochs_and_seeds(variables, d
 # -- interruption --------------------------------------------------------------------------------
 
 
-def test_from_every_step_the_result_has_the_same_bits(variables, data, on_eight):
+def test_from_every_step_the_result_has_the_same_bits(variables, task, on_eight):
   saved = []
-  fit(variables, data, save=saved.append, save_every_seconds=-1.0)
+  fit(variables, task, save=saved.append, save_every_seconds=-1.0)
   assert [int(checkpoint.state.step) for checkpoint in saved] == [1, 2, 3, 4, 5]
   for checkpoint in saved:
     step = int(checkpoint.state.step)
-    state, metrics = fit(variables, data, start=checkpoint)
+    state, metrics = fit(variables, task, start=checkpoint)
     assert_same_bits(state, on_eight[0])
     assert metrics == {epoch: m for epoch, m in on_eight[1].items() if epoch > step // 3}
   # Not while the time between saves has not passed.
   saved.clear()
-  fit(variables, data, save=saved.append, save_every_seconds=1e6)
+  fit(variables, task, save=saved.append, save_every_seconds=1e6)
   assert saved == []
 
 
-def test_from_the_end_nothing_is_done(variables, data, on_eight):
-  state, metrics = fit(variables, data, start=Checkpoint(on_eight[0]))
+def test_from_the_end_nothing_is_done(variables, task, on_eight):
+  state, metrics = fit(variables, task, start=Checkpoint(on_eight[0]))
   assert_same_bits(state, on_eight[0])
   assert metrics == {}
 
 
 @pytest.mark.parametrize('step', [1, 3, 6])
-def test_a_signal_within_a_step_is_answered_after_it(monkeypatch, variables, data, on_eight, step):
-  saved, metrics, real, count = [], {}, loop.train_step, 0
+def test_a_signal_within_a_step_is_answered_after_it(monkeypatch, variables, task, on_eight, step):
+  saved, metrics, real, count = [], {}, steps.train_step, 0
 
-  def train_step(model, recipe):
+  def train_step(task, recipe):
     def step_fn(*args):
       nonlocal count
       count += 1
-      result = real(model, recipe)(*args)
+      result = real(task, recipe)(*args)
       if count == step:
         # The buffers of the old state are gone, and nobody holds the new one yet.
         signal.raise_signal(signal.SIGTERM)
@@ -371,18 +396,18 @@ def test_a_signal_within_a_step_is_answered_after_it(monkeypatch, variables, dat
 
   options = {'save': saved.append, 'save_every_seconds': 1e6, 'on_epoch': metrics.__setitem__}
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'train_step', train_step)
+    patch.setattr(steps, 'train_step', train_step)
     with sigterm_raises(), pytest.raises(Terminated):
-      fit(variables, data, **options)
+      fit(variables, task, **options)
   assert [int(checkpoint.state.step) for checkpoint in saved] == [step]
   assert set(metrics) == set(range(1, step // 3 + 1))
-  state, _ = fit(variables, data, start=saved[0], **options)
+  state, _ = fit(variables, task, start=saved[0], **options)
   assert_same_bits(state, on_eight[0])
   assert metrics == on_eight[1]
 
 
 @pytest.mark.parametrize('stop', [Terminated, KeyboardInterrupt])
-def test_a_signal_between_steps_is_answered_too(monkeypatch, variables, data, on_eight, stop):
+def test_a_signal_between_steps_is_answered_too(monkeypatch, variables, task, on_eight, stop):
   saved, metrics, real = [], {}, jax.random.permutation
   calls = iter(range(9))
 
@@ -394,9 +419,9 @@ def test_a_signal_between_steps_is_answered_too(monkeypatch, variables, data, on
   with monkeypatch.context() as patch:
     patch.setattr(jax.random, 'permutation', permutation)
     with pytest.raises(stop):
-      fit(variables, data, save=saved.append, on_epoch=metrics.__setitem__)
+      fit(variables, task, save=saved.append, on_epoch=metrics.__setitem__)
   assert [int(checkpoint.state.step) for checkpoint in saved] == [3]
-  state, _ = fit(variables, data, start=saved[0], on_epoch=metrics.__setitem__)
+  state, _ = fit(variables, task, start=saved[0], on_epoch=metrics.__setitem__)
   assert_same_bits(state, on_eight[0])
   assert metrics == on_eight[1]
 
@@ -404,15 +429,15 @@ def test_a_signal_between_steps_is_answered_too(monkeypatch, variables, data, on
 # -- what is refused -----------------------------------------------------------------------------
 
 
-def test_divergence_is_an_error(variables, data):
+def test_divergence_is_an_error(variables, task):
   epochs = []
   with pytest.raises(DivergedError, match=r'the loss is (nan|inf) in epoch [12] at learning rate'):
-    fit(variables, data, lr=1e30, on_epoch=lambda *args: epochs.append(args))
+    fit(variables, task, lr=1e30, on_epoch=lambda *args: epochs.append(args))
   assert epochs == []
   # The loss of the only step is finite, what its update makes is not.
   steep = jax.tree.map(lambda p: p * 1000, variables['params'])
   with pytest.raises(DivergedError, match=r'leaf .* holds NaN or infinity after the last step'):
-    fit({**variables, 'params': steep}, data, indices=SOME[:BATCH], lr=3e38, epochs=1)
+    fit({**variables, 'params': steep}, task, indices=SOME[:BATCH], lr=3e38, epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -435,9 +460,9 @@ def test_batches_must_fit_devices_and_data(batch_size, examples, message):
   [
     (lambda: Recipe('adm'), "unknown optimizer 'adm'. Did you mean 'adam'"),
     (lambda: Recipe(weight_decay=-1.0), 'weight_decay is -1.0; wanted at least 0'),
-    (lambda: loop.learning_rates('cosin', 0.1, 3), "unknown schedule 'cosin'. Did you mean"),
-    (lambda: loop.learning_rates('cosine', -0.1, 3), 'the learning rate is -0.1; wanted'),
-    (lambda: loop.learning_rates('cosine', float('nan'), 3), 'the learning rate is nan'),
+    (lambda: learning_rates('cosin', 0.1, 3), "unknown schedule 'cosin'. Did you mean"),
+    (lambda: learning_rates('cosine', -0.1, 3), 'the learning rate is -0.1; wanted'),
+    (lambda: learning_rates('cosine', float('nan'), 3), 'the learning rate is nan'),
   ],
 )
 def test_wrong_values_are_named(make, message):

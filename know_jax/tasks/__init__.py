@@ -1,0 +1,43 @@
+"""Tasks: what a network is trained for, one sort a file.
+
+A module of this folder is a task by its name; its `load(config, network)` makes the `Task`.
+"""
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from know_jax.errors import UserError, unknown_name
+from know_jax.registry import load_object
+from know_jax.tasks.base import Task
+
+TASKS = tuple(
+  sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != 'base')
+)
+"""The names of the tasks that come with the package."""
+
+
+def load_task(config: Mapping[str, Any], network: Mapping[str, Any] | None = None) -> Task:
+  """Makes the task that a config names.
+
+  Args:
+    config: `task` is a name in `TASKS` or 'package.module:object', a function of the same
+      arguments as this one; the other fields are the task's own: data, augmentation and so on.
+    network: the config whose network is meant; None: the same. A transfer has the data of its own
+      config and the network of the forgetting run.
+
+  Raises:
+    UserError: there is no such task, it is none, or one of its fields does not fit.
+  """
+  task = _loader(config['task'])(config, config if network is None else network)
+  if not isinstance(task, Task):
+    raise UserError(f'task {config["task"]!r} gave {type(task)}; expected a know_jax Task.')
+  return task
+
+
+def _loader(name: str) -> Callable[..., Any]:
+  if isinstance(name, str) and ':' in name:
+    return load_object(name, 'task')
+  if name not in TASKS:
+    raise unknown_name('task', name, TASKS)
+  return load_object(f'know_jax.tasks.{name}:load', 'task')

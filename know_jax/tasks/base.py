@@ -1,0 +1,115 @@
+"""What a task is: a network, data, what is done to a batch, a loss and a score.
+
+All that trains, predicts, transfers or draws speaks to a `Task` only. A new one is a file with a
+function that makes it; see `know_jax/tasks/classification.py`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax.data.base import Batch, Source, checked_batch
+from know_jax.errors import UserError
+from know_jax.kinds import KindFn
+from know_jax.models.adapters import Model, Variables
+
+AXIS = 'batch'
+"""The mapped axis of devices; networks average BatchNorm's statistics over it."""
+
+
+def as_it_is(batch: Batch, keys: jax.Array | None) -> Batch:
+  """The batch without any preparation."""
+  del keys
+  return batch
+
+
+def below(name: str) -> Callable[[str], bool]:
+  """Whether a path has a component of this name: `below('head')('params/head/kernel')`."""
+  return lambda path: name in path.split('/')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+  """A task ready to train on.
+
+  The functions run within compiled steps. Steps are compiled once for each `model`, `loss` and
+  `sums`: tasks that share these, as functions of a module and not made anew, share compilations. A
+  `prepare` that is a pytree (a `flax.struct.dataclass` or `jax.tree_util.Partial`) hands its arrays
+  over as arguments; those of any other function are compiled in.
+
+  Attributes:
+    model: the network.
+    train: the training set.
+    test: the test set; batches have the same arrays as those of `train`.
+    loss: (outputs, batch) -> (values, weights). The loss of a batch is the mean of the values under
+      the weights, over the whole batch on all devices; weights None: all count alike. Values have
+      the examples on axis 0 (tokens or pixels on others), and each is of its own example alone.
+    sums: (outputs, batch, mask) -> dict of arrays that add up over batches; `mask` `[B]` is 1 for
+      an example that counts and 0 for one that does not.
+    metrics: sums over a whole set, NumPy float64 -> dict of numbers, 'loss' and `score` included.
+    prepare: (batch, keys) -> batch, on the device. `keys`: `[B]`, one an example, so that what
+      befalls an example (augmentation) depends on nothing else; None outside training.
+    head: whether a leaf, by its path in the variables as 'params/head/kernel', is part of what a
+      transfer makes anew.
+    kinds: the rule for the kinds of leaves where names do not tell them; see `kinds.leaf_kinds`.
+    score: the metric by which weights are compared; larger is better.
+    name: what the data are, for messages.
+    about: JSON data for the record of a run, such as the names of classes.
+  """
+
+  model: Model
+  train: Source
+  test: Source
+  loss: Callable[[Any, Batch], tuple[jax.Array, jax.Array | None]]
+  sums: Callable[[Any, Batch, jax.Array], dict[str, Any]]
+  metrics: Callable[[Mapping[str, Any]], dict[str, float]]
+  prepare: Callable[[Batch, jax.Array | None], Batch] = as_it_is
+  head: Callable[[str], bool] = dataclasses.field(default_factory=lambda: below('head'))
+  kinds: KindFn | None = None
+  score: str = 'accuracy'
+  name: str = 'the task'
+  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    for field in ('loss', 'sums', 'metrics', 'prepare', 'head'):
+      if not callable(getattr(self, field)):
+        raise UserError(f'{field} of a task is {getattr(self, field)!r}; expected a function.')
+    for field in ('train', 'test'):
+      source = getattr(self, field)
+      if source.size < 1:
+        raise UserError(f'{field} of {self.name} has {source.size} examples; expected some.')
+      if source.strata is not None and np.shape(source.strata) != (source.size,):
+        raise UserError(
+          f'the strata of {field} have shape {np.shape(source.strata)}; expected [{source.size}], '
+          'one for each example.'
+        )
+    try:
+      hash(self.model)
+    except TypeError as error:
+      raise UserError(f'model {self.model!r} cannot be hashed; expected that it can.') from error
+
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh variables of the network, on the device; also under `jax.eval_shape`."""
+    first = checked_batch(self.train, np.zeros(1, np.int32))
+    shapes = jax.eval_shape(lambda batch: self.prepare(batch, None), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables = _init_fn(self.model)(key, zeros)
+    if not isinstance(variables, dict) or 'params' not in variables:
+      raise UserError(
+        f"the variables of the network are {type(variables)}; expected 'params' in a dict."
+      )
+    return variables
+
+  def prepared(self, indices: np.ndarray) -> Batch:
+    """Training examples as the network is given them in evaluation."""
+    return self.prepare(jax.tree.map(jnp.asarray, checked_batch(self.train, indices)), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _init_fn(model: Model) -> Callable[..., Any]:
+  return jax.jit(model.init)

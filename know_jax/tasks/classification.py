@@ -1,0 +1,181 @@
+"""Image classification: cross-entropy and accuracy."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from know_jax.data.augmentation import Augmentation, augment
+from know_jax.data.base import Batch, Source, checked_batch
+from know_jax.data.sources import Dataset, load_dataset, mean_image, to_device_input
+from know_jax.data.subsets import nested_subsets
+from know_jax.errors import UserError
+from know_jax.models import HEAD, build_model
+from know_jax.models.adapters import Model, linen
+from know_jax.registry import load_object
+from know_jax.seeds import named_key
+from know_jax.tasks.base import AXIS, Task, below
+
+_READ = 512
+"""Examples that are read at a time where the data are not in memory."""
+
+
+@flax.struct.dataclass
+class Preparation:
+  """Bytes to centred numbers, augmented in training.
+
+  Attributes:
+    mean: the image to subtract, float32 `[H, W, C]`.
+    augmentation: applied after it is subtracted.
+  """
+
+  mean: Any
+  augmentation: Augmentation = flax.struct.field(pytree_node=False, default=Augmentation())
+
+  def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:
+    """The batch with images as the networks take them, float32 `[B, H, W, C]`."""
+    images = to_device_input(batch['image'], self.mean)
+    if keys is not None:
+      images = augment(keys, images, self.augmentation)
+    return {**batch, 'image': images}
+
+
+def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
+  """The cross-entropy of every example, `[B]`."""
+  logits = logits.astype(jnp.float32)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']), None
+
+
+def sums(logits: jax.Array, batch: Batch, mask: jax.Array) -> dict[str, jax.Array]:
+  """Sums of cross-entropy, of correct answers and of examples."""
+  correct = logits.astype(jnp.float32).argmax(-1) == batch['label']
+  values, _ = loss(logits, batch)
+  return {
+    'loss': (values * mask).sum(),
+    'accuracy': (correct.astype(jnp.float32) * mask).sum(),
+    'examples': mask.sum(),
+  }
+
+
+def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
+  """Mean cross-entropy, and the share of correct answers."""
+  examples = float(sums['examples'])
+  return {name: float(sums[name]) / examples for name in ('loss', 'accuracy')}
+
+
+def task(
+  model: Model | nn.Module,
+  train: Source,
+  test: Source,
+  *,
+  mean: np.ndarray | None = None,
+  augmentation: Augmentation = Augmentation(),  # noqa: B008  (it is frozen)
+  head: str = HEAD,
+  name: str = 'the images',
+  about: Mapping[str, Any] | None = None,
+) -> Task:
+  """Image classification with a network and data of one's own.
+
+  Args:
+    model: takes `batch['image']` and gives logits `[B, classes]`; a linen module, or a `Model`.
+    train: batches of 'image', uint8 `[B, H, W, C]`, and 'label', int32 `[B]`.
+    test: likewise.
+    mean: the image to subtract from images / 255, float32 `[H, W, C]`; None: their mean.
+    augmentation: of training images.
+    head: the layer that a transfer makes anew.
+    name: what the data are, for messages.
+    about: JSON data for the record of a run.
+  """
+  model = linen(model) if isinstance(model, nn.Module) else model
+  mean = mean_of(train) if mean is None else mean
+  return Task(
+    model, train, test, loss, sums, metrics,
+    prepare=Preparation(np.asarray(mean, np.float32), augmentation), head=below(head), name=name,
+    about=about or {},
+  )  # fmt: skip
+
+
+def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
+  """The task that a config names.
+
+  Args:
+    config: `dataset`, `data_dir`, `classes`, `image_size`, `train_split`, `test_split` and
+      `augmentation`; `train_examples` and `seed`, if it has them: how many examples of the training
+      set are used, drawn by class.
+    network: `model`, `width`, `dtype` and `head`.
+
+  Raises:
+    UserError: a field does not fit.
+  """
+  options = {
+    'data_dir': config['data_dir'],
+    'classes': tuple(config['classes']),
+    'image_size': tuple(config['image_size']) or None,
+  }
+  train, test = (
+    load_dataset(config['dataset'], config[split], **options)
+    for split in ('train_split', 'test_split')
+  )
+  train = _draw(train, config.get('train_examples', 0), config.get('seed', 0))
+  if absent := sorted(set(range(train.num_classes)) - set(train.labels.tolist())):
+    raise UserError(
+      f'class {train.class_names[absent[0]]!r} has no example in {train.name}/{train.split}; '
+      'wanted some of each class.'
+    )
+  return task(
+    network_of(network, train.num_classes),
+    train,
+    test,
+    augmentation=Augmentation(**config['augmentation']),
+    head=network['head'],
+    name=f'{train.name} images {train.images.shape[1:]}',
+    about={'class_names': list(train.class_names)},
+  )
+
+
+def mean_of(source: Source) -> np.ndarray:
+  """The mean image of a source, read once where it is not in memory; see `mean_image`."""
+  arrays = getattr(source, 'arrays', None)
+  if arrays is not None:
+    return mean_image(arrays['image'])
+  total: Any = 0.0
+  for start in range(0, source.size, _READ):
+    indices = np.arange(start, min(start + _READ, source.size), dtype=np.int32)
+    total += mean_image(checked_batch(source, indices)['image']).astype(np.float64) * len(indices)
+  return (total / source.size).astype(np.float32)
+
+
+def network_of(config: Mapping[str, Any], num_classes: int) -> Model | nn.Module:
+  """The network that a config names, with so many logits.
+
+  A name of the user's, 'package.module:object', is called with `num_classes`, and with `width` and
+  `dtype` where they are not the config's defaults; it gives a linen module or a `Model`.
+  """
+  name, width, dtype = config['model'], config['width'], config['dtype']
+  if ':' not in name:
+    return build_model(name, num_classes=num_classes, width=width, dtype=dtype, axis_name=AXIS)
+  options = {} if width is None else {'width': width}
+  if dtype != 'float32':
+    options['dtype'] = jnp.dtype(dtype)
+  return load_object(name, 'model')(num_classes=num_classes, **options)
+
+
+def _draw(train: Dataset, examples: int, seed: int) -> Dataset:
+  """A random part of a training set, with the classes' shares kept."""
+  if examples == 0 or examples == len(train.labels):
+    return train
+  if not 0 < examples < len(train.labels):
+    raise UserError(
+      f'train_examples is {examples}; wanted 0 (all) to {len(train.labels)}, the size of '
+      f'{train.name}/{train.split}.'
+    )
+  share = examples / len(train.labels)
+  key = named_key(seed, 'train_examples')
+  chosen = nested_subsets(key, train.labels, rate=share, phases=2, stratified=True)[1]
+  return dataclasses.replace(train, images=train.images[chosen], labels=train.labels[chosen])

@@ -1,0 +1,170 @@
+"""What training changes and how: state, recipe, optimisers, learning rates."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+import optax
+
+from know_jax import trees
+from know_jax.errors import UserError, unknown_name
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+  # Without the learning rate, which the step multiplies in.
+  'adam': lambda weight_decay: _decayed(optax.scale_by_adam(eps=1e-7), 0.0, weight_decay),
+  'adamw': lambda weight_decay: _decayed(optax.scale_by_adam(eps=1e-7), weight_decay, 0.0),
+  'sgd': lambda weight_decay: _decayed(optax.trace(decay=0.9), 0.0, weight_decay),
+}
+"""Name -> weight decay -> transformation.
+
+Epsilon 1e-7 is the default of Keras, which the authors use; their released scripts set 1e-8.
+"""
+
+SCHEDULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+  'constant': np.ones_like,
+  'cosine': lambda done: 0.5 * (1 + np.cos(np.pi * done)),
+}
+"""Name -> (share of the training done, [steps]) -> factor of the learning rate."""
+
+
+class DivergedError(UserError):
+  """The loss is no longer finite."""
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What training changes.
+
+  Attributes:
+    step: the number of steps done, int32 scalar.
+    params: the network's parameters.
+    collections: its other variables, such as 'batch_stats'; `{}` for a network without.
+    opt_state: the optimiser's state.
+  """
+
+  step: Any
+  params: Any
+  collections: Any
+  opt_state: Any
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """`{'params': ...}` and the other collections."""
+    return {'params': self.params, **self.collections}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How weights are updated; one of the things that a compiled train step depends on.
+
+  Attributes:
+    optimizer: a name in `OPTIMIZERS`.
+    weight_decay: L2 penalty for adam and sgd, decoupled for adamw; on kernels only.
+    frozen: paths of the parameters that do not move.
+  """
+
+  optimizer: str = 'adam'
+  weight_decay: float = 0.0
+  frozen: frozenset[str] = frozenset()
+
+  def __post_init__(self) -> None:
+    if self.optimizer not in OPTIMIZERS:
+      raise unknown_name('optimizer', self.optimizer, OPTIMIZERS)
+    if self.weight_decay < 0:
+      raise UserError(f'weight_decay is {self.weight_decay}; wanted at least 0.')
+
+
+class Checkpoint(NamedTuple):
+  """Where a training stands between two steps.
+
+  Attributes:
+    state: not replicated.
+    sums: what the task sums over the examples of the unfinished epoch, float64; `{}` between two.
+  """
+
+  state: TrainState
+  sums: dict[str, Any] = {}  # noqa: RUF012  (nobody writes to it)
+
+
+def create_state(variables: Any, recipe: Recipe) -> TrainState:
+  """A state at step 0 with a fresh optimiser; not yet replicated."""
+  params = variables['params']
+  return TrainState(
+    step=np.int32(0),
+    params=params,
+    collections={name: value for name, value in variables.items() if name != 'params'},
+    opt_state=optimizer(recipe).init(params),
+  )
+
+
+def to_tree(checkpoint: Checkpoint) -> dict[str, Any]:
+  """A checkpoint as nested dicts: the optimiser's named tuples become numbered leaves."""
+  state = checkpoint.state
+  return {
+    'step': state.step,
+    'params': state.params,
+    'collections': state.collections,
+    'opt_state': {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
+    'sums': checkpoint.sums,
+  }
+
+
+def from_tree(like: TrainState, tree: dict[str, Any]) -> Checkpoint:
+  """The inverse of `to_tree`, for a state with an optimiser like that of `like`."""
+  leaves = [tree['opt_state'][str(i)] for i in range(len(tree['opt_state']))]
+  state = TrainState(
+    step=tree['step'],
+    params=tree['params'],
+    collections=tree.get('collections', {}),
+    opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
+  )
+  return Checkpoint(state, tree.get('sums', {}))
+
+
+def learning_rates(schedule: str, lr: float, total_steps: int) -> np.ndarray:
+  """The learning rate of every step, float32 `[total_steps]`.
+
+  Cosine decay (Loshchilov and Hutter, 2017) goes from lr at step 0 to 0 at step `total_steps`.
+
+  Raises:
+    UserError: there is no such schedule, or lr is negative or not finite.
+  """
+  if schedule not in SCHEDULES:
+    raise unknown_name('schedule', schedule, SCHEDULES)
+  if not (np.isfinite(lr) and lr >= 0):
+    raise UserError(f'the learning rate is {lr}; wanted a finite number of at least 0.')
+  done = np.arange(total_steps, dtype=np.float64) / max(total_steps, 1)
+  return (lr * SCHEDULES[schedule](done)).astype(np.float32)
+
+
+def _decayed(
+  direction: optax.GradientTransformation, decoupled: float, coupled: float
+) -> optax.GradientTransformation:
+  """Weight decay of kernels, before the direction (a penalty) or after it (decoupled)."""
+
+  def kernels(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  parts = [direction]
+  if coupled:
+    parts.insert(0, optax.add_decayed_weights(coupled, kernels))
+  if decoupled:
+    parts.append(optax.add_decayed_weights(decoupled, kernels))
+  return optax.chain(*parts)
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  """The transformation of a recipe, without the learning rate, which the step multiplies in."""
+  moving = OPTIMIZERS[recipe.optimizer](recipe.weight_decay)
+  if not recipe.frozen:
+    return moving
+
+  def labels(params: Any) -> Any:
+    paths, treedef = trees.leaf_paths(params), jax.tree.structure(params)
+    names = ['frozen' if path in recipe.frozen else 'moving' for path in paths]
+    return jax.tree.unflatten(treedef, names)
+
+  return optax.multi_transform({'moving': moving, 'frozen': optax.set_to_zero()}, labels)

@@ -1,0 +1,205 @@
+"""Compiled steps on all devices of all processes, and what they are given: the only pmap.
+
+Of what has an axis of devices, each process holds the rows of its own; those of process 0 come
+first. A step computes what one device would with the whole batch: gradients are averaged over
+devices, BatchNorm statistics are those of the global batch, and what happens to an example follows
+from its place in the batch, not from a device. (A network's own randomness, dropout, belongs to the
+part of a batch that a device computes at once.) What changes from step to step (learning rate,
+keys, example indices) is an argument of the compiled step, so that runs that differ in nothing else
+share one compilation.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax.data.base import Source, checked_batch
+from know_jax.models.adapters import Model
+from know_jax.tasks.base import AXIS, Task
+from know_jax.training.state import Recipe, TrainState, optimizer
+
+_MODEL_STREAM = np.uint32(2**32 - 1)
+"""Tells the keys of a network from those of examples, which are numbered from 0."""
+
+
+def mapped(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+  """`jax.pmap` over `AXIS`, the axis of all devices."""
+  return jax.pmap(function, AXIS, **options)
+
+
+class Data:
+  """A source and its preparation, as steps take them.
+
+  Args:
+    source: in memory (it has `arrays`): copied to every device once. Any other is read batch by
+      batch, on the host.
+    prepare: as of a `Task`.
+  """
+
+  def __init__(self, source: Source, prepare: Callable[..., Any]):
+    self.size = source.size
+    if jax.tree_util.all_leaves([prepare]):
+      prepare = jax.tree_util.Partial(prepare)
+    self.prepare = replicate(prepare)
+    arrays = getattr(source, 'arrays', None)
+    self._arrays = None if arrays is None else replicate(dict(arrays))
+    self._source = source
+
+  def at(self, index: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Arrays with the examples at `index` `[local devices, b]`, and where they are in them."""
+    if self._arrays is not None:
+      return self._arrays, index
+    batch = checked_batch(self._source, index.reshape(-1))
+    here = jax.tree.map(lambda x: np.reshape(x, (*index.shape, *np.shape(x)[1:])), batch)
+    return here, np.broadcast_to(np.arange(index.shape[1], dtype=np.int32), index.shape)
+
+
+def put_data(task: Task) -> tuple[Data, Data]:
+  """The training and the test set of a task."""
+  return Data(task.train, task.prepare), Data(task.test, task.prepare)
+
+
+def here(rows: np.ndarray) -> np.ndarray:
+  """The part of this process of `[steps, devices, ...]`: pmap counts devices process by process."""
+  devices = jax.local_device_count()
+  first = jax.process_index() * devices
+  return rows[:, first : first + devices]
+
+
+def train_step(task: Task, recipe: Recipe) -> Callable[..., Any]:
+  """The compiled train step of a task.
+
+  (state, arrays, prepare, indices [local devices, b], lr, key) -> state, sums. `arrays` and
+  `indices` are from `Data.at`; sums are those of the task over the global batch, before the update.
+  """
+  return _train_step(task.model, task.loss, task.sums, recipe)
+
+
+@functools.lru_cache(maxsize=64)
+def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[..., Any]:
+  """One step on one device of `AXIS`."""
+
+  def step(state: TrainState, arrays: Any, prepare: Any, index: Any, lr: Any, key: Any) -> Any:
+    size = index.shape[0]
+    device = jax.lax.axis_index(AXIS)
+    place = device * size + jnp.arange(size)
+    step_key = jax.random.fold_in(key, state.step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, step_key))(place)
+    batch = prepare(jax.tree.map(lambda x: x[index], arrays), keys)
+    model_key = jax.random.fold_in(jax.random.fold_in(step_key, _MODEL_STREAM), device)
+
+    def loss_fn(params: Any, batch: Any, key: Any) -> Any:
+      variables = {'params': params, **state.collections}
+      outputs, changed = model.apply(variables, batch, train=True, key=key)
+      values, weights = loss(outputs, batch)
+      part = values.shape[0]
+      counted = sums(outputs, batch, jnp.ones(part))
+      collections = {**state.collections, **changed}
+      if weights is None:
+        return values.sum() / (size * (values.size // part)), (None, counted, collections)
+      # The total weight, of all parts on all devices, is not known yet.
+      return (values * weights).sum(), (weights.sum(), counted, collections)
+
+    # BatchNorm needs its whole batch.
+    sizes = (size,) if state.collections else microbatches(size)
+    cuts = np.cumsum(sizes)[:-1]
+    pieces = jax.tree.map(lambda x: jnp.split(x, cuts), batch)
+    parts = jax.tree.transpose(
+      jax.tree.structure(batch), jax.tree.structure([0] * len(sizes)), pieces
+    )
+    results = [
+      jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, part, jax.random.fold_in(model_key, i)
+      )
+      for i, part in enumerate(parts)
+    ]
+    (_, (weight, counted, collections)), grads = jax.tree.map(lambda *x: sum(x), *results)
+    if weight is None:
+      grads = jax.lax.pmean(grads, AXIS)
+    else:
+      grads, weight = jax.lax.psum((grads, weight), AXIS)
+      # A batch in which nothing counts moves nothing.
+      grads = jax.tree.map(lambda g: (g / jnp.where(weight == 0, 1, weight)).astype(g.dtype), grads)
+    collections = jax.tree.map(_mean_over_devices, collections)
+    counted = jax.lax.psum(counted, AXIS)
+    updates, opt_state = optimizer(recipe).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - lr.astype(p.dtype) * u, state.params, updates)
+    return TrainState(state.step + 1, params, collections, opt_state), counted
+
+  return mapped(step, in_axes=(0, 0, 0, 0, None, None), donate_argnums=0)
+
+
+def _mean_over_devices(leaf: jax.Array) -> jax.Array:
+  # Counts and flags change alike everywhere.
+  return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+
+def microbatches(batch_size: int) -> tuple[int, ...]:
+  """The sizes of the parts of one device's images whose gradients a step takes and adds.
+
+  On a CPU most operations of a small network, convolutions above all, run on one core only, but
+  XLA runs operations that do not wait for each other on different cores: parts of a batch are
+  such. Parts of two sizes do not stand at the same operation at the same time, so that both cores
+  find work more often. Smaller parts cost more than they save, as do more of them, which take
+  longer to compile; a convolution takes up to 1.4 times as long if its images are no multiple of
+  4, so that the rest is a part of its own. Where there are other devices, they have the cores.
+  """
+  if jax.default_backend() != 'cpu' or jax.local_device_count() > 1 or batch_size < 32:
+    return (batch_size,)
+  large = max(16, 8 * round(batch_size / 64))
+  small = 16 if batch_size < 128 else large // 2
+  count = 0 if small == large else 4
+  smaller, rest = divmod(batch_size - count * large, small)
+  return (large,) * count + (small,) * smaller + ((rest,) if rest else ())
+
+
+def eval_step(task: Task) -> Callable[..., Any]:
+  """The compiled evaluation step of a task.
+
+  (variables, arrays, prepare, indices [local devices, b], mask [local devices, b]) -> sums over the
+  examples where the mask is 1.
+  """
+  return _eval_step(task.model, task.sums)
+
+
+@functools.lru_cache(maxsize=64)
+def _eval_step(model: Model, sums: Any) -> Callable[..., Any]:
+  def step(variables: Any, arrays: Any, prepare: Any, index: Any, mask: Any) -> Any:
+    batch = prepare(jax.tree.map(lambda x: x[index], arrays), None)
+    outputs, _ = model.apply(variables, batch, train=False, key=None)
+    return jax.lax.psum(sums(outputs, batch, mask), AXIS)
+
+  return mapped(step)
+
+
+def replicate(tree: Any) -> Any:
+  """A copy of every leaf on every device of this process, `[local devices, ...]`, for pmap."""
+  devices = jax.local_device_count()
+  stacked = jax.tree.map(
+    lambda x: np.broadcast_to(x, (devices, *np.shape(x))), jax.device_get(tree)
+  )
+  return _identity()(stacked)
+
+
+@functools.cache
+def _identity() -> Callable[..., Any]:
+  # Under the axis name of the steps: arrays laid out under another would make each compile twice.
+  return mapped(lambda x: x)
+
+
+def unreplicate(tree: Any) -> Any:
+  """The copy of this process's first device, as NumPy arrays."""
+  # The shard that lies there: indexing the whole would compile and run for every shape.
+  first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+  # Copied, as the next step may be given its memory.
+  return jax.tree.map(lambda x: np.array(x[0]), jax.device_get(first))
+
+
+@functools.cache
+def count_wishes() -> Callable[..., Any]:
+  """Adds up int32 `[local devices, n]` over all devices."""
+  return mapped(lambda x: jax.lax.psum(x, AXIS))
