@@ -14,7 +14,7 @@ help:
 	@echo 'make test   lint, type check, the fast test suite and the smoke study'
 	@echo 'make test-newest, make test-oldest'
 	@echo '            the same, and the fast test suite alone, on the versions that .ci/*.txt pin'
-	@echo 'make test-reliability   kill, corrupt and fuzz in full (under 20 minutes)'
+	@echo 'make test-reliability   kill, corrupt, fuzz and real names in full (under 20 minutes)'
 	@echo 'make clean  remove virtual environments, the demo and caches'
 
 # The stamp is newer than what it depends on if and only if what that asks for is installed.
