@@ -48,6 +48,7 @@ def run(name, theta):
 def test_import_is_quick_and_neither_it_nor_predict_brings_in_the_heavy_packages():
   heavy = (
     'tensorflow', 'tensorflow_datasets', 'orbax', 'optax', 'sklearn', 'matplotlib', 'h5py',
+    'pandas',
   )  # fmt: skip
   out = run(f"""
 import sys, time

@@ -130,6 +130,28 @@ def save(
   return path
 
 
+def seal(path: Path, leaves: dict[str, dict[str, Any]], metadata: dict[str, Any]) -> None:
+  """Writes the manifest of a checkpoint whose `weights/` another has written.
+
+  Args:
+    path: the folder, with all files that belong to it.
+    leaves: path -> `shape`, `dtype` and `sha256` of the leaf's bytes in row-major order.
+    metadata: as for `save`.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  (path / _MANIFEST).unlink(missing_ok=True)
+  content = {
+    'format': FORMAT,
+    'version': VERSION,
+    'leaves': leaves,
+    'files': _checksums(path),
+    'metadata': metadata,
+  }
+  write_sealed(path / _MANIFEST, content)
+
+
 def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
   """Restores a tree that `save` wrote, bit for bit, with every file and leaf verified.
 

@@ -5,18 +5,35 @@ in compressed chunks, with or without OCDBT. An array is copied to a nameless fi
 """
 
 import contextlib
+import functools
+import hashlib
 import math
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from know_jax.errors import UserError, reason
 from know_jax.io import checkpoints
-from know_jax.io.weights import Leaf, Opener, Reader, Weights, by_path, files_below, identify_files
+from know_jax.io.files import fsync_directory, hidden_sibling
+from know_jax.io.weights import (
+  Leaf,
+  Opener,
+  Reader,
+  Shard,
+  Sink,
+  Weights,
+  by_path,
+  files_below,
+  identify_files,
+  raw_bytes,
+)
+from know_jax.jsonable import digest
 
 _MANIFEST = 'manifest.json'
 _SIGNS = ('_METADATA', 'manifest.ocdbt')
@@ -48,7 +65,7 @@ def open(path: Path) -> Weights:
   """
   if (path / _MANIFEST).is_file():
     checkpoints.read_metadata(path)  # An error, if the manifest is of something else.
-    return _open(path, path / 'weights', lambda: checkpoints.verify(path))
+    return _open(path, path / 'weights', lambda: checkpoints.verify(path), seal=_seal)
   folder = path
   if not _is_plain(path):
     items = {item.name: item for item in _items(path)}
@@ -60,7 +77,10 @@ def open(path: Path) -> Weights:
 
 
 def _open(
-  given: Path, directory: Path, identify: Callable[[], dict[str, dict[str, Any]]]
+  given: Path,
+  directory: Path,
+  identify: Callable[[], dict[str, dict[str, Any]]],
+  seal: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Weights:
   import tensorstore as ts
 
@@ -68,7 +88,7 @@ def _open(
   ocdbt = (directory / 'manifest.ocdbt').exists()
   store: dict[str, Any] = {'driver': 'ocdbt', 'base': base} if ocdbt else {'driver': 'file'}
   root = '' if ocdbt else f'{directory.resolve().as_posix()}/'
-  leaves = []
+  leaves, specs = [], {}
   try:
     keys = ts.KvStore.open(store if ocdbt else {**store, 'path': root}).result().list().result()
     for key in sorted(key.decode() for key in keys):
@@ -88,11 +108,18 @@ def _open(
       chunk_bytes = math.prod(chunk) * dtype.itemsize
       opener = _opener(spec, chunk, f'leaf {name!r} of {given}')
       leaves.append(Leaf(name, shape, dtype, opener, chunk_bytes))
+      specs[name] = {'driver': spec['driver']}, chunk
   except (ValueError, RuntimeError) as error:
     if isinstance(error, UserError):
       raise
     raise UserError(f'cannot read {given}: {_first_line(error)}') from error
-  return Weights(given, 'orbax', by_path(leaves, given), (), identify)
+  found = by_path(leaves, given)
+  name = directory.relative_to(given).as_posix()
+  writing = functools.partial(_writing, directory, ocdbt, specs)
+  if name != '.' and seal is None:
+    writing = functools.partial(_with_step, given, directory, writing)
+  shards = (Shard(name, tuple(found), writing),)
+  return Weights(given, 'orbax', found, shards, identify, seal=seal)
 
 
 def _chunk_shape(array: Any) -> tuple[int, ...]:
@@ -147,3 +174,138 @@ def _copy(file: int, data: np.ndarray, shape: tuple[int, ...], part: tuple[slice
     while len(run):
       count = os.pwrite(file, run, place)
       run, place = run[count:], place + count
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+_OF_OCDBT = re.compile(r'^(manifest\.ocdbt$|d/|ocdbt\.process_[0-9]+/)')
+
+
+class _Sink(Sink):
+  """Writes arrays into a new checkpoint; each is put together in a nameless file first."""
+
+  def __init__(
+    self, store: Callable[[str], dict[str, Any]], specs: dict[str, Any], scratch: IO[bytes]
+  ):
+    self._store, self._specs = store, specs
+    self._leaf: Leaf | None = None
+    self._start = 0
+    self.files: dict[str, Any] = {}
+    super().__init__(scratch)
+
+  def begin(self, leaf: Leaf) -> None:
+    self.end()
+    self._leaf, self._start = leaf, self.size
+    self._file.seek(0)
+    self._file.truncate()
+
+  def go_back(self, mark: tuple[int, Any]) -> None:
+    self.size, checksum = mark
+    self.checksum = checksum.copy()
+    self._file.seek(self.size - self._start)
+    self._file.truncate()
+
+  def end(self) -> None:
+    """Takes the leaf that has been written into the checkpoint."""
+    import tensorstore as ts
+
+    if (leaf := self._leaf) is None or not leaf.size:
+      return
+    self._file.flush()
+    spec, chunk = self._specs[leaf.name]
+    array = ts.open({**spec, 'kvstore': self._store(f'{leaf.name}/')}, open=True).result()
+    data = np.memmap(self._file, leaf.dtype, 'r', shape=leaf.shape)
+    for part in _chunks(leaf.shape, chunk):
+      array[part].write(data[part]).result()
+
+  def identity(self) -> dict[str, Any]:
+    size = sum(file['size'] for file in self.files.values())
+    return {'size': size, 'sha256': digest(self.files), 'files': self.files}
+
+
+@contextlib.contextmanager
+def _writing(source: Path, ocdbt: bool, specs: dict[str, Any], path: Path) -> Iterator[Sink]:
+  """A copy of a checkpoint, with its metadata and chunks but other numbers."""
+  import tensorstore as ts
+
+  temporary = hidden_sibling(path, 'tmp')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir()
+  try:
+
+    def store(folder: Path, key: str = '') -> dict[str, Any]:
+      place = folder.resolve().as_posix()
+      if ocdbt:
+        return {'driver': 'ocdbt', 'base': f'file://{place}/', 'path': key}
+      return {'driver': 'file', 'path': f'{place}/{key}'}
+
+    for file in files_below(source):
+      name = file.relative_to(source).as_posix()
+      if not _OF_OCDBT.match(name) if ocdbt else not _is_chunk(name, specs):
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, temporary / name)
+    if ocdbt:
+      old, new = (ts.KvStore.open(store(folder)).result() for folder in (source, temporary))
+      for key in old.list().result():
+        if not _is_chunk(key.decode(), specs):
+          new.write(key, old.read(key).result().value).result()
+    with tempfile.TemporaryFile(dir=temporary.parent) as scratch:
+      sink = _Sink(functools.partial(store, temporary), specs, scratch)
+      yield sink
+      sink.end()
+    sink.files = identify_files(temporary, files_below(temporary))
+    for folder, _, names in os.walk(temporary, topdown=False):
+      for name in names:
+        with Path(folder, name).open('rb') as written:
+          os.fsync(written.fileno())
+      fsync_directory(Path(folder))
+    path.mkdir(parents=True, exist_ok=True)
+    # What says that it is a checkpoint comes last.
+    for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name in _SIGNS):
+      target = path / entry.name
+      if target.is_dir():
+        shutil.rmtree(target)
+      entry.replace(target)
+    fsync_directory(path)
+  except (ValueError, RuntimeError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f'cannot write {path}: {_first_line(error)}') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_chunk(key: str, specs: dict[str, Any]) -> bool:
+  parts = key.split('/')
+  inside = any('/'.join(parts[:n]) in specs for n in range(1, len(parts)))
+  return inside and not parts[-1].startswith(('.z', 'zarr.json'))
+
+
+@contextlib.contextmanager
+def _with_step(
+  given: Path,
+  directory: Path,
+  writing: Callable[[Path], contextlib.AbstractContextManager[Sink]],
+  path: Path,
+) -> Iterator[Sink]:
+  """Beside an item also what else a step of a CheckpointManager has, other arrays left out."""
+  with writing(path) as sink:
+    yield sink
+  for entry in given.iterdir():
+    if entry.is_file():
+      shutil.copyfile(entry, path.with_name(entry.name))
+    elif entry != directory and not _is_plain(entry):
+      shutil.copytree(entry, path.with_name(entry.name), dirs_exist_ok=True)
+
+
+def _seal(folder: Path, metadata: dict[str, Any]) -> None:
+  leaves = {}
+  for path, leaf in _open(folder, folder / 'weights', dict).leaves.items():
+    with leaf.open(folder.parent) as reader:
+      checksum = hashlib.sha256()
+      for start in range(0, leaf.size, 1 << 20):
+        checksum.update(raw_bytes(reader.read(start, min(start + (1 << 20), leaf.size))).data)
+    leaves[path] = {
+      'shape': list(leaf.shape), 'dtype': leaf.dtype.name, 'sha256': checksum.hexdigest()
+    }  # fmt: skip
+  checkpoints.seal(folder, leaves, metadata)

@@ -132,6 +132,10 @@ class Sink:
     self.checksum.update(raw)
     self.size += len(raw)
 
+  def identity(self) -> dict[str, Any]:
+    """Size and SHA-256 of what has been written; of a folder also those of its `files`."""
+    return {'size': self.size, 'sha256': self.checksum.hexdigest()}
+
   def mark(self) -> tuple[int, Any]:
     """Where the file ends now; `go_back` returns to it."""
     return self.size, self.checksum.copy()
@@ -195,6 +199,7 @@ class Weights:
     home: the folder whose side files (configs, tokenizers) belong to it, None if it is a file.
     index: the name and content of a sharded checkpoint's index.
     notes: what to tell about it.
+    seal: `seal(folder, metadata)` ends the writing of a checkpoint that states its own checksums.
   """
 
   path: Path
@@ -206,6 +211,7 @@ class Weights:
   home: Path | None = None
   index: tuple[str, dict[str, Any]] | None = None
   notes: tuple[str, ...] = ()
+  seal: Callable[[Path, dict[str, Any]], None] | None = None
 
 
 def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:

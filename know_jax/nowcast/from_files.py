@@ -563,6 +563,8 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       step, card, sizes={path: leaf.size for path, leaf in job.leaves.items()},
       moved={path: float(values[n - 1][0]) for path, values in health.items()}, notes=job.notes,
     )  # fmt: skip
+    if job.shards is not None and (seal := job.stages[-1].seal) is not None:
+      seal(step, {'predictor': run.predictor, 'steps': n, 'rate': job.rate})
   return folders
 
 
@@ -580,7 +582,9 @@ def _index(job: Job, shards: Mapping[str, Shard]) -> tuple[str, dict[str, Any]] 
 
 
 def _is_intact(path: Path, wanted: dict[str, Any]) -> bool:
-  """Whether a file is as it was when it was finished."""
+  """Whether a file, or the files of a folder, are as they were when they were finished."""
+  if 'files' in wanted:
+    return all(_is_intact(path / name, entry) for name, entry in wanted['files'].items())
   if not path.is_file() or path.stat().st_size != wanted['size']:
     return False
   with path.open('rb') as file:
@@ -606,7 +610,7 @@ def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
         else:
           health[path] = _predict_leaf(job, run, history, sinks, bar)
   return {
-    'files': [{'size': sink.size, 'sha256': sink.checksum.hexdigest()} for sink in sinks],
+    'files': [sink.identity() for sink in sinks],
     'health': {path: values.tolist() for path, values in health.items()},
   }
 

@@ -15,7 +15,9 @@ import safetensors.numpy
 from runs import snapshot
 
 import know_jax
-from know_jax.errors import PredictionWarning
+from know_jax.errors import PredictionWarning, UserError
+from know_jax.io import checkpoints
+from know_jax.io.weights import Sink
 from know_jax.nowcast import from_files
 
 SHAPES = {
@@ -219,7 +221,59 @@ class KerasArchive(WeightsH5):
       return self.read(io.BytesIO(archive.read('model.weights.h5')))
 
 
+class OrbaxStandard:
+  name = 'orbax'
+
+  def save(self, path, stage):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, nested(stage))
+
+  def load(self, path):
+    import jax
+    import orbax.checkpoint as ocp
+
+    with jax.enable_x64(True), ocp.StandardCheckpointer() as checkpointer:
+      like = nested(make_history()[0], lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+      return flat(checkpointer.restore(path, like))
+
+
+class OrbaxManager(OrbaxStandard):
+  name = '3'
+
+  def save(self, path, stage):
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(path.parent) as manager:
+      manager.save(3, args=ocp.args.Composite(
+        params=ocp.args.StandardSave(nested(stage)), about=ocp.args.JsonSave({'x': 1}),
+      ))  # fmt: skip
+
+  def load(self, path):
+    import orbax.checkpoint as ocp
+
+    step = int(path.name)
+    with ocp.CheckpointManager(path.parent) as manager:
+      assert step in manager.all_steps()
+      found = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+    assert found['about'] == {'x': 1}
+    return super().load(path / 'params')
+
+
+class Sealed(OrbaxStandard):
+  name = 'sealed'
+
+  def save(self, path, stage):
+    checkpoints.save(path, nested(stage), metadata={'examples': int(stage['count'])})
+
+  def load(self, path):
+    assert checkpoints.read_metadata(path)['predictor'] == 'log_fit'
+    return flat(checkpoints.restore(path))
+
+
 FORMATS = (
+  OrbaxStandard(), OrbaxManager(), Sealed(),
   SafetensorsFile(), HuggingFaceFolder(), Npz(), FlaxMsgpack(), TorchFile(), WeightsH5(),
   LegacyH5(), KerasArchive(),
 )  # fmt: skip
@@ -240,7 +294,8 @@ def save_all(form, folder, history):
 
 
 def place(folder, form):
-  return folder if (folder / 'config.json').exists() else folder / form.name
+  is_folder = isinstance(form, (HuggingFaceFolder, OrbaxStandard))
+  return folder if is_folder else folder / form.name
 
 
 @pytest.mark.parametrize('form', FORMATS, ids=lambda form: type(form).__name__)
@@ -319,3 +374,64 @@ def test_compressed_arrays_become_safetensors(tmp_path):
   found = safetensors.numpy.load_file(folder / 'model-00001-of-00001.safetensors')
   for path, leaf in know_jax.predict(history, 1, predictor='log_fit').items():
     np.testing.assert_array_equal(found[path], np.asarray(leaf))
+
+
+def test_a_nnx_model_is_updated_from_what_comes_out(tmp_path):
+  import jax
+  import orbax.checkpoint as ocp
+  from flax import nnx
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.dense = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, x):
+      return self.dense(x)
+
+  paths, states = [], []
+  for seed in range(3):
+    states.append(nnx.state(Net(nnx.Rngs(seed)), nnx.Param))
+    paths.append(tmp_path / str(seed))
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(paths[-1], states[-1])
+  job = from_files.prepare(paths, predictors=['task_vector'], steps=1)
+  assert sorted(job.kinds.values()) == ['bias', 'fc']
+  (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
+  with ocp.StandardCheckpointer() as checkpointer:
+    found = checkpointer.restore(folder, states[-1])
+  expected = know_jax.predict([nnx.to_pure_dict(s) for s in states], 1, predictor='task_vector')
+  net = Net(nnx.Rngs(9))
+  nnx.update(net, found)
+  np.testing.assert_array_equal(net.dense.kernel[...], expected['dense']['kernel'])
+  assert np.isfinite(net(jax.numpy.ones((1, 3)))).all()
+
+
+def test_a_kill_in_an_orbax_checkpoint_leaves_nothing_half_written(tmp_path, monkeypatch):
+  history = make_history(stages=3)
+  form = OrbaxStandard()
+  paths = save_all(form, tmp_path, history)
+  write, calls = Sink.write, 0
+
+  def failing(self, data):
+    nonlocal calls
+    calls += 1
+    if calls == 4:
+      raise OSError(28, 'No space left on device')
+    write(self, data)
+
+  monkeypatch.setattr(Sink, 'write', failing)
+  with pytest.raises(UserError, match='No space left on device'):
+    run(paths, tmp_path / 'out')
+  assert not list((tmp_path / 'out').rglob('_METADATA')) and not list(tmp_path.rglob('.*.tmp'))
+  monkeypatch.setattr(Sink, 'write', write)
+  folders = run(paths, tmp_path / 'out')
+  inode = (folders[0] / '_METADATA').stat().st_ino
+  (folders[1] / '_METADATA').write_text('{}')  # Damaged since: all steps are written again.
+  run(paths, tmp_path / 'out')
+  assert (folders[0] / '_METADATA').stat().st_ino != inode
+  bare = [{p: leaf for p, leaf in stage.items() if p != 'count'} for stage in history]
+  expected = know_jax.predict(bare, 2, predictor='log_fit')
+  assert (
+    form.load(folders[1])['dense/kernel'].tobytes()
+    == np.asarray(expected['dense/kernel']).tobytes()
+  )
