@@ -40,7 +40,7 @@ _ON_BAD = flags.DEFINE_enum('on_bad', 'keep', list(ON_BAD), 'Leaves with a bad p
 _HISTORY = flags.DEFINE_list('history', None, 'Files with the stages, oldest first; or one folder.')
 flags.DEFINE_string('output', None, 'With --history: folder for the predictions.')
 _RATE = flags.DEFINE_float('rate', 0.5, 'With --history: sampling rate of the stages.')
-_KINDS = flags.DEFINE_list('kinds', [], "With --history: 'regex=kind' where names do not tell it.")
+_KINDS = flags.DEFINE_list('kinds', [], "'regex=kind' where names of leaves do not tell it.")
 _MEMORY = flags.DEFINE_integer('memory', 1024, 'With --history: MiB for what is taken whole (tsv).')
 _ONLY = flags.DEFINE_string('only', None, 'With --history: regex of the leaves to predict.')
 _SKIP = flags.DEFINE_string('skip', None, 'With --history: regex of leaves to keep as they are.')
@@ -54,7 +54,7 @@ _DTYPE = flags.DEFINE_string(
   'dtype', None, 'With --history: float32, bfloat16 or float16 for what is written; else as it is.'
 )
 _DRY_RUN = cli.define_dry_run('With --history: print what would be done, and write nothing.')
-_OF_FILES = ('output', 'rate', 'kinds', 'memory', 'only', 'skip', 'option', 'format', 'dtype')
+_OF_FILES = ('output', 'rate', 'memory', 'only', 'skip', 'option', 'format', 'dtype')
 
 
 def main() -> None:
@@ -78,10 +78,13 @@ def main() -> None:
   cli.refuse(*_OF_FILES, 'dry_run', because='no --history is given')
   workdir = cli.workdir()
   trajectory, _ = load_trajectory(workdir)
-  print(from_run.kinds_report(trajectory))
+  # None: the rule of the run's task.
+  kinds = kinds_.parse_kinds(_KINDS.value) if _KINDS.value else None
+  print(from_run.kinds_report(trajectory, kinds))
   found = from_run.run(
     workdir, predictors=predictors, steps=_STEPS.value, batch_norm=_BATCH_NORM.value,
     recalibration_batches=_BATCHES.value, known=_KNOWN.value, on_bad=_ON_BAD.value,
+    kinds=kinds,
   )  # fmt: skip
   print(f'\nBatchNorm after prediction: {_BATCH_NORM.value}\n')
   print(from_run.report(found))

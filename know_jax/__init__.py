@@ -12,6 +12,7 @@ from know_jax.nowcast.api import PREDICTORS, forecast, predict
 from know_jax.predictors.known import KNOWN
 from know_jax.predictors.parameters import load_known
 from know_jax.trajectory import Trajectory
+from know_jax.user_loop import forget, nested_subsets
 from know_jax.version import __version__
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
   'UserError',
   '__version__',
   'forecast',
+  'forget',
   'load_known',
+  'nested_subsets',
   'predict',
 ]

@@ -111,7 +111,7 @@ def fit_plane(points: np.ndarray) -> Plane:
   return Plane(mean, axes, shares)
 
 
-def flatten(variables: Any, rule: kinds_.KindFn | None = None) -> np.ndarray:
+def flatten(variables: Any, rule: kinds_.Rules | None = None) -> np.ndarray:
   """The leaves that predictors move, by a task's `kinds`, as one float64 vector `[d]`."""
   kinds, named = kinds_.leaf_kinds(variables, rule), trees.named_leaves(jax.device_get(variables))
   parts = [
@@ -120,7 +120,7 @@ def flatten(variables: Any, rule: kinds_.KindFn | None = None) -> np.ndarray:
   return np.concatenate(parts)
 
 
-def unflatten(vector: Any, like: Any, rule: kinds_.KindFn | None = None) -> Any:
+def unflatten(vector: Any, like: Any, rule: kinds_.Rules | None = None) -> Any:
   """The inverse of `flatten`: the leaves that predictors do not move are those of `like`."""
   kinds, start, leaves = kinds_.leaf_kinds(like, rule), 0, []
   for path, leaf in trees.named_leaves(like).items():
@@ -137,7 +137,7 @@ def neighbours(
   key: jax.Array,
   count: int,
   noise: float,
-  rule: kinds_.KindFn | None = None,
+  rule: kinds_.Rules | None = None,
 ) -> np.ndarray:
   """Noisy neighbours of a stage.
 
@@ -186,6 +186,7 @@ def evaluate_points(
     The task's loss and its score, float64 `[n]` each.
   """
   arrays = jax.device_put((plane.mean.astype(np.float32), plane.axes.astype(np.float32)))
+  kinds = tuple(kinds_.leaf_kinds(like, task.kinds).items())
   like, batches = jax.device_put(like), []
   for start in range(0, examples.size, _BATCH):
     batch = checked_batch(examples, np.arange(start, min(start + _BATCH, examples.size)))
@@ -197,7 +198,7 @@ def evaluate_points(
     for start in range(0, padded, points_per_call):
       chunk = range(start, start + points_per_call)
       rows = jax.device_get(
-        [_sums(task.model, task.sums, task.kinds, arrays, like, places[chunk], b) for b in batches]
+        [_sums(task.model, task.sums, kinds, arrays, like, places[chunk], b) for b in batches]
       )
       totals = jax.tree.map(lambda *row: np.sum(row, axis=0, dtype=np.float64), *rows)
       for i, point in enumerate(chunk):
@@ -223,7 +224,7 @@ def _sums(
     origin, axes = arrays
     # Products in full precision: on accelerators the default would move every point.
     moved = jnp.matmul(place, axes, precision=jax.lax.Precision.HIGHEST)
-    variables = unflatten(origin + moved, like, kinds)
+    variables = unflatten(origin + moved, like, lambda path, _: dict(kinds)[path])
     outputs, _ = model.apply(variables, batch, train=False, key=None)
     return sums(outputs, batch, jnp.ones(len(jax.tree.leaves(batch)[0])))
 
@@ -336,7 +337,7 @@ def _scores(task: Task, variables: Any, test: Data) -> dict[str, float]:
 
 
 def _cloud(
-  stage: Any, index: int, config: Mapping[str, Any], rule: kinds_.KindFn | None
+  stage: Any, index: int, config: Mapping[str, Any], rule: kinds_.Rules | None
 ) -> np.ndarray:
   """A stage and its neighbours."""
   key = named_key(config['seed'], 'neighbours', index)

@@ -116,6 +116,11 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   config = config_dict(config)
   workdir = Path(workdir).expanduser()
   source = finished_record(workdir)['config']
+  if source['task'] is None:
+    raise UserError(
+      f'{workdir} is of a training loop of its own, whose network is not known here; transfer with '
+      'that loop.'
+    )
   task = load_task(config, source)
   score = task.score
   arms = find_arms(workdir, only, score, scratch=config['from_scratch'])

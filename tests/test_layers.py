@@ -21,7 +21,7 @@ ROWS = (
   ('training/*',),
   ('runs/*',),
   ('report/*',),
-  ('forgetting',),
+  ('forgetting', 'user_loop'),
   ('nowcast/*',),
   ('transfer', 'landscape', 'meta/*', 'study/*', 'benchmark/*'),
 )

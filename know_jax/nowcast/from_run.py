@@ -42,7 +42,7 @@ class Prediction:
     steps: n; 0 is the newest weight itself.
     multiple: r^-n, how many times the data it stands for.
     variables: the predicted variables.
-    accuracy: the task's score, on the run's own test set.
+    accuracy: the task's score, on the run's own test set; None where the run has no task.
     loss: likewise.
     score: what the task's score is called.
     movement: kind -> mean absolute and relative change from the newest weight.
@@ -53,8 +53,8 @@ class Prediction:
   steps: int
   multiple: float
   variables: Any
-  accuracy: float
-  loss: float
+  accuracy: float | None
+  loss: float | None
   score: str
   movement: dict[str, dict[str, float]]
   path: Path | None
@@ -69,6 +69,7 @@ def run(
   recalibration_batches: int = 10,
   known: str | None = None,
   on_bad: str = 'keep',
+  kinds: kinds_.Rules | None = None,
 ) -> list[Prediction]:
   """Predicts, scores and writes; draws `predictions/nowcast.png`.
 
@@ -84,6 +85,7 @@ def run(
     known: file or folder with the parameters of KNOWN, as `load_known` takes; None: those shipped.
     on_bad: what becomes of leaves with a bad prediction, as in `nowcast.predict`. The metadata of
       the checkpoints hold its warnings too.
+    kinds: the rule for the kinds of leaves; None: the task's.
 
   Returns:
     The newest weight as step 0 of 'persistence', then every prediction.
@@ -112,16 +114,23 @@ def run(
   theta = None if known is None else load_known(known)
   network = None if theta is None else network_of(theta)
   check_used(known, network, predictors)
-  task = load_task(config)
-  test = Data(task.test, task.prepare)
-  kinds = kinds_.leaf_kinds(trajectory.newest, task.kinds)
+  # The weights of a training loop of the user's own: there is nothing here to score them with.
+  task = None if config['task'] is None else load_task(config)
+  if task is None and batch_norm != 'keep':
+    raise UserError(
+      f'batch_norm is {batch_norm!r}, but {workdir} is of a training loop of its own, whose '
+      "network and data are not known here; expected 'keep'."
+    )
+  test = None if task is None else Data(task.test, task.prepare)
+  rule = kinds if kinds is not None or task is None else task.kinds
+  named_kinds = kinds_.leaf_kinds(trajectory.newest, rule)
 
   newest = jax.device_get(trajectory.newest)
-  stage = record['stages'][0]
+  stage, score = record['stages'][0], 'score' if task is None else task.score
   found = [
     Prediction(
-      'persistence', 0, 1.0, newest, stage[f'test_{task.score}'], stage['test_loss'], task.score,
-      _movement(newest, newest, kinds), None,
+      'persistence', 0, 1.0, newest, stage.get(f'test_{score}'), stage.get('test_loss'), score,
+      _movement(newest, newest, named_kinds), None,
     )
   ]  # fmt: skip
   # All are predicted before one is written: a predictor may still find the history too short.
@@ -136,35 +145,37 @@ def run(
         predictor=name,
         theta=given,
         rate=config['rate'],
-        kinds=task.kinds,
+        kinds=rule,
         on_bad=on_bad,
       )
   for name, forecast in forecasts.items():
     _remove_beyond(workdir, name, steps)
     for n, weights in enumerate(forecast, start=1):
-      variables = settled(
-        batch_norm, task, weights,
-        num_batches=recalibration_batches, batch_size=RECALIBRATION_BATCH,
-      )  # fmt: skip
-      variables = jax.device_get(variables)
-      metrics = loop.evaluate(task, variables, test)
+      variables, metrics = jax.device_get(weights), {}
+      if task is not None and test is not None:
+        variables = settled(
+          batch_norm, task, weights,
+          num_batches=recalibration_batches, batch_size=RECALIBRATION_BATCH,
+        )  # fmt: skip
+        variables = jax.device_get(variables)
+        metrics = loop.evaluate(task, variables, test)
       prediction = Prediction(
         predictor=name,
         steps=n,
         multiple=config['rate'] ** -n,
         variables=variables,
-        accuracy=metrics[task.score],
-        loss=metrics['loss'],
-        score=task.score,
-        movement=_movement(newest, variables, kinds),
+        accuracy=metrics.get(score),
+        loss=metrics.get('loss'),
+        score=score,
+        movement=_movement(newest, variables, named_kinds),
         path=prediction_path(workdir, name, n),
       )
       found.append(prediction)
       _save(prediction, batch_norm, known, network, warned[name])
-  history = [s['test_loss'] for s in record['stages']]
+  history = [s['test_loss'] for s in record['stages'] if 'test_loss' in s]
   plot_nowcast(
     workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
-    config['rate'],
+    config['rate'], rule,
   )  # fmt: skip
   return found
 
@@ -205,11 +216,11 @@ def _save(
     'predictor': prediction.predictor,
     'steps': prediction.steps,
     'multiple': prediction.multiple,
-    f'test_{prediction.score}': prediction.accuracy,
-    'test_loss': prediction.loss,
     'batch_norm': batch_norm,
     'warnings': list(warned),
   }
+  if prediction.loss is not None:
+    metadata |= {f'test_{prediction.score}': prediction.accuracy, 'test_loss': prediction.loss}
   if METHODS[prediction.predictor].leaf_fn is None:
     name = METHODS[prediction.predictor].shipped
     metadata['known'] = known if known and name == network else SHIPPED[name].name
@@ -246,10 +257,10 @@ def _by_predictor(found: Sequence[Prediction]) -> dict[str, list[Prediction]]:
 # --- what bin/nowcast.py prints -------------------------------------------------------------------
 
 
-def kinds_report(trajectory: Trajectory) -> str:
+def kinds_report(trajectory: Trajectory, kinds: kinds_.Rules | None = None) -> str:
   """A line for every leaf: path, shape and the kind it is predicted as."""
   newest = trajectory.newest
-  return kinds_.kinds_table(trees.named_leaves(newest), kinds_.leaf_kinds(newest))
+  return kinds_.kinds_table(trees.named_leaves(newest), kinds_.leaf_kinds(newest, kinds))
 
 
 def report(found: Sequence[Prediction]) -> str:
@@ -258,7 +269,9 @@ def report(found: Sequence[Prediction]) -> str:
   header = f'{"predictor":<20} {"data":>6} {found[0].score:>9} {"loss":>9}'
   lines = [header + ''.join(f'  {"|move| " + kind:>22}' for kind in kinds)]
   for p in found:
-    line = f'{p.predictor:<20} {f"x{p.multiple:.3g}":>6} {p.accuracy:>9.2%} {p.loss:>9.4f}'
+    accuracy = '-' if p.accuracy is None else f'{p.accuracy:.2%}'
+    loss = '-' if p.loss is None else f'{p.loss:.4f}'
+    line = f'{p.predictor:<20} {f"x{p.multiple:.3g}":>6} {accuracy:>9} {loss:>9}'
     for kind in kinds:
       move = p.movement[kind]
       cell = f'{move["mean_absolute"]:.2e} ({move["relative"]:.1%})'

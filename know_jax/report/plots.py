@@ -31,6 +31,7 @@ def plot_nowcast(
   predictions: Mapping[str, Sequence[Any]],
   history_loss: Sequence[float],
   rate: float,
+  kinds: kinds_.Rules | None = None,
 ) -> None:
   """Draws a trajectory with its predictions in a plane, and test loss against amount of data.
 
@@ -39,16 +40,20 @@ def plot_nowcast(
     trajectory: the history, oldest first.
     predictions: predictor -> objects with `variables`, `multiple` and `loss`, nearest first;
       weights with NaN or infinity have no place in the plane.
-    history_loss: test loss of the stages, all data first.
+    history_loss: test loss of the stages, all data first; empty where none is known, and then only
+      the trajectory is drawn.
     rate: r.
+    kinds: the rule for the kinds of leaves; None: the default.
   """
-  history = [_flat(stage) for stage in trajectory]
-  points = {name: _finite(_flat(p.variables) for p in group) for name, group in predictions.items()}
+  history = [_flat(stage, kinds) for stage in trajectory]
+  points = {
+    name: _finite(_flat(p.variables, kinds) for p in group) for name, group in predictions.items()
+  }
   everything = np.stack([*history, *(x for group in points.values() for x in group)])
   plane, shares = principal_plane(everything)
 
   figure = new_figure(13, 5.5)
-  left, right = figure.subplots(1, 2)
+  left, *others = np.atleast_1d(figure.subplots(1, 2 if history_loss else 1))
   colors = {name: f'C{i % 10}' for i, name in enumerate(predictions)}
 
   past = plane[: len(history)]
@@ -69,6 +74,20 @@ def plot_nowcast(
   left.set_title('Predicted leaves of the network, in the plane that shows most of them')
   left.legend(fontsize=8)
 
+  for right in others:
+    _draw_losses(right, predictions, history_loss, rate, colors)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+
+
+def _draw_losses(
+  right: Any,
+  predictions: Mapping[str, Sequence[Any]],
+  history_loss: Sequence[float],
+  rate: float,
+  colors: Mapping[str, str],
+) -> None:
+  """Test loss against amount of data."""
   amounts = [rate**i for i in range(len(history_loss))]
   right.plot(amounts, history_loss, '-o', color='black', label='history (stages)')
   for i, (name, ahead_of) in enumerate(predictions.items()):
@@ -88,8 +107,6 @@ def plot_nowcast(
   right.set_ylabel('test loss (mean cross-entropy) of the weights as they are')
   right.set_title('Before any further training')
   right.legend(fontsize=8)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
 
 
 def plot_learning_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -137,9 +154,9 @@ def _finite(vectors: Iterable[np.ndarray]) -> list[np.ndarray]:
   return [vector for vector in vectors if np.isfinite(vector).all()]
 
 
-def _flat(variables: Any) -> np.ndarray:
+def _flat(variables: Any, rule: kinds_.Rules | None) -> np.ndarray:
   """The leaves that are predicted, as one vector."""
-  kinds = kinds_.leaf_kinds(variables)
+  kinds = kinds_.leaf_kinds(variables, rule)
   leaves = trees.named_leaves(jax.device_get(variables))
   parts = [
     np.ravel(leaf).astype(np.float32) for path, leaf in leaves.items() if kinds[path] != kinds_.KEEP

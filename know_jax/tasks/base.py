@@ -15,7 +15,7 @@ import numpy as np
 
 from know_jax.data.base import Batch, Source, checked_batch
 from know_jax.errors import UserError
-from know_jax.kinds import KindFn
+from know_jax.kinds import Rules
 from know_jax.models.adapters import Model, Variables
 
 AXIS = 'batch'
@@ -70,7 +70,7 @@ class Task:
   metrics: Callable[[Mapping[str, Any]], dict[str, float]]
   prepare: Callable[[Batch, jax.Array | None], Batch] = as_it_is
   head: Callable[[str], bool] = dataclasses.field(default_factory=lambda: below('head'))
-  kinds: KindFn | None = None
+  kinds: Rules | None = None
   score: str = 'accuracy'
   name: str = 'the task'
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)

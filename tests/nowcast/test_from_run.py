@@ -218,7 +218,7 @@ def test_batch_norm_policies(predicted, copy):
     ({'known_leaf': '/nowhere', 'predictors': ['shrink', 'known_leaf']}, '/nowhere: no such file'),
     (
       {'batch_norm': 'recalibrate', 'recalibration_batches': 5},
-      'recalibrate was given 625 images; wanted at least 640',
+      'recalibrate was given 625 examples; wanted at least 640',
     ),
   ],
 )
