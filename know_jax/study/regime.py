@@ -1,0 +1,562 @@
+"""Rate, reset or trajectory: the authors' ResNet18 with their networks as arms, on one GPU.
+
+From a share of CIFAR-100 to a share of CIFAR-10, with the authors' recipe and cut epochs: it answers
+where a gain comes from in such a regime, and is no reproduction of a published table. One compiled
+program trains everything, images stay on the device, and a journal has a line for each training, so
+that a later run continues.
+
+What the result decides was fixed before the first run. A difference is one of test accuracy in
+points, paired by source, with the 95 % t-interval over sources; it *matters* if its mean is at least
+0.3 away from zero and the interval does not hold zero.
+
+- no gain: official x8 minus naive does not matter, or is negative. The causes below are then told
+  for what differences there are, without a claim about a gain.
+- reset: naive with BatchNorm reset minus naive matters, and official minus naive reset does not.
+- rate: naive reset at the matched rate (the rate over the share of the norm of the convolutions that
+  the prediction keeps) and the radial part alone are both within 0.3 of official, and the tangential
+  part alone minus naive reset does not matter.
+- trajectory: official minus its radial part matters, or the tangential part alone minus naive reset
+  does, and is positive.
+- at equal tuning: the best of three rates of official (0.4, 1, 2.5 times 4e-4) and the best of three
+  of naive with BatchNorm kept (1, 2.5, 6.25 times), each chosen by the mean accuracy on validation
+  images over sources, are compared; only a difference that matters counts for or against. Where the
+  best is at the edge of its grid, that is said.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from know_jax import transfer, trees
+from know_jax.data.augmentation import PAPER_AUGMENTATION, augment
+from know_jax.data.sources import load_dataset, mean_image, to_device_input
+from know_jax.data.subsets import nested_subsets
+from know_jax.errors import UserError, reason
+from know_jax.io.journal import Journal, read_lines
+from know_jax.kinds import leaf_kinds
+from know_jax.models import HEAD, build_model
+from know_jax.nowcast import api
+from know_jax.predictors.parameters import load_known
+from know_jax.seeds import named_key
+from know_jax.training import loop
+from know_jax.training.batch_norm import apply_policy
+
+STAGES = 5
+SOURCE = 'source'  # The arm of the rows that tell of a source itself.
+MATCHED = 'matched'
+"""In place of a rate: that of fine-tuning over the norm that official x8 leaves to convolutions."""
+
+_CHUNK = 1024  # Steps that one call of the compiled program may take.
+_PART = 500  # Images that one call of the evaluation takes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """A start and a rate.
+
+  Attributes:
+    start: 'scratch', 'naive', or a key of `STARTS`.
+    times: times this the rate of fine-tuning, or `MATCHED`.
+    batch_norm: 'keep' or 'reset'.
+    core: whether it is run from every source, others only from the first few.
+  """
+
+  start: str
+  times: float | str = 1.0
+  batch_norm: str = 'reset'
+  core: bool = True
+
+  @property
+  def name(self) -> str:
+    """Of its rows."""
+    times = self.times if isinstance(self.times, str) else f'x{self.times:g}'
+    return f'{self.start}, BatchNorm {self.batch_norm}, rate {times}'
+
+
+ARMS = (
+  Arm('naive', batch_norm='keep'),
+  Arm('naive'),
+  Arm('official x8'),
+  Arm('official x8, radial'),
+  Arm('official x8, tangential'),
+  Arm('naive', MATCHED),
+  Arm('naive', 2.5, 'keep'),
+  Arm('naive', 6.25, 'keep'),
+  Arm('official x8', 2.5),
+  Arm('official x8', 0.4),
+  Arm('shrink to the norms of official x8', core=False),
+  Arm('known x8', core=False),
+  Arm('known_leaf x8', core=False),
+  Arm('task_vector x8', core=False),
+  Arm('official x2', core=False),
+  Arm('official x8, scaled biases', core=False),
+  Arm('scratch', 2.5, 'keep', core=False),
+)
+
+
+def default_config() -> ConfigDict:
+  """Every field of `--config`, set for some twenty minutes of one fast GPU."""
+  return ConfigDict(
+    {
+      # TFDS data sets in data_dir; or a .npz file with source_images, source_labels, target_images,
+      # target_labels, test_images, test_labels.
+      'source_dataset': 'cifar100',
+      'target_dataset': 'cifar10',
+      'data_dir': placeholder(str),
+      'arrays': placeholder(str),
+      'official': placeholder(str),  # A folder with the authors' .h5 files.
+      'model': 'resnet18',
+      'width': 64,
+      'dtype': 'bfloat16',
+      'batch_size': 128,
+      'epsilon': 1e-8,  # Adam's, as in the authors' scripts.
+      'sources': 5,
+      'extra_sources': 2,  # From how many the arms are run that are not core.
+      'source_examples': 12500,
+      'source_epochs': 40,  # The authors: 200.
+      'source_lr': 1e-3,
+      'labels': 12500,
+      'validation': 2500,  # Of the target's training images, chosen among for tuned rates alone.
+      'warmup_epochs': 3,  # Of head and BatchNorm; the authors: 10.
+      'warmup_lr': 1e-3,
+      'epochs': 25,  # The authors: 100.
+      'lr': 4e-4,
+      'rate': 0.5,
+      'seed': 0,
+      # No training is begun that would end later, in seconds from the start; 0: no limit.
+      'seconds': 0.0,
+    }
+  )
+
+
+# --- training: one program for all -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a training reads of the images on the device.
+
+  Attributes:
+    train: indices of its training images.
+    mean: of them, [H, W, C].
+    classes: how many of the head's outputs count.
+  """
+
+  train: np.ndarray
+  mean: np.ndarray
+  classes: int
+
+
+class Trainer:
+  """Trains and tests on images that stay on the device; a head of `outputs` serves every task."""
+
+  def __init__(self, config: Mapping[str, Any], images: np.ndarray, labels: np.ndarray):
+    self.config = config
+    self.images, self.labels = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
+    self.outputs = int(labels.max()) + 1
+    self.model = build_model(
+      config['model'], num_classes=self.outputs, width=config['width'], dtype=config['dtype']
+    )
+    self._adam = optax.scale_by_adam(eps=config['epsilon'])
+    self._advance = jax.jit(self._steps, donate_argnums=0)
+    self._score = jax.jit(self._sums)
+
+  def fresh(self, key: jax.Array, classes: int) -> Any:
+    """New variables: convolutions he-normal, as the authors', the head for `classes` outputs."""
+    variables = jax.device_get(loop.init_variables(self.model, key, self.images.shape[1:]))
+    he_normal = jax.nn.initializers.he_normal()
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(variables['params']))))
+    variables['params'] = jax.tree.map(
+      lambda leaf: np.asarray(he_normal(next(keys), leaf.shape)) if leaf.ndim == 4 else leaf,
+      variables['params'],
+    )
+    head = variables['params'][HEAD]['kernel']
+    kernel = np.zeros_like(head)
+    kernel[:, :classes] = jax.nn.initializers.glorot_uniform()(key, (len(head), classes))
+    variables['params'][HEAD] = {'kernel': kernel, 'bias': np.zeros(self.outputs, np.float32)}
+    return variables
+
+  def train(
+    self, variables: Any, task: Task, rates: np.ndarray, key: jax.Array, *, backbone: bool = True
+  ) -> tuple[Any, float]:
+    """Trains at these rates, one a step, in reshuffled epochs of whole batches.
+
+    Args:
+      variables: where to start.
+      task: on what.
+      rates: [steps], a whole number of epochs.
+      key: decides order and augmentation.
+      backbone: whether more than the head and BatchNorm moves.
+
+    Returns:
+      The variables, and the accuracy over the steps of the last epoch, on augmented images.
+    """
+    size = self.config['batch_size']
+    per_epoch = len(task.train) // size
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    epochs = [rng.permutation(task.train) for _ in range(len(rates) // per_epoch)]
+    order = np.concatenate([epoch[: per_epoch * size] for epoch in epochs]).reshape(-1, size)
+    params, stats = variables['params'], variables.get('batch_stats', {})
+    state = jax.device_put((params, stats, self._adam.init(params)))
+    correct: list[np.ndarray] = []
+    for first in range(0, len(rates), _CHUNK):
+      part = slice(first, min(first + _CHUNK, len(rates)))
+      count = part.stop - first
+      batches, lrs = np.zeros((_CHUNK, size), np.int32), np.zeros(_CHUNK, np.float32)
+      batches[:count], lrs[:count] = order[part], rates[part]
+      state, hits = self._advance(
+        state, self.images, self.labels, task.mean, task.classes, batches, lrs, float(backbone),
+        jax.random.fold_in(key, first), count,
+      )  # fmt: skip
+      correct.append(np.asarray(hits)[:count])
+    params, stats, _ = jax.device_get(state)
+    accuracy = np.concatenate(correct)[-per_epoch:].mean() / size
+    return {'params': params, **({'batch_stats': stats} if stats else {})}, float(accuracy)
+
+  def score(self, variables: Any, indices: np.ndarray, task: Task) -> dict[str, float]:
+    """Accuracy and mean cross-entropy on these images, as they are."""
+    variables, total = jax.device_put(variables), np.zeros(2)
+    for first in range(0, len(indices), _PART):
+      part = indices[first : first + _PART]
+      padded = np.zeros(_PART, np.int32)
+      padded[: len(part)] = part
+      total += np.asarray(
+        self._score(
+          variables, self.images, self.labels, task.mean, task.classes, padded, len(part)
+        )
+      )
+    return {'accuracy': total[0] / len(indices), 'loss': total[1] / len(indices)}
+
+  def _steps(
+    self, state, images, labels, mean, classes, batches, lrs, backbone, key, count
+  ):  # fmt: skip
+    frozen = transfer.backbone(state[0])
+
+    def loss_fn(params, stats, x, y):
+      variables = {'params': params, 'batch_stats': stats}
+      logits, new = self.model.apply(variables, x, train=True, mutable=['batch_stats'])
+      logits = _counted(logits, classes)
+      loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+      return loss, (new.get('batch_stats', {}), (logits.argmax(-1) == y).sum())
+
+    def body(i, carry):
+      (params, stats, adam), hits = carry
+      batch = batches[i]
+      keys = jax.random.split(jax.random.fold_in(key, i), len(batch))
+      x = augment(keys, to_device_input(images[batch], mean), PAPER_AUGMENTATION)
+      gradient = jax.grad(loss_fn, has_aux=True)
+      grads, (stats, right) = gradient(params, stats, x, labels[batch])
+      updates, adam = self._adam.update(grads, adam)
+
+      def move(path, leaf, update):
+        free = backbone if trees.path_string(path) in frozen else 1.0
+        return leaf - lrs[i] * free * update
+
+      params = jax.tree_util.tree_map_with_path(move, params, updates)
+      return (params, stats, adam), hits.at[i].set(right)
+
+    return jax.lax.fori_loop(0, count, body, (state, jnp.zeros(len(lrs), jnp.int32)))
+
+  def _sums(self, variables, images, labels, mean, classes, indices, count):
+    x = to_device_input(images[indices], mean)
+    logits = _counted(self.model.apply(variables, x, train=False), classes)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[indices])
+    right = logits.argmax(-1) == labels[indices]
+    valid = jnp.arange(len(indices)) < count
+    return jnp.stack([(right * valid).sum(), (loss * valid).sum()])
+
+
+def _counted(logits: jax.Array, classes: Any) -> jax.Array:
+  """The logits, those of no class at minus infinity in effect: their softmax is 0."""
+  return jnp.where(jnp.arange(logits.shape[-1]) < classes, logits, -1e9)
+
+
+# --- starts ------------------------------------------------------------------------------------
+
+
+def radial(newest: Any, predicted: Any) -> Any:
+  """Of a prediction what lies along the newest weights, leaf by leaf: <p, w> / <w, w> w."""
+  return jax.tree.map(lambda w, p: _share(w, p) * w, newest, predicted)
+
+
+def tangential(newest: Any, predicted: Any) -> Any:
+  """The newest weights and, of a prediction, what does not lie along them, leaf by leaf."""
+  return jax.tree.map(lambda w, p: w + p - _share(w, p) * w, newest, predicted)
+
+
+def at_norms_of(newest: Any, predicted: Any) -> Any:
+  """The newest weights, every leaf scaled to the norm that it has in a prediction."""
+
+  def scaled(w: np.ndarray, p: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(w)
+    return w * np.float32(np.linalg.norm(p) / norm) if norm else w
+
+  return jax.tree.map(scaled, newest, predicted)
+
+
+def _share(w: np.ndarray, p: np.ndarray) -> np.float32:
+  squares = np.vdot(w, w)
+  return np.float32(np.vdot(w, p) / squares) if squares else np.float32(1)
+
+
+def scaled_biases(history: Sequence[Any], steps: int, theta: Any) -> Any:
+  """The authors' networks, biases in the units of their earlier code, step by step.
+
+  Each bias's history minus its oldest value, over twice its range (and 1e-5), is what the network
+  sees, and what it gives is scaled back.
+  """
+  window = [jax.tree.map(np.asarray, stage) for stage in history[-STAGES:]]
+  kinds = leaf_kinds(window[-1])
+  for _ in range(steps):
+    columns = [trees.named_leaves(stage) for stage in window]
+    scales = {}
+    for path, kind in kinds.items():
+      values = np.stack([column[path] for column in columns])
+      low, high = values.min(0), values.max(0)
+      of_bias = (values[0], 2 * (high - low + 1e-5))
+      scales[path] = of_bias if kind == 'bias' else (np.float32(0), np.float32(1))
+
+    def inside(path, leaf, scales=scales):
+      offset, unit = scales[trees.path_string(path)]
+      return ((leaf - offset) / unit).astype(np.float32)
+
+    def outside(path, leaf, scales=scales):
+      offset, unit = scales[trees.path_string(path)]
+      return (np.asarray(leaf) * unit + offset).astype(np.float32)
+
+    seen = [jax.tree_util.tree_map_with_path(inside, stage) for stage in window]
+    predicted = api.predict(seen, 1, predictor='known_paper', theta=theta, on_bad='ignore')
+    window = [*window[1:], jax.tree_util.tree_map_with_path(outside, predicted)]
+  return window[-1]
+
+
+def _predict(history: Sequence[Any], steps: int, predictor: str, theta: Any = None) -> Any:
+  options: dict[str, Any] = {'predictor': predictor, 'theta': theta, 'on_bad': 'ignore'}
+  return jax.device_get(api.predict(list(history), steps, **options))
+
+
+STARTS: dict[str, Callable[[Sequence[Any], Any], Any]] = {
+  'naive': lambda history, theta: history[-1],
+  'official x2': lambda history, theta: _predict(history, 1, 'known_paper', theta),
+  'official x8': lambda history, theta: _predict(history, 3, 'known_paper', theta),
+  'official x8, radial': lambda history, theta: radial(
+    history[-1], _predict(history, 3, 'known_paper', theta)
+  ),
+  'official x8, tangential': lambda history, theta: tangential(
+    history[-1], _predict(history, 3, 'known_paper', theta)
+  ),
+  'shrink to the norms of official x8': lambda history, theta: at_norms_of(
+    history[-1], _predict(history, 3, 'known_paper', theta)
+  ),
+  'official x8, scaled biases': lambda history, theta: scaled_biases(history, 3, theta),
+  'known x8': lambda history, theta: _predict(history, 3, 'known_paper'),
+  'known_leaf x8': lambda history, theta: _predict(history, 3, 'known'),
+  'task_vector x8': lambda history, theta: _predict(history, 3, 'task_vector'),
+}
+"""Name -> (stages of parameters, the authors' theta) -> parameters."""
+
+
+def geometry(newest: Any, start: Any) -> dict[str, float]:
+  """Of convolution kernels: norm over the newest's, and how much of the squared move is radial."""
+  named, moved = trees.named_leaves(newest), trees.named_leaves(start)
+  kernels = [path for path, kind in leaf_kinds(newest).items() if kind == 'conv']
+  pairs = [(np.float64(named[path]).ravel(), np.float64(moved[path]).ravel()) for path in kernels]
+  norms = [np.sqrt(sum(pair[i] @ pair[i] for pair in pairs)) for i in (0, 1)]
+  moves = [(w, p - w) for w, p in pairs]
+  along = sum((w @ d) ** 2 / (w @ w) for w, d in moves)
+  total = sum(d @ d for _, d in moves)
+  return {'norm': float(norms[1] / norms[0]), 'radial': float(along / total) if total else 0.0}
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
+  """Trains what the journal `rows.jsonl` in the workdir lacks, core arms of all sources first.
+
+  Args:
+    config: the fields of `default_config`.
+    workdir: for the journal and, as `source-SEED.npz`, the stages of each source.
+
+  Returns:
+    A row for each training done so far.
+
+  Raises:
+    UserError: the data or the authors' networks cannot be read, or do not suffice.
+  """
+  began, workdir = time.monotonic(), Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not config['official']:
+    raise UserError("official is not set; expected a folder with the authors' three .h5 files.")
+  theta = load_known(config['official'])
+  study = _Study(config, workdir, theta)
+  plan = [(seed, arm) for seed in range(config['sources']) for arm in ARMS if arm.core]
+  plan += [(s, arm) for s in range(config['extra_sources']) for arm in ARMS if not arm.core]
+  for seed, arm in plan:
+    if study.journal.get(f'{seed}: {arm.name}') is not None:
+      continue
+    lacks_source = not study.has_source(seed)
+    spent = time.monotonic() - began
+    needed = study.seconds(of_source=False) + lacks_source * study.seconds(of_source=True)
+    if config['seconds'] and spent + 1.1 * needed > config['seconds']:
+      print(f'{spent:.0f} s: no time for {arm.name!r} of source {seed}', flush=True)
+      break
+    for row in (study.source(seed) if lacks_source else None, study.arm(seed, arm)):
+      if row is not None:
+        print({key: row[key] for key in ('key', 'accuracy', 'training', 'seconds')}, flush=True)
+  return read_lines(study.journal_path)
+
+
+class _Study:
+  """The data, the trainer and the journal of one workdir."""
+
+  def __init__(self, config: Mapping[str, Any], workdir: Path, theta: Any):
+    self.config, self.workdir, self.theta = config, workdir, theta
+    self.journal_path = workdir / 'rows.jsonl'
+    self.journal = Journal(self.journal_path)
+    parts = _arrays(config)
+    sizes = np.cumsum([0, *(len(labels) for _, labels in parts)])
+    wanted = config['labels'] + config['validation']
+    for have, want, what in (
+      (sizes[1], config['source_examples'], 'source images'),
+      (sizes[2] - sizes[1], wanted, 'target images'),
+    ):
+      if have < want:
+        raise UserError(f'found {have} {what}; expected at least {want}.')
+    labels = np.concatenate([labels for _, labels in parts])
+    self.trainer = Trainer(config, np.concatenate([images for images, _ in parts]), labels)
+    self.all_sources, self.test = np.arange(sizes[1]), np.arange(sizes[2], sizes[3])
+    drawn = np.random.default_rng(config['seed']).permutation(np.arange(sizes[1], sizes[2]))
+    chosen, self.validation = np.split(drawn[:wanted], [config['labels']])
+    images = np.asarray(self.trainer.images[np.sort(chosen)])
+    self.target = Task(np.sort(chosen), mean_image(images), int(parts[1][1].max()) + 1)
+
+  def seconds(self, *, of_source: bool) -> float:
+    """How long the last training of this sort took; 0 where there was none."""
+    lines = read_lines(self.journal_path)
+    return next((x['seconds'] for x in lines[::-1] if (x['arm'] == SOURCE) == of_source), 0.0)
+
+  def has_source(self, seed: int) -> bool:
+    """Whether the stages of a source are trained."""
+    return self._path(seed).exists() and self.journal.get(f'{seed}: {SOURCE}') is not None
+
+  def _path(self, seed: int) -> Path:
+    return self.workdir / f'source-{seed}.npz'
+
+  def source(self, seed: int) -> dict[str, Any]:
+    """Trains the stages of a source, and keeps their parameters and the newest's statistics."""
+    began, config = time.monotonic(), self.config
+    rng = np.random.default_rng([config['seed'], seed])
+    order = rng.permutation(self.all_sources)
+    chosen, held = np.sort(order[: config['source_examples']]), order[config['source_examples'] :]
+    labels = np.asarray(self.trainer.labels)
+    mean = mean_image(np.asarray(self.trainer.images[chosen]))
+    whole = Task(chosen, mean, int(labels[self.all_sources].max()) + 1)
+    key = named_key(config['seed'], 'source', seed)
+    drawing = named_key(config['seed'], 'subsets', seed)
+    subsets = nested_subsets(drawing, labels[chosen], rate=config['rate'], phases=STAGES)
+    variables = self.trainer.fresh(named_key(config['seed'], 'init', seed), whole.classes)
+    stages, accuracies, training = [], [], []
+    for stage, subset in enumerate(subsets):
+      task = dataclasses.replace(whole, train=chosen[subset])
+      steps = config['source_epochs'] * (len(subset) // config['batch_size'])
+      rates = loop.learning_rates('cosine', config['source_lr'], steps)
+      variables, hits = self.trainer.train(variables, task, rates, jax.random.fold_in(key, stage))
+      stages.append(variables)
+      training.append(hits)
+      accuracies.append(self.trainer.score(variables, held, whole)['accuracy'] if len(held) else 0)
+    arrays = {
+      f'{stage}/{path}': leaf
+      for stage, part in enumerate(stages)
+      for path, leaf in trees.named_leaves(part).items()
+    }
+    np.savez(self._path(seed), **arrays)
+    return self.journal.add(
+      f'{seed}: {SOURCE}', source=seed, arm=SOURCE, accuracy=accuracies[0], held_out=accuracies,
+      training=training[0], training_of_stages=training, seconds=time.monotonic() - began,
+      device=jax.devices()[0].device_kind,
+    )  # fmt: skip
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019 - one study a process.
+  def _stages(self, seed: int) -> list[Any]:
+    """The variables of a source's stages, oldest (smallest subset) first."""
+    from flax.traverse_util import unflatten_dict
+
+    with np.load(self._path(seed)) as file:
+      flat: list[dict[str, Any]] = [{} for _ in range(STAGES)]
+      for name in file.files:
+        stage, _, path = name.partition('/')
+        flat[int(stage)][path] = file[name]
+    return [unflatten_dict(part, sep='/') for part in flat][::-1]
+
+  def arm(self, seed: int, arm: Arm) -> dict[str, Any]:
+    """Transfers one start at one rate."""
+    began, config, trainer, task = time.monotonic(), self.config, self.trainer, self.target
+    key = named_key(config['seed'], 'transfer', seed)
+    fresh = trainer.fresh(key, task.classes)
+    shape = {'norm': 1.0, 'radial': 0.0}
+    if arm.start == 'scratch':
+      variables = fresh
+    else:
+      stages = self._stages(seed)
+      history = [stage['params'] for stage in stages]
+      params = STARTS[arm.start](history, self.theta)
+      shape = geometry(history[-1], params)
+      # BatchNorm's scale and shift are no part of a prediction: they are those of the newest stage.
+      variables = transfer.with_head({**stages[-1], 'params': params}, fresh)
+      variables = apply_policy(
+        arm.batch_norm, trainer.model, variables, num_batches=1, batch_size=1
+      )
+    if arm.times == MATCHED:
+      history = [stage['params'] for stage in self._stages(seed)]
+      official = STARTS['official x8'](history, self.theta)
+      lr = config['lr'] / geometry(history[-1], official)['norm']
+    else:
+      lr = config['lr'] * float(arm.times)
+    per_epoch = len(task.train) // config['batch_size']
+    warm = np.full(config['warmup_epochs'] * per_epoch, config['warmup_lr'], np.float32)
+    rates = loop.learning_rates('cosine', lr, config['epochs'] * per_epoch)
+    if arm.start == 'scratch':
+      steps = (config['warmup_epochs'] + config['epochs']) * per_epoch
+      rates = loop.learning_rates('cosine', lr, steps)
+    elif len(warm):
+      first = jax.random.fold_in(key, 0)
+      variables, _ = trainer.train(variables, task, warm, first, backbone=False)
+    variables, hits = trainer.train(variables, task, rates, jax.random.fold_in(key, 1))
+    tested = trainer.score(variables, self.test, task)
+    return self.journal.add(
+      f'{seed}: {arm.name}', source=seed, arm=arm.name, start=arm.start, times=arm.times, lr=lr,
+      batch_norm=arm.batch_norm, accuracy=tested['accuracy'], loss=tested['loss'],
+      validation=trainer.score(variables, self.validation, task)['accuracy'],
+      training=trainer.score(variables, task.train, task)['accuracy'], training_augmented=hits,
+      **shape, seconds=time.monotonic() - began, device=jax.devices()[0].device_kind,
+    )  # fmt: skip
+
+
+_ARRAYS = ('source', 'target', 'test')
+
+
+def _arrays(config: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Images and labels of the source's training set, the target's, and its test set."""
+  if config['arrays']:
+    try:
+      with np.load(config['arrays']) as file:
+        return [(file[f'{name}_images'], file[f'{name}_labels']) for name in _ARRAYS]
+    except (OSError, ValueError, KeyError) as error:
+      raise UserError(f'cannot read {config["arrays"]}: {reason(error)}.') from error
+  wanted = ((config['source_dataset'], 'train'), (config['target_dataset'], 'train'))
+  data = [
+    load_dataset(name, split, data_dir=config['data_dir'])
+    for name, split in (*wanted, (config['target_dataset'], 'test'))
+  ]
+  return [(entry.images, entry.labels) for entry in data]
