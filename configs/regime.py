@@ -3,8 +3,8 @@
 Command:   python bin/regime.py --workdir=W --config.official=FOLDER [--config.arrays=FILE.npz]
 Then:      python bin/regime.py --workdir=W --report=docs/results/resnet18.md
 Hardware:  one fast GPU; bfloat16
-Paper:     section 4.2 and table 1, with a quarter of both training sets, and epochs cut from 200 and
-           10 + 100 as the fields say: no reproduction of any number there
+Paper:     section 4.2 and table 1, with a quarter of both training sets, and epochs cut from 200
+           and 10 + 100 as the fields say: no reproduction of any number there
 """
 
 from ml_collections import ConfigDict

@@ -1,26 +1,26 @@
 """Rate, reset or trajectory: the authors' ResNet18 with their networks as arms, on one GPU.
 
-From a share of CIFAR-100 to a share of CIFAR-10, with the authors' recipe and cut epochs: it answers
-where a gain comes from in such a regime, and is no reproduction of a published table. One compiled
-program trains everything, images stay on the device, and a journal has a line for each training, so
-that a later run continues.
+From a share of CIFAR-100 to a share of CIFAR-10, with the authors' recipe and cut epochs: it
+answers where a gain comes from in such a regime, and is no reproduction of a published table. One
+compiled program trains everything, images stay on the device, and a journal has a line for each
+training, so that a later run continues.
 
 What the result decides was fixed before the first run. A difference is one of test accuracy in
-points, paired by source, with the 95 % t-interval over sources; it *matters* if its mean is at least
-0.3 away from zero and the interval does not hold zero.
+points, paired by source, with the 95 % t-interval over sources; it *matters* if its mean is at
+least 0.3 away from zero and the interval does not hold zero.
 
 - no gain: official x8 minus naive does not matter, or is negative. The causes below are then told
   for what differences there are, without a claim about a gain.
 - reset: naive with BatchNorm reset minus naive matters, and official minus naive reset does not.
-- rate: naive reset at the matched rate (the rate over the share of the norm of the convolutions that
-  the prediction keeps) and the radial part alone are both within 0.3 of official, and the tangential
-  part alone minus naive reset does not matter.
+- rate: naive reset at the matched rate (the rate over the share of the norm of the convolutions
+  that the prediction keeps) and the radial part alone are both within 0.3 of official, and the
+  tangential part alone minus naive reset does not matter.
 - trajectory: official minus its radial part matters, or the tangential part alone minus naive reset
   does, and is positive.
-- at equal tuning: the best of three rates of official (0.4, 1, 2.5 times 4e-4) and the best of three
-  of naive with BatchNorm kept (1, 2.5, 6.25 times), each chosen by the mean accuracy on validation
-  images over sources, are compared; only a difference that matters counts for or against. Where the
-  best is at the edge of its grid, that is said.
+- at equal tuning: the best of three rates of official (0.4, 1, 2.5 times 4e-4) and the best of
+  three of naive with BatchNorm kept (1, 2.5, 6.25 times), each chosen by the mean accuracy on
+  validation images over sources, are compared; only a difference that matters counts for or
+  against. Where the best is at the edge of its grid, that is said.
 """
 
 import dataclasses
@@ -231,9 +231,7 @@ class Trainer:
       padded = np.zeros(_PART, np.int32)
       padded[: len(part)] = part
       total += np.asarray(
-        self._score(
-          variables, self.images, self.labels, task.mean, task.classes, padded, len(part)
-        )
+        self._score(variables, self.images, self.labels, task.mean, task.classes, padded, len(part))
       )
     return {'accuracy': total[0] / len(indices), 'loss': total[1] / len(indices)}
 
