@@ -3,9 +3,8 @@
     python bin/regime.py --workdir=W --config.official=FOLDER --config.data_dir=TFDS
     python bin/regime.py --workdir=W --report=docs/results/resnet18.md
 
-The same command continues after a kill or when --config.seconds are over. --report writes a page
-and a table of rows beside it (.csv) from the journal in the workdir, or, without --workdir, the page
-again from those rows.
+The same command resumes after a kill, or when --config.seconds are over. --report writes a page
+from the rows in W, the journal rows.jsonl.
 """
 
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from know_jax.runs import cli
-from know_jax.study import regime
+from know_jax.study import regime, regime_report
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'regime.py')
@@ -21,7 +20,10 @@ _REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown f
 
 
 def main() -> None:
-  regime.run(_CONFIG.value, cli.workdir())
+  if _REPORT.value:
+    print(regime_report.write(cli.workdir(), _REPORT.value))
+  else:
+    regime.run(_CONFIG.value, cli.workdir())
 
 
 if __name__ == '__main__':

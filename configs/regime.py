@@ -1,6 +1,6 @@
 """Rate, reset or trajectory? The authors' ResNet18 and networks in a regime like theirs, cut short.
 
-Command:   python bin/regime.py --workdir=W --config.official=FOLDER [--config.arrays=FILE.npz]
+Command:   python bin/regime.py --workdir=W --config=configs/regime.py
 Then:      python bin/regime.py --workdir=W --report=docs/results/resnet18.md
 Hardware:  one fast GPU; bfloat16
 Paper:     section 4.2 and table 1, with a quarter of both training sets, and epochs cut from 200
