@@ -15,6 +15,7 @@ weights replaced; the same command resumes what a kill left.
 from absl import flags
 
 from know_jax import kinds as kinds_
+from know_jax.io.files import local_path
 from know_jax.nowcast import from_files, from_run
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.nowcast.health import ON_BAD
@@ -61,7 +62,7 @@ def main() -> None:
   predictors = list(PREDICTORS) if _PREDICTOR.value == ['all'] else _PREDICTOR.value
   if _HISTORY.value is not None:
     cli.refuse('workdir', 'batch_norm', 'recalibration_batches', because='--history is given')
-    output = cli.require('output', because='--history is given')
+    output = local_path(cli.require('output', because='--history is given'), '--output')
     job = from_files.prepare(
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
       kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,

@@ -57,6 +57,12 @@ MEMORY = 1 << 30
 """Bytes for what cannot be taken in slices: leaves of `tsv`, chunks of Orbax."""
 
 _RECORD = 'record.json'
+_STATISTICS = re.compile(r'(^|/)running_mean$')
+_RECIPE = (
+  'BatchNorm keeps the statistics of the newest stage. To settle them on your data in PyTorch: '
+  'for m in model.modules(): hasattr(m, "reset_running_stats") and m.reset_running_stats(); then '
+  'set m.momentum = None, call model.train(), and run some batches under torch.no_grad().'
+)
 _TIED = re.compile(r'(^|/)(lm_head|embed_out|output_projection|decoder)/weight$')
 """Output layers that many models share with their embedding, and that savers then leave out."""
 # Beside the stages of a leaf, in float32: the two factors and the workspace of its decomposition.
@@ -151,10 +157,15 @@ def prepare(
   stages_.check_paths(stages)
   newest = stages[-1]
   chosen = _not_chosen(newest.leaves, only, skip)
-  found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})})
-  notes = [*found.notes, *(note for stage in stages for note in stage.notes)]
-  _check_stages(stages, found.of, notes, skip)
   _check_complex(newest.leaves, {**chosen, **(kinds or {})})
+  found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})})
+  opaque = [path for path, leaf in newest.leaves.items() if leaf.dtype == np.dtype('V1')]
+  told = f'of a dtype that is not predicted, and copied: {", ".join(opaque)}.'
+  notes = [told] if opaque else []
+  notes += [*found.notes, *(note for stage in stages for note in stage.notes)]
+  if any(_STATISTICS.search(path) for path in newest.leaves):
+    notes.append(_RECIPE)
+  _check_stages(stages, found.of, notes, skip)
   for note in notes:
     warnings.warn(note, PredictionWarning, stacklevel=2)
   shards, leaves = _output(newest, format, dtype)
@@ -227,7 +238,8 @@ def plan(job: Job, output: str | os.PathLike) -> str:
 
 def _not_chosen(leaves: Mapping[str, Leaf], only: str | None, skip: str | None) -> dict[str, str]:
   """The rule that keeps the leaves that are not to be predicted, by their full names."""
-  kept: set[str] = set()
+  # Bytes that NumPy has no dtype for.
+  kept = {path for path, leaf in leaves.items() if leaf.dtype == np.dtype('V1')}
   for name, pattern in (('only', only), ('skip', skip)):
     if pattern is None:
       continue

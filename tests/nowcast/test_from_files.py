@@ -335,6 +335,13 @@ def test_the_script(tmp_path, files, whole):
     for args, message in (
       ((history,), '--output is needed where --history is given.'),
       ((f'--output={output}',), '--output means nothing where no --history is given.'),
+      (
+        (history, '--output=gs://bucket/out'),
+        "--output: found 'gs://bucket/out'; expected a path on this machine",
+      ),
+      (('--workdir=s3://b/w',), "--workdir: found 's3://b/w'; expected a path on this machine"),
+      ((history, f'--output={output}', '--option=lam'), "option: found 'lam'; expected 'name=va"),
+      ((history, f'--output={output}', '--skip=x9'), "skip: 'x9' is found in no path"),
       ((history, '--workdir=W'), '--workdir means nothing where --history is given.'),
       (
         (history, f'--output={output}', '--kinds=dense'),
