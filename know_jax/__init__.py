@@ -9,8 +9,11 @@ See `predict` for the whole contract.
 
 from know_jax.errors import UserError
 from know_jax.nowcast.api import PREDICTORS, forecast, predict
+from know_jax.predictors.base import Elementwise, Linear, WholeLeaf
+from know_jax.predictors.controls import history_free
 from know_jax.predictors.known import KNOWN
 from know_jax.predictors.parameters import load_known
+from know_jax.predictors.registry import register_predictor
 from know_jax.trajectory import Trajectory
 from know_jax.user_loop import forget, nested_subsets
 from know_jax.version import __version__
@@ -18,12 +21,17 @@ from know_jax.version import __version__
 __all__ = [
   'KNOWN',
   'PREDICTORS',
+  'Elementwise',
+  'Linear',
   'Trajectory',
   'UserError',
+  'WholeLeaf',
   '__version__',
   'forecast',
   'forget',
+  'history_free',
   'load_known',
   'nested_subsets',
   'predict',
+  'register_predictor',
 ]

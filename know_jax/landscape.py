@@ -23,12 +23,12 @@ from ml_collections.config_dict import placeholder
 from know_jax import kinds as kinds_
 from know_jax import trees
 from know_jax.data.base import Batch, Source, checked_batch, part_of
-from know_jax.errors import UserError, reason, unknown_name
+from know_jax.errors import UserError, reason
 from know_jax.io.sealed import write_sealed
 from know_jax.models.adapters import Model
 from know_jax.nowcast import api
-from know_jax.predictors.methods import METHODS, check_used
 from know_jax.predictors.parameters import load_known, network_of
+from know_jax.predictors.registry import check_used, resolve_all
 from know_jax.report.plots import new_figure, principal_plane
 from know_jax.runs.record import config_dict
 from know_jax.runs.workdir import load_trajectory
@@ -262,17 +262,18 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   task = load_task(record['config'])
   theta = None if config['known'] is None else load_known(config['known'])
   network = None if theta is None else network_of(theta)
-  check_used(config['known'], network, config['predictors'])
+  made = resolve_all(config['predictors'])
+  check_used(config['known'], network, made)
   forecasts = {
     name: api.forecast(
       trajectory,
       config['steps'],
-      predictor=name,
-      theta=theta if METHODS[name].shipped == network else None,
+      predictor=predictor,
+      theta=theta if network is not None and predictor.accepts(network) else None,
       rate=record['config']['rate'],
       kinds=task.kinds,
     )
-    for name in config['predictors']
+    for name, predictor in made.items()
   }
   examples = config['examples'] or task.test.size
   if not 1 <= examples <= task.test.size:
@@ -321,9 +322,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
 
 
 def _check(config: Mapping[str, Any]) -> None:
-  for name in config['predictors']:
-    if name not in METHODS:
-      raise unknown_name('predictor', name, METHODS)
+  resolve_all(config['predictors'])
   for field, least in (('neighbours', 0), ('noise', 0), ('margin', 0), ('points_per_call', 0)):
     if config[field] < least:
       raise UserError(f'{field} is {config[field]}; wanted at least {least}.')

@@ -21,7 +21,8 @@ import know_jax
 from know_jax import trees
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
-from know_jax.nowcast import engine
+from know_jax.nowcast import compiled
+from know_jax.nowcast.plan import plan_of
 from know_jax.system import processes
 from know_jax.system.signals import Terminated
 from know_jax.training import steps
@@ -113,9 +114,9 @@ def predict_where_the_weights_are():
     for shard in leaf.addressable_shards:
       part = np.asarray(wanted[path])[shard.index]
       np.testing.assert_allclose(shard.data, part, rtol=1e-5, atol=1e-6, err_msg=path)
-  plan = engine.plan_of(arrays, 1, 'known_leaf', None, 0.5, None, 'keep', {})
+  plan = plan_of(arrays, 1, 'known_leaf', None, 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
-  hlo = engine._run.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
+  hlo = compiled.predict_leaves.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=4' in hlo
   assert re.search('all-reduce', hlo)  # Of moments; but of weights none leaves its device.
   assert not re.search('all-gather|all-to-all|collective-permute', hlo)

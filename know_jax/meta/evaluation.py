@@ -32,8 +32,8 @@ from know_jax.meta import collect, mat, meta_training
 from know_jax.meta.windows import SPAN
 from know_jax.nowcast.api import predict
 from know_jax.predictors.known import HISTORY_LENGTH
-from know_jax.predictors.methods import METHODS
 from know_jax.predictors.parameters import load_known, read_card, theta_digest
+from know_jax.predictors.registry import resolve
 from know_jax.report.intervals import bootstrap_interval
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.system.progress import progress
@@ -121,8 +121,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         f'{config["known"][name]}; wanted the same, as it decides the test runs.'
       )
   for name in config['predictors']:
-    if name not in METHODS:
-      raise unknown_name('predictor', name, METHODS)
+    resolve(name)
   check_unique([*TRAINED, 'known_official', *config['predictors']])
   known_arms = {*TRAINED, *config['predictors']}
   for name in config['networks']:

@@ -1,7 +1,7 @@
 """predict and forecast: the entry points."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import numpy as np
 
 from know_jax import kinds as kinds_
 from know_jax import trees
-from know_jax.nowcast.engine import as_jax, check_steps, is_on_host, plan_of
-from know_jax.predictors.methods import METHODS
+from know_jax.nowcast.plan import as_jax, check_steps, is_on_host, plan_of
+from know_jax.predictors.registry import REGISTRY
 from know_jax.trajectory import Trajectory
 
 
@@ -18,7 +18,7 @@ def predict(
   params_history: Any,
   steps: int = 1,
   *,
-  predictor: str = 'known',
+  predictor: Any = 'known',
   theta: Any = None,
   rate: float = 0.5,
   kinds: kinds_.Rules | None = None,
@@ -45,9 +45,10 @@ def predict(
       pytrees, a `Trajectory`, or one pytree whose leaves are stacked on axis 0 (`[T, ...]`). KNOWN
       reads the S newest stages, S = 5 for the shipped weights.
     steps: how far ahead; 0 gives the newest weights, bit for bit.
-    predictor: a name in `PREDICTORS`.
-    theta: the parameters of KNOWN, as `load_known` gives them; None: those shipped. Only for
-      `known_leaf`, `known_leaf_history_free` and `known`.
+    predictor: a name in `PREDICTORS`; one of your own as an object (see
+      `know_jax.predictors.base`), or as 'package.module:object'.
+    theta: the parameters of KNOWN, as `load_known` gives them; None: those shipped. Only for the
+      predictors that have parameters, `known`, `known_leaf` and both without history.
     rate: r, the sampling rate of the stages, in (0, 1); for the predictors that fit against size,
       and for KNOWN conditioned on the leaf.
     kinds: what the names of leaves do not tell, or tell wrongly: a mapping from regular expressions
@@ -87,7 +88,7 @@ def forecast(
   params_history: Any,
   steps: int = 3,
   *,
-  predictor: str = 'known',
+  predictor: Any = 'known',
   theta: Any = None,
   rate: float = 0.5,
   kinds: kinds_.Rules | None = None,
@@ -109,9 +110,21 @@ def forecast(
   return Trajectory(plan.history.rebuild(plan.run(tuple(range(1, steps + 1))), steps))
 
 
-PREDICTORS: dict[str, Callable[..., trees.PyTree]] = {
-  name: functools.partial(predict, predictor=name) for name in METHODS
-}
+class _Predictors(Mapping[str, Callable[..., trees.PyTree]]):
+  """The registered predictors, those of the user's included."""
+
+  def __getitem__(self, name: str) -> Callable[..., trees.PyTree]:
+    REGISTRY[name]
+    return functools.partial(predict, predictor=name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(REGISTRY)
+
+  def __len__(self) -> int:
+    return len(REGISTRY)
+
+
+PREDICTORS: Mapping[str, Callable[..., trees.PyTree]] = _Predictors()
 """Name -> `(params_history, steps=1, *, rate=0.5, kinds=None, **options) -> pytree`."""
 
 

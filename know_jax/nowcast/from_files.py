@@ -9,10 +9,9 @@ What is written for every predictor, and what a killed run goes on from:
 <output>/<predictor>/<step>/README.md      the same for people
 ```
 
-Predictors that work coordinate by coordinate take `nowcast.forecast` a slice at a time. KNOWN
-conditioned on the leaf needs the leaf's moments: a leaf is read once for them and once more for the
-linear combination that they choose. `tsv` needs a leaf as a whole, which must fit into memory.
-Predictions are looked at leaf by leaf, as `nowcast.predict` does, and bad ones replaced.
+Leaves go through the engine of `nowcast.predict` (`nowcast.chunks`) a stretch at a time. Predictors
+that need the leaf's moments have it read once for them, and once more for the prediction; those of
+whole leaves need it in memory. Predictions are checked leaf by leaf, and bad ones replaced.
 """
 
 import contextlib
@@ -24,11 +23,10 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -41,12 +39,14 @@ from know_jax.io.formats import open_weights
 from know_jax.io.sealed import write_sealed
 from know_jax.io.weights import Leaf, Reader, Shard, Sink, Weights
 from know_jax.jsonable import digest
-from know_jax.nowcast import api, cards, engine
+from know_jax.nowcast import api, cards, chunks
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
-from know_jax.predictors import known_leaf
-from know_jax.predictors.methods import METHODS, check_used
-from know_jax.predictors.parameters import load_known, network_of, theta_digest, trained_range
+from know_jax.nowcast.job import Job as EngineJob
+from know_jax.nowcast.plan import check_steps, checked_theta, plan_of
+from know_jax.predictors import base
+from know_jax.predictors.parameters import load_known, network_of, theta_digest
+from know_jax.predictors.registry import check_used, resolve_all
 from know_jax.runs.record import RunRecord
 from know_jax.system.progress import Bar, progress
 
@@ -65,8 +65,6 @@ _RECIPE = (
 )
 _TIED = re.compile(r'(^|/)(lm_head|embed_out|output_projection|decoder)/weight$')
 """Output layers that many models share with their embedding, and that savers then leave out."""
-# Beside the stages of a leaf, in float32: the two factors and the workspace of its decomposition.
-_TSV_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Job:
   Attributes:
     stages: the history, oldest first.
     kinds: path -> kind.
-    predictors: names in `PREDICTORS`.
+    predictors: name -> predictor.
     steps: how far; the weights of every step from 1 on are written.
     rate: r.
     on_bad: what becomes of bad leaves, a choice of `guards.ON_BAD`.
@@ -92,7 +90,7 @@ class Job:
 
   stages: list[Weights]
   kinds: dict[str, str]
-  predictors: tuple[str, ...]
+  predictors: dict[str, Any]
   steps: int
   rate: float
   on_bad: str
@@ -109,7 +107,7 @@ class Job:
 def prepare(
   history: Sequence[str | os.PathLike],
   *,
-  predictors: Sequence[str] = ('known',),
+  predictors: Sequence[Any] = ('known',),
   steps: int = 3,
   rate: float = 0.5,
   kinds: Mapping[str, str] | None = None,
@@ -127,7 +125,7 @@ def prepare(
   Args:
     history: the stages, oldest (smallest subset) first; each what `formats.open_weights` takes;
       or one folder that holds them, see `stages.expand`.
-    predictors: names in `PREDICTORS`.
+    predictors: names in `PREDICTORS`, 'package.module:object', or objects.
     steps: how far; the weights of every step from 1 on will be written.
     rate: r, as in `nowcast.predict`.
     kinds: regular expression -> kind, see `kinds.find_kinds`.
@@ -146,11 +144,7 @@ def prepare(
       or cannot do the steps with this history, or something that must be whole is too large; the
       leaf is named.
   """
-  if not predictors:
-    raise UserError(f'no predictor is given; wanted some of {", ".join(METHODS)}.')
-  for name in predictors:
-    if name not in METHODS:
-      raise unknown_name('predictor', name, METHODS)
+  made = resolve_all(predictors, options)
   if not history:
     raise UserError('the history is empty; wanted the weights of at least one stage.')
   stages = [open_weights(path) for path in stages_.expand(history)]
@@ -170,9 +164,9 @@ def prepare(
     warnings.warn(note, PredictionWarning, stacklevel=2)
   shards, leaves = _output(newest, format, dtype)
   network = None if known is None else network_of(load_known(known))
-  check_used(known, network, predictors)
+  check_used(known, network, made)
   job = Job(
-    stages, found.of, tuple(dict.fromkeys(predictors)), steps, rate, on_bad, known, network,
+    stages, found.of, made, steps, rate, on_bad, known, network,
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
     tuple(notes),
   )  # fmt: skip
@@ -220,8 +214,8 @@ def plan(job: Job, output: str | os.PathLike) -> str:
     for _ in range(2):  # The first call compiles.
       began = time.perf_counter()
       api.forecast(
-        [stage] * len(job.stages), job.steps, predictor=name, theta=_theta(job, name),
-        rate=job.rate, on_bad='ignore', **job.options,
+        [stage] * len(job.stages), job.steps, predictor=job.predictors[name],
+        theta=_theta(job, name), rate=job.rate, on_bad='ignore',
       )  # fmt: skip
       taken = time.perf_counter() - began
     seconds += taken * predicted / (1 << 18)
@@ -326,17 +320,10 @@ def _output(
   ), leaves
 
 
-def _own_known(job: Job, predictor: str) -> str | None:
-  """The user's parameters, where they are of the predictor's network."""
-  return job.known if METHODS[predictor].shipped == job.network else None
-
-
 def _theta(job: Job, predictor: str) -> Any:
-  """The parameters of KNOWN in NumPy, None for predictors without."""
-  method = METHODS[predictor]
-  if method.leaf_fn is not None:
-    return None
-  return jax.device_get(load_known(_own_known(job, predictor), shipped=method.shipped))
+  """The user's parameters, where they are of the predictor's network; None: its own, if any."""
+  fits = job.network is not None and job.predictors[predictor].accepts(job.network)
+  return load_known(job.known) if fits else None
 
 
 def _check_predictor(job: Job, predictor: str) -> None:
@@ -346,29 +333,30 @@ def _check_predictor(job: Job, predictor: str) -> None:
     if kind != kinds_.KEEP:
       first.setdefault((kind, job.leaves[path].dtype), path)
   stage = {path: np.zeros(1, dtype) for (_, dtype), path in first.items()}
-  # Where all leaves are kept, the other arguments are looked at still.
+  # Where all leaves are kept, the other arguments are checked still.
   stage = stage or {'bias': np.zeros(1, np.float32)}
-  engine.plan_of(
+  plan_of(
     [stage] * len(job.stages),
-    engine.check_steps(job.steps, least=1),
-    predictor,
+    check_steps(job.steps, least=1),
+    job.predictors[predictor],
     _theta(job, predictor),
     job.rate,
     lambda path, _: job.kinds.get(path),
     job.on_bad,
-    job.options,
+    {},
   )
 
 
 def _check_memory(job: Job, predictor: str, memory: int) -> None:
   for path, leaf in job.leaves.items():
-    if predictor == 'tsv' and _is_matrix(leaf, job.kinds[path]):
-      needed = leaf.size * 4 * (len(job.stages) + job.steps + _TSV_COPIES)
+    made = job.predictors[predictor]
+    if _is_whole(made, path, leaf, job.kinds[path]):
+      needed = leaf.size * 4 * (len(job.stages) + job.steps + made.copies)
       if needed > memory:
         raise UserError(
-          f"leaf {path!r} has {leaf.size} weights, which 'tsv' must decompose as a whole: about "
-          f'{needed} bytes are needed, at most {memory} are allowed. Give it the kind '
-          f"{kinds_.KEEP!r}, or more memory, or leave 'tsv' out."
+          f'leaf {path!r} has {leaf.size} weights, which {predictor!r} must decompose as a whole: '
+          f'about {needed} bytes are needed, at most {memory} are allowed. Give it the kind '
+          f'{kinds_.KEEP!r}, or more memory, or leave {predictor!r} out.'
         )
     for stage in job.stages if job.kinds[path] != kinds_.KEEP else job.stages[-1:]:
       # Compressed, decompressed, and in the form that is handed out.
@@ -382,8 +370,13 @@ def _check_memory(job: Job, predictor: str, memory: int) -> None:
         )
 
 
-def _is_matrix(leaf: Leaf, kind: str) -> bool:
-  return kind in ('conv', 'fc') and len(leaf.shape) > 1
+def _is_whole(predictor: Any, path: str, leaf: Leaf, kind: str) -> bool:
+  """Whether a leaf must be there as a whole to be predicted."""
+  return (
+    isinstance(predictor, base.WholeLeaf)
+    and kind != kinds_.KEEP
+    and predictor.is_whole(base.Leaf(path, kind), leaf.shape)
+  )
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -477,14 +470,15 @@ class _Run:
   """What one predictor does and has done.
 
   Attributes:
-    theta: its parameters in NumPy, None for predictors without.
+    engine: what the engine is told.
+    theta: its parameters, None for predictors without.
     folders: those of the steps.
     shards: file name -> what is written there.
     about: what the cards say of it.
     record: what is finished.
   """
 
-  predictor: str
+  engine: EngineJob
   theta: Any
   folders: list[Path]
   shards: dict[str, Shard]
@@ -499,7 +493,9 @@ def _open_run(
   shards: tuple[Shard, ...],
   history: list[dict[str, Any]],
 ) -> _Run:
-  theta = _theta(job, predictor)
+  made = job.predictors[predictor]
+  kinds = {kind for kind in job.kinds.values() if kind != kinds_.KEEP}
+  theta, ranges = checked_theta(predictor, made, _theta(job, predictor), kinds, job.steps)
   about = {
     'predictor': predictor,
     'rate': job.rate,
@@ -521,8 +517,9 @@ def _open_run(
   folders = [folder / str(n) for n in range(1, job.steps + 1)]
   for step in folders:
     step.mkdir(exist_ok=True)
+  engine = EngineJob(predictor, made, (), (), job.rate, job.on_bad, ranges)
   return _Run(
-    predictor, theta, folders, {shard.name: shard for shard in shards},
+    engine, theta, folders, {shard.name: shard for shard in shards},
     {**about, 'history': history}, record,
   )  # fmt: skip
 
@@ -537,7 +534,7 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
   sizes = {name: sum(job.leaves[path].size for path in s.paths) for name, s in shards.items()}
   done = sum(sizes[name] for name in finished)
   with progress(
-    sum(sizes.values()), run.predictor, 'weights', initial=done, show=show_progress, scale=True
+    sum(sizes.values()), run.engine.name, 'weights', initial=done, show=show_progress, scale=True
   ) as bar:
     for name in shards:
       if name not in finished:
@@ -547,7 +544,7 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
   if health and job.on_bad != 'ignore':
     health_.report(
       np.asarray(list(health.values())),
-      predictor=run.predictor,
+      predictor=run.engine.name,
       leaves=[(path, job.kinds[path]) for path in health],
       steps=range(1, job.steps + 1),
       on_bad=job.on_bad,
@@ -576,7 +573,7 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       moved={path: float(values[n - 1][0]) for path, values in health.items()}, notes=job.notes,
     )  # fmt: skip
     if job.shards is not None and (seal := job.stages[-1].seal) is not None:
-      seal(step, {'predictor': run.predictor, 'steps': n, 'rate': job.rate})
+      seal(step, {'predictor': run.engine.name, 'steps': n, 'rate': job.rate})
   return folders
 
 
@@ -634,36 +631,31 @@ def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
 class _LeafHistory:
   """The stages of one leaf, open for reading."""
 
-  path: str
-  kind: str
-  leaf: Leaf
+  leaf: base.Leaf
+  written: Leaf
   readers: list[Reader]
 
-  @property
-  def width(self) -> np.dtype:
-    """The dtype to compute in."""
-    return np.dtype(np.float64 if self.readers[-1].dtype == np.float64 else np.float32)
-
   def slices(self, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, self.leaf.size, size):
-      yield start, min(start + size, self.leaf.size)
+    for start in range(0, self.written.size, size):
+      yield start, min(start + size, self.written.size)
 
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """A stretch of all stages in the dtype to compute in, `[T, stop - start]`, all finite."""
-    found = np.empty((len(self.readers), stop - start), self.width)
-    for stage, reader in enumerate(self.readers):
-      found[stage] = reader.read(start, stop)
-    self.check(found, start)
-    return found
+  def pieces(self, steps: int, *, whole: bool = False) -> Iterator[chunks.Piece]:
+    """All weights, a stretch at a time or as a whole, and room for the predictions of each."""
+    for start, stop in self.slices(max(self.written.size, 1) if whole else chunks.STRETCH):
+      stages = [reader.read(start, stop) for reader in self.readers]
+      for number, stage in enumerate(stages):
+        self._check(stage, number, start)
+      out = np.empty((steps, stop - start), self.written.dtype)
+      yield chunks.Piece(self.leaf, stages, out, self.written.shape if whole else None)
 
-  def check(self, stages: np.ndarray, start: int) -> None:
-    finite = np.isfinite(stages)
+  def _check(self, stage: np.ndarray, number: int, start: int) -> None:
+    finite = np.isfinite(stage)
     if not finite.all():
-      stage, place = np.argwhere(~finite)[0]
+      place = int(finite.argmin())
       raise UserError(
-        f'leaf {self.path!r} has {stages[stage, place]} at weight {start + place} of '
-        f'{self.leaf.size} in stage {stage} of {len(stages)} (0 is the oldest), '
-        f'{self.readers[stage].what}; wanted finite weights at every stage.'
+        f'leaf {self.leaf.path!r} has {stage[place]} at weight {start + place} of '
+        f'{self.written.size} in stage {number} of {len(self.readers)} (0 is the oldest), '
+        f'{self.readers[number].what}; wanted finite weights at every stage.'
       )
 
 
@@ -673,14 +665,14 @@ def _history(job: Job, path: str, scratch: Path) -> Iterator[_LeafHistory]:
     # Kept leaves may differ in the older stages, which are not read for them.
     stages = job.stages if job.kinds[path] != kinds_.KEEP else job.stages[-1:]
     readers = [stack.enter_context(stage.leaves[path].open(scratch)) for stage in stages]
-    yield _LeafHistory(path, job.kinds[path], job.leaves[path], readers)
+    yield _LeafHistory(base.Leaf(path, job.kinds[path]), job.leaves[path], readers)
 
 
 def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) -> None:
-  for start, stop in history.slices(engine.BATCH):
+  for start, stop in history.slices(chunks.STRETCH):
     newest = history.readers[-1].read(start, stop)
-    if newest.dtype != history.leaf.dtype:
-      newest = newest.astype(history.leaf.dtype)
+    if newest.dtype != history.written.dtype:
+      newest = newest.astype(history.written.dtype)
     for sink in sinks:
       sink.write(newest)
     if bar is not None:
@@ -691,115 +683,33 @@ def _predict_leaf(
   job: Job, run: _Run, history: _LeafHistory, sinks: Sequence[Sink], bar: Bar
 ) -> np.ndarray:
   """Writes the predictions of one leaf; returns their health `[steps, FIELDS]`."""
-  health = np.zeros((job.steps, health_.FIELDS))
-  predictor, theta = run.predictor, run.theta
-  is_conditioned = theta is not None and known_leaf.is_conditioned(theta[history.kind])
-  if is_conditioned:
-    free = METHODS[predictor].history_free
-    predict, outside = _conditioned(job, theta[history.kind], history, free, bar)
-    health[:, 3] = outside
-    size, counted = engine.SMALL, 0.5  # The other half was counted with the moments.
-  else:
-    predict = _by_forecast(job, predictor, theta, history)
-    whole = predictor == 'tsv' and _is_matrix(history.leaf, history.kind)
-    size, counted = (history.leaf.size or 1) if whole else engine.BATCH, 1.0
-  limits = {}
-  if (
-    theta is not None and not METHODS[predictor].history_free and _own_known(job, predictor) is None
-  ):
-    limits = trained_range(METHODS[predictor].shipped)
+  engine, steps, size = run.engine, tuple(range(1, job.steps + 1)), history.written.size
+  whole = _is_whole(engine.predictor, history.leaf.path, history.written, history.leaf.kind)
+  passes = 2 if getattr(engine.predictor, 'needs_moments', False) else 1
+
+  def counted() -> Iterator[chunks.Piece]:
+    for piece in history.pieces(job.steps, whole=whole):
+      yield piece
+      bar.update(piece.size / passes)
+
+  coefficients, outside = chunks.leaf_coefficients_of(size, counted, run.theta, engine, steps)
+  facts = chunks.Facts.none(job.steps)
   marks = [sink.mark() for sink in sinks]
-  for start, stop in history.slices(size):
-    stages = history.read(start, stop)
-    with np.errstate(over='ignore', invalid='ignore'):
-      predicted = predict(stages)
-      found = predicted.astype(history.leaf.dtype)
-      moved = np.abs(found.astype(history.width) - stages[-1])
-    health[:, 0] = np.maximum(health[:, 0], moved.max(1))
-    health[:, 2] = np.maximum(health[:, 2], np.abs(stages).max())
-    if theta is not None and not is_conditioned:
-      residuals = engine.residuals_on_host(stages[-1], predicted)
-      health[:, 1] = np.maximum(health[:, 1], residuals)
-      if history.kind in limits:
-        window = stages[-engine.known_history_length(theta[history.kind]) :]
-        outside = engine.outside_on_host(list(window), limits[history.kind])
-        health[:, 3] = np.maximum(health[:, 3], outside)
-    for sink, values in zip(sinks, found, strict=True):
+  for piece in counted():
+    (seen,) = chunks.predict([piece], run.theta, engine, steps, coefficients, outside)
+    facts.add(seen)
+    for sink, values in zip(sinks, piece.out, strict=True):
       sink.write(values)
-    bar.update(counted * (stop - start))
-  if job.on_bad != 'ignore' and (bad := _is_bad(health)).any():
-    if job.on_bad == 'raise':
-      health_.report(
-        health[None],
-        predictor=predictor,
-        leaves=[(history.path, history.kind)],
-        steps=range(1, job.steps + 1),
-        on_bad='raise',
-      )
-    again = [sink for sink, is_bad in zip(sinks, bad, strict=True) if is_bad]
-    for sink, mark in zip(sinks, marks, strict=True):
-      if sink in again:
-        sink.go_back(mark)
-    _copy_newest(history, again, None)
+  health = facts.health(lambda: chunks.largest(history.pieces(job.steps)))
+  bad = _is_bad(health) if engine.is_watched else np.zeros(job.steps, bool)
+  if bad.any() and job.on_bad == 'raise':
+    health_.report(
+      health[None], predictor=engine.name, leaves=[(history.leaf.path, history.leaf.kind)],
+      steps=steps, on_bad='raise',
+    )  # fmt: skip
+  again = [sink for sink, kept in zip(sinks, bad | facts.still, strict=True) if kept]
+  for sink, mark in zip(sinks, marks, strict=True):
+    if sink in again:
+      sink.go_back(mark)
+  _copy_newest(history, again, None)
   return health
-
-
-def _by_forecast(
-  job: Job, predictor: str, theta: Any, history: _LeafHistory
-) -> Callable[[np.ndarray], np.ndarray]:
-  """`nowcast.forecast` of a stretch of weights `[T, N]` -> `[steps, N]`."""
-  shape = history.leaf.shape
-  name = history.path.rpartition('/')[2]
-  if name == 'weight' and len(shape) > 2:
-    # PyTorch has the outputs first where Flax has them last: as a matrix, one is the other's
-    # transpose, of which the singular values are the same.
-    shape = (shape[0], -1)
-
-  def predict(stages: np.ndarray) -> np.ndarray:
-    if predictor == 'tsv' and _is_matrix(history.leaf, history.kind):
-      stages = stages.reshape(len(stages), *shape)
-    found = api.forecast(
-      [{history.path: stage} for stage in stages],
-      job.steps,
-      predictor=predictor,
-      theta=theta,
-      rate=job.rate,
-      kinds=lambda path, leaf: history.kind,
-      on_bad='ignore',
-      **job.options,
-    )
-    return np.asarray(found.weights[history.path]).reshape(job.steps, -1)
-
-  return predict
-
-
-def _conditioned(
-  job: Job, params: Any, history: _LeafHistory, free: bool, bar: Bar
-) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-  """KNOWN conditioned on the leaf: reads the leaf for its moments.
-
-  Returns:
-    Stages `[T, N]` -> predictions `[steps, N]`, and how far outside the meta-dataset the leaf is.
-  """
-  length = known_leaf.history_length(params)
-
-  def window(stages: np.ndarray) -> np.ndarray:
-    return stages[[-1] * length] if free else stages[-length:]
-
-  # As `nowcast._moments_on_host` does, to the bit.
-  total = np.zeros((length, length))
-  for start, stop in history.slices(engine.SMALL):
-    v = known_leaf.host_basis(window(history.read(start, stop)))
-    total += v @ v.T
-    bar.update(0.5 * (stop - start))
-  moments = (total / max(history.leaf.size, 1)).astype(history.width)
-  steps = tuple(range(1, job.steps + 1))
-  coefficients, outside = (
-    np.asarray(found)[0]
-    for found in jax.device_get(engine.leaf_coefficients(params, moments[None], job.rate, steps))
-  )
-
-  def predict(stages: np.ndarray) -> np.ndarray:
-    return engine.combine_on_host(coefficients, window(stages))
-
-  return predict, 0.0 if free else float(outside)

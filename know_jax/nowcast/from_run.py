@@ -20,8 +20,9 @@ from know_jax.errors import PredictionWarning, UserError, unknown_name
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
 from know_jax.nowcast import api
-from know_jax.predictors.methods import METHODS, check_used, max_steps
-from know_jax.predictors.parameters import SHIPPED, load_known, network_of
+from know_jax.predictors.base import max_steps
+from know_jax.predictors.parameters import load_known, network_of
+from know_jax.predictors.registry import check_used, resolve_all
 from know_jax.report.plots import plot_nowcast
 from know_jax.runs.workdir import load_trajectory
 from know_jax.tasks import load_task
@@ -63,7 +64,7 @@ class Prediction:
 def run(
   workdir: str | Path,
   *,
-  predictors: Sequence[str],
+  predictors: Sequence[Any],
   steps: int,
   batch_norm: str = 'keep',
   recalibration_batches: int = 10,
@@ -78,7 +79,7 @@ def run(
 
   Args:
     workdir: of a finished forgetting run.
-    predictors: names in `PREDICTORS`.
+    predictors: names in `PREDICTORS`, 'package.module:object', or objects.
     steps: how far; the weights of every step from 1 on are written.
     batch_norm: what happens to BatchNorm, a name in `BATCH_NORM_POLICIES`.
     recalibration_batches: batches of 128 training images for `recalibrate`.
@@ -94,18 +95,14 @@ def run(
     UserError: before anything is written, if a name is unknown, the run is unfinished or damaged,
       or a predictor cannot do the steps with this history.
   """
-  if not predictors:
-    raise UserError(f'no predictor is given; wanted some of {", ".join(METHODS)}.')
-  for name in predictors:
-    if name not in METHODS:
-      raise unknown_name('predictor', name, METHODS)
+  made = resolve_all(predictors)
   if batch_norm not in BATCH_NORM_POLICIES:
     raise unknown_name('BatchNorm policy', batch_norm, BATCH_NORM_POLICIES)
   workdir = Path(workdir).expanduser()
   trajectory, record = load_trajectory(workdir)
   config = record['config']
-  for name in predictors:
-    reach = max_steps(name, len(trajectory))
+  for name, predictor in made.items():
+    reach = max_steps(predictor, len(trajectory))
     if reach is not None and steps > reach:
       raise UserError(
         f'predictor {name!r} can do at most steps={reach} with the {len(trajectory)} stages of '
@@ -113,7 +110,7 @@ def run(
       )
   theta = None if known is None else load_known(known)
   network = None if theta is None else network_of(theta)
-  check_used(known, network, predictors)
+  check_used(known, network, made)
   # The weights of a training loop of the user's own: there is nothing here to score them with.
   task = None if config['task'] is None else load_task(config)
   if task is None and batch_norm != 'keep':
@@ -134,15 +131,17 @@ def run(
     )
   ]  # fmt: skip
   # All are predicted before one is written: a predictor may still find the history too short.
-  forecasts, warned = {}, {}
-  for name in predictors:
+  forecasts, warned, sources = {}, {}, {}
+  for name, predictor in made.items():
     # --known replaces the shipped parameters of the predictors whose network it has.
-    given = theta if METHODS[name].shipped == network else None
+    fits = network is not None and predictor.accepts(network)
+    given = theta if fits else None
+    sources[name] = known if fits else predictor.theta_name if predictor.takes_theta else None
     with _noted() as warned[name]:
       forecasts[name] = api.forecast(
         trajectory,
         steps,
-        predictor=name,
+        predictor=predictor,
         theta=given,
         rate=config['rate'],
         kinds=rule,
@@ -171,7 +170,7 @@ def run(
         path=prediction_path(workdir, name, n),
       )
       found.append(prediction)
-      _save(prediction, batch_norm, known, network, warned[name])
+      _save(prediction, batch_norm, sources[name], warned[name])
   history = [s['test_loss'] for s in record['stages'] if 'test_loss' in s]
   plot_nowcast(
     workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
@@ -207,8 +206,7 @@ def _remove_beyond(workdir: Path, predictor: str, steps: int) -> None:
 def _save(
   prediction: Prediction,
   batch_norm: str,
-  known: str | None,
-  network: str | None,
+  source: str | None,
   warned: Sequence[str],
 ) -> None:
   assert prediction.path is not None
@@ -221,9 +219,8 @@ def _save(
   }
   if prediction.loss is not None:
     metadata |= {f'test_{prediction.score}': prediction.accuracy, 'test_loss': prediction.loss}
-  if METHODS[prediction.predictor].leaf_fn is None:
-    name = METHODS[prediction.predictor].shipped
-    metadata['known'] = known if known and name == network else SHIPPED[name].name
+  if source is not None:
+    metadata['known'] = source
   checkpoints.save(prediction.path, prediction.variables, metadata=metadata, overwrite=True)
 
 

@@ -20,11 +20,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from know_jax import trees
 from know_jax.kinds import KINDS
 from know_jax.predictors.known import HISTORY_LENGTH
+from know_jax.predictors.moments import basis, host_basis, second_moments
+
+__all__ = ['basis', 'host_basis', 'second_moments']
 
 _WIDTH = 32
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -105,22 +107,6 @@ def is_conditioned(params: Any) -> bool:
 def history_length(params: Any) -> int:
   """S, the number of stages that the parameters of one network read."""
   return params['step']['bias'].shape[0]
-
-
-def basis(history: jax.Array) -> jax.Array:
-  """The differences of a history and its newest weights: `[S, ...]` -> `[S, ...]`."""
-  return jnp.concatenate([jnp.diff(history, axis=0), history[-1:]])
-
-
-def host_basis(history: np.ndarray) -> np.ndarray:
-  """`basis` of NumPy arrays, in their own precision."""
-  return np.concatenate([np.diff(history, axis=0), history[-1:]])
-
-
-def second_moments(history: jax.Array) -> jax.Array:
-  """G, summed, not yet divided by their number, over weights `[S, N]`: `[S, S]`."""
-  v = basis(history)
-  return jnp.dot(v, v.T, precision=_PRECISION)
 
 
 def context(moments: jax.Array, rate: jax.Array | float) -> jax.Array:

@@ -12,8 +12,8 @@ import numpy as np
 from know_jax.errors import UserError, unknown_name
 from know_jax.kinds import KINDS
 from know_jax.nowcast import api
-from know_jax.predictors.methods import METHODS, check_options
 from know_jax.predictors.parameters import load_known
+from know_jax.predictors.registry import REGISTRY, resolve
 from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 MAIN = 'main'
@@ -243,9 +243,9 @@ def _hashable(value: Any) -> Any:
 
 def _steps(arm: Arm, wanted: Sequence[int] | None, most: int) -> Sequence[int]:
   """The steps of a predictor: those wanted, else all up to `most` that it can do."""
-  if arm.predictor not in METHODS:
-    raise unknown_name('predictor', arm.predictor, (*METHODS, *UNPREDICTED))
-  check_options(arm.predictor, dict(arm.options))
+  if ':' not in arm.predictor and arm.predictor not in REGISTRY:
+    raise unknown_name('predictor', arm.predictor, (*REGISTRY, *UNPREDICTED))
+  resolve(arm.predictor, dict(arm.options))
   if arm.predictor == 'persistence':
     return (0,)
   steps = range(1, most + 1) if wanted is None else wanted

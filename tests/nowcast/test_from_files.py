@@ -33,7 +33,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.safetensors import DTYPES
 from know_jax.io.sealed import read_sealed
 from know_jax.io.weights import Reader, Sink
-from know_jax.nowcast import engine, from_files, health
+from know_jax.nowcast import chunks, from_files, health
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -49,8 +49,7 @@ SHAPES = {
 
 def narrow_slices(monkeypatch):
   """So that small leaves have several slices."""
-  monkeypatch.setattr(engine, 'SMALL', 1 << 11)
-  monkeypatch.setattr(engine, 'BATCH', engine.BLOCK)
+  monkeypatch.setattr(chunks, 'STRETCH', 1 << 13)
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +202,7 @@ def test_no_more_than_a_slice_is_read_at_once(tmp_path, monkeypatch):
   read = Reader.read
   monkeypatch.setattr(Reader, 'read', lambda self, a, b: reads.append(b - a) or read(self, a, b))
   run(save_all(tmp_path, make_history()), tmp_path / 'out', predictors=['known_leaf', 'log_fit'])
-  assert max(reads) == engine.BATCH < 250 * 40
+  assert max(reads) == chunks.STRETCH < 250 * 40
 
 
 def test_tsv_sees_matrices_whole_and_those_of_pytorch_alike(tmp_path):
@@ -282,9 +281,9 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_bytes(tmp_path, files, who
 DRIVER = """
 import json, os, runpy, signal, sys
 from know_jax.io.weights import Sink
-from know_jax.nowcast import engine, from_files
+from know_jax.nowcast import chunks, from_files
 from know_jax.runs import cli
-engine.SMALL, engine.BATCH = 1 << 11, engine.BLOCK
+chunks.STRETCH = 1 << 13
 write, writes = Sink.write, 0
 cli._CACHE_SECONDS = 0.0
 for line in sys.stdin:

@@ -14,9 +14,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import know_jax
 from know_jax import kinds
 from know_jax.errors import PredictionWarning, UserError
-from know_jax.nowcast import engine
+from know_jax.nowcast import chunks, compiled
 from know_jax.nowcast import health as health_
 from know_jax.nowcast.health import OutsideWarning
+from know_jax.nowcast.plan import plan_of
 from know_jax.predictors import known, known_leaf, parameters
 
 THETA = known.init_theta(jax.random.key(0))
@@ -125,12 +126,13 @@ def saturating(kind):
 
 
 @pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('size', [engine.SMALL // 3, engine.SMALL + 5])
+@pytest.mark.parametrize('size', [compiled.SMALL // 3, compiled.SMALL + 5])
 def test_a_saturated_residual_is_told(way, size):
   theta = THETA | {'bias': saturating('bias')}
   at_rest, saturated = np.full((5, size), 0.01, np.float32), np.zeros((5, size), np.float32)
   saturated[:, size // 2] = 0.5  # tanh(50): one weight of many.
   at_rest[0] = 1.0  # Not read by these parameters; the movement is to stay within its bound.
+  saturated[0, 0] = 0.1  # A leaf that never moved would be left alone.
   history = history_of(**{'a/bias': list(at_rest), 'b/bias': list(saturated)})
   # tanh(100 x 0.01) is not saturated; one step on tanh(100 x 0.77) is.
   for steps, wanted in ((1, ["'b/bias' (bias) at step 1"]), (2, ["'a/bias'", "'b/bias'"])):
@@ -277,7 +279,7 @@ def test_what_the_meta_dataset_holds_is_not_told():
 def test_weights_larger_than_any_of_the_meta_dataset_are_told(way):
   weight, difference = parameters.trained_range('known')['fc']
   inside = [np.full((2, 2), 0.9 * weight, np.float32)] * 5
-  large = [np.full((2, 2), 1.5 * weight, np.float32)] * 5
+  large = [np.full((2, 2), (1.5 - 1e-4 * t) * weight, np.float32) for t in reversed(range(5))]
   moving = [np.full((2, 2), t % 2 * 1.2 * difference, np.float32) for t in range(5)]
   leaves = {'in/kernel': inside, 'large/kernel': large, 'moving/kernel': moving}
   history = history_of(**leaves)
@@ -327,12 +329,12 @@ def test_what_is_bad(numbers, bad):
 def test_health_on_the_host_and_on_the_device_agree():
   theta = references.random_theta()
   history = history_of(**{'a/kernel': ramp(0.3, (4, 5)), 'b/kernel': ramp(2.0, (3, 3, 2, 2))})
-  plan = engine.plan_of(history, 2, 'known', theta, 0.5, None, 'keep', {})
+  plan = plan_of(history, 2, 'known', theta, 0.5, None, 'keep', {})
   leaves = [plan.history.leaves[i] for i in plan.predicted]
-  job = plan.job.__class__(**{**plan.job.__dict__, 'limits': (('fc', (1.0, 1.0)),)})
+  job = plan.job.__class__(**{**plan.job.__dict__, 'ranges': (('fc', (1.0, 1.0)),)})
   with jax.ensure_compile_time_eval():
-    _, on_host = engine._run_on_host(leaves, theta, job, (1, 2))
-  _, on_device = engine._run(leaves, theta, job, (1, 2))
+    _, on_host = chunks.predict_leaves(leaves, theta, job, (1, 2))
+  _, on_device = compiled.predict_leaves(leaves, theta, job, (1, 2))
   # The scale of the host is that of the newest stage where older ones make no difference.
   compared = [0, 1, 3]
   np.testing.assert_allclose(on_host[..., compared], on_device[..., compared], 1e-4, 1e-6)

@@ -26,7 +26,8 @@ import know_jax
 from know_jax import PREDICTORS, Trajectory, UserError, trees
 from know_jax import kinds as kinds_
 from know_jax.errors import KindsWarning
-from know_jax.nowcast import engine
+from know_jax.nowcast import chunks, compiled
+from know_jax.nowcast.plan import plan_of
 from know_jax.predictors import known
 from know_jax.predictors.known import KNOWN
 
@@ -347,8 +348,9 @@ def test_forecasts_and_trajectories_keep_the_sharding():
 @pytest.mark.parametrize('name', ['known_leaf', 'known', 'known_leaf_history_free', 'linear_fit'])
 def test_no_weight_leaves_its_device(name, form):
   history, _ = sharded_history(*FORMS[form])
-  plan = engine.plan_of(history, 1, name, options_of(name).get('theta'), 0.5, None, 'keep', {})
-  hlo = engine._run.lower(plan.history.leaves, plan.theta, plan.job, (1,)).compile().as_text()
+  plan = plan_of(history, 1, name, options_of(name).get('theta'), 0.5, None, 'keep', {})
+  leaves = plan.history.leaves
+  hlo = compiled.predict_leaves.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=8' in hlo
   for collective in ('all-gather', 'all-to-all', 'collective-permute'):
     assert collective not in hlo
@@ -387,7 +389,7 @@ def test_no_step_is_the_identity_bit_for_bit(name):
 
 @EVERY
 def test_a_second_call_compiles_nothing(name, caplog):
-  def compiled():
+  def messages():
     names = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     caplog.clear()
     return [message for message in names if message.startswith('Compiling')]
@@ -397,13 +399,13 @@ def test_a_second_call_compiles_nothing(name, caplog):
   predict(first, 2, name)
   predict(stacked[0], 2, name)
   with jax.log_compiles():
-    sizes = [program._cache_size() for program in (engine._run, engine._row_program())]
+    sizes = [program._cache_size() for program in (compiled.predict_leaves, chunks._row_program())]
     predict(second, 2, name)
     predict(stacked[1], 2, name)
-    assert not compiled()
-    assert [p._cache_size() for p in (engine._run, engine._row_program())] == sizes
+    assert not messages()
+    assert [p._cache_size() for p in (compiled.predict_leaves, chunks._row_program())] == sizes
     jax.jit(lambda x: x + len(name))(1)
-    assert compiled()  # So the log would have shown it.
+    assert messages()  # So the log would have shown it.
 
 
 def drop_int64(history):
@@ -477,12 +479,14 @@ def test_leaves_without_weights_and_scalars_are_no_trouble():
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 16 weights and runs of at most 40, so that small leaves take every path."""
-  monkeypatch.setattr(engine, 'BLOCK', 16)
-  monkeypatch.setattr(engine, 'SMALL', 16)
-  monkeypatch.setattr(engine, 'BATCH', 40)
-  monkeypatch.setattr(engine, 'ROW', 40)
-  monkeypatch.setattr(engine, 'ROW_BLOCK', 12)
-  programs = (engine._run, engine._row_program())
+  monkeypatch.setattr(compiled, 'BLOCK', 16)
+  monkeypatch.setattr(compiled, 'SMALL', 16)
+  monkeypatch.setattr(compiled, 'BATCH', 40)
+  monkeypatch.setattr(chunks, 'ROW', 40)
+  monkeypatch.setattr(chunks, 'ROW_BLOCK', 12)
+  monkeypatch.setattr(chunks, 'LEAST_ROW', 16)
+  monkeypatch.setattr(chunks, 'CHUNK', 16)
+  programs = (compiled.predict_leaves, chunks._row_program())
   for program in programs:
     program.clear_cache()
   yield
@@ -521,7 +525,7 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   wanted = plain_known(history, 2)
   assert_close(know_jax.predict(history, 2, theta=THETA), wanted)
   # Rows of two kinds and of many lengths.
-  assert engine._row_program()._cache_size() == 1
+  assert chunks._row_program()._cache_size() == 1
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
 
 
@@ -529,14 +533,14 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
 def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, name):
   """So that a first call does not take the memory of both at a time."""
   rows, given_back, sizes = [], [], []
-  monkeypatch.setattr(engine, '_compiled', set())
-  new_row, program = engine._new_row, engine._row_program()
-  monkeypatch.setattr(engine, '_new_row', lambda *a: rows.append(None) or new_row(*a))
-  monkeypatch.setattr(engine, 'processors', lambda: 3)
-  monkeypatch.setattr(engine, 'give_back_memory', lambda: given_back.append(len(rows)))
-  in_threads = engine._in_threads
+  monkeypatch.setattr(chunks, '_compiled', set())
+  new_row, program = chunks._new_row, chunks._row_program()
+  monkeypatch.setattr(chunks, '_new_row', lambda *a: rows.append(None) or new_row(*a))
+  monkeypatch.setattr(chunks, 'processors', lambda: 3)
+  monkeypatch.setattr(chunks, 'give_back_memory', lambda: given_back.append(len(rows)))
+  in_threads = chunks._in_threads
   monkeypatch.setattr(
-    engine, '_in_threads', lambda *a: sizes.append(program._cache_size()) or in_threads(*a)
+    chunks, '_in_threads', lambda *a: sizes.append(program._cache_size()) or in_threads(*a)
   )
   history = make_history(shapes={'fc': {'kernel': (200, 1)}})
   predict(history, 2, name)
@@ -553,7 +557,7 @@ def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, n
 def test_rows_hold_every_weight_once(small_blocks, sizes, threads):
   seen = [np.zeros(size, int) for size in sizes]
   lengths = []
-  for parts in engine._rows(sizes, threads):
+  for parts in chunks._rows(sizes, threads):
     filled = np.zeros(40, int)
     for place, i, start, stop in parts:
       seen[i][start:stop] += 1
@@ -574,14 +578,14 @@ def test_threads_give_the_same_bits(monkeypatch, small_blocks):
 
   def spy(*args):
     names.add(threading.current_thread().name)
-    return residuals_on_host(*args)
+    return _residuals(*args)
 
-  residuals_on_host = engine.residuals_on_host
-  monkeypatch.setattr(engine, 'residuals_on_host', spy)
-  monkeypatch.setattr(engine, 'processors', lambda: 1)
+  _residuals = chunks._residuals
+  monkeypatch.setattr(chunks, '_residuals', spy)
+  monkeypatch.setattr(chunks, 'processors', lambda: 1)
   wanted = know_jax.forecast(history, 3, theta=THETA)
   assert names == {'MainThread'}
-  monkeypatch.setattr(engine, 'processors', lambda: 3)
+  monkeypatch.setattr(chunks, 'processors', lambda: 3)
   found = know_jax.forecast(history, 3, theta=THETA)
   assert len(names) > 2
   for stage, other in zip(found, wanted, strict=True):
@@ -598,7 +602,7 @@ def test_what_a_thread_raises_ends_the_rest():
     time.sleep(0.01)
     return i
 
-  found = engine._in_threads(fail_at_2, [(i,) for i in range(200)], 2)
+  found = chunks._in_threads(fail_at_2, [(i,) for i in range(200)], 2)
   assert [next(found), next(found)] == [0, 1]
   with pytest.raises(FloatingPointError, match='the third'):
     next(found)
@@ -606,7 +610,7 @@ def test_what_a_thread_raises_ends_the_rest():
 
 
 def test_float64_for_one_thread_stays_float64():
-  history = make_history(dtype=np.float64, shapes={'a': {'kernel': (3 * engine.BLOCK, 1)}})
+  history = make_history(dtype=np.float64, shapes={'a': {'kernel': (3 * compiled.BLOCK, 1)}})
   with jax.enable_x64(True):
     found = know_jax.predict(history, predictor='task_vector')
   older, newest = (stage['a']['kernel'] for stage in history[-2:])
@@ -663,7 +667,7 @@ def test_blocks_of_sharded_leaves(small_blocks):
 
 
 def test_a_leaf_larger_than_the_real_block():
-  history = make_history(shapes={'a': {'kernel': (engine.SMALL + 1001, 1)}})
+  history = make_history(shapes={'a': {'kernel': (compiled.SMALL + 1001, 1)}})
   assert_close(know_jax.predict(history, theta=THETA), plain_known(history, 1))
 
 
@@ -710,7 +714,8 @@ def no_run(*args, **kwargs):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-  monkeypatch.setattr(engine, '_run', no_run)
+  monkeypatch.setattr(compiled, 'predict_leaves', no_run)
+  monkeypatch.setattr(chunks, 'predict', no_run)
 
 
 def fails(message, history, steps=1, **options):

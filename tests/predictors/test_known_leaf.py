@@ -4,6 +4,8 @@ Its predictions are compared with a reference that slides the weights themselves
 test_predictors.py; the contract of all predictors is in test_nowcast.py.
 """
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -16,6 +18,7 @@ from know_jax import trees
 from know_jax.predictors import known_leaf
 
 THETA = references.random_conditioned_theta()
+LEAF = {'predictor': 'known_leaf', 'theta': THETA}
 
 
 def make_leaf(seed, size=40, length=5):
@@ -56,7 +59,7 @@ def test_a_context_of_stages_that_did_not_move_is_finite():
 def test_training_starts_from_copying():
   theta = known_leaf.init_theta(jax.random.key(1))
   history = [{'a': {'kernel': stage.reshape(8, 5)}} for stage in make_leaf(0).astype(np.float32)]
-  found = know_jax.predict(history, 3, theta=theta)
+  found = know_jax.predict(history, 3, predictor='known_leaf', theta=theta)
   np.testing.assert_array_equal(found['a']['kernel'], history[-1]['a']['kernel'])
 
 
@@ -65,8 +68,8 @@ def test_training_starts_from_copying():
 def test_scaling_the_weights_scales_the_prediction(seed, power):
   history = make_leaf(seed).astype(np.float32).reshape(5, 8, 5)
   factor = np.float32(2.0**power)
-  once = know_jax.predict([{'a': {'kernel': h}} for h in history], 2, theta=THETA)
-  scaled = know_jax.predict([{'a': {'kernel': factor * h}} for h in history], 2, theta=THETA)
+  once = know_jax.predict([{'a': {'kernel': h}} for h in history], 2, **LEAF)
+  scaled = know_jax.predict([{'a': {'kernel': factor * h}} for h in history], 2, **LEAF)
   np.testing.assert_allclose(
     scaled['a']['kernel'], factor * np.asarray(once['a']['kernel']), rtol=2e-4, atol=1e-5 * factor
   )
@@ -74,19 +77,23 @@ def test_scaling_the_weights_scales_the_prediction(seed, power):
 
 def test_the_step_depends_on_the_other_weights_of_the_leaf():
   history = make_leaf(3).astype(np.float32)
-  whole = know_jax.predict([{'b': {'bias': h}} for h in history], theta=THETA)['b']['bias']
-  half = know_jax.predict([{'b': {'bias': h[:20]}} for h in history], theta=THETA)['b']['bias']
+  whole = know_jax.predict([{'b': {'bias': h}} for h in history], **LEAF)['b']['bias']
+  half = know_jax.predict([{'b': {'bias': h[:20]}} for h in history], **LEAF)['b']['bias']
   assert np.abs(np.asarray(whole)[:20] - np.asarray(half)).max() > 1e-4
 
 
-def test_a_leaf_that_never_moved_stays_but_for_the_decay():
+def test_a_leaf_that_never_moved_stays_where_it_is_and_its_copies_decay():
   still = [{'b': {'bias': np.linspace(-1, 1, 7, dtype=np.float32)}}] * 5
-  without = {kind: {**params, 'decay': np.float32(0)} for kind, params in THETA.items()}
-  found = know_jax.predict(still, 2, theta=without)
+  found = know_jax.predict(still, 2, **LEAF)
   np.testing.assert_array_equal(found['b']['bias'], still[0]['b']['bias'])
-  found = know_jax.predict(still, 1, theta=THETA)
+  # One stage alone shows neither movement nor rest.
+  free = {'predictor': 'known_leaf_history_free', 'theta': THETA}
+  found = know_jax.predict(still[:1], 1, **free)
   wanted = still[0]['b']['bias'] * (1 - THETA['bias']['decay'])
   np.testing.assert_allclose(found['b']['bias'], wanted, rtol=1e-6)
+  without = {kind: {**params, 'decay': np.float32(0)} for kind, params in THETA.items()}
+  found = know_jax.predict(still[:1], 2, **{**free, 'theta': without})
+  np.testing.assert_array_equal(found['b']['bias'], still[0]['b']['bias'])
 
 
 def test_moments_of_a_leaf_larger_than_a_block_are_those_of_the_whole():
@@ -95,7 +102,8 @@ def test_moments_of_a_leaf_larger_than_a_block_are_those_of_the_whole():
   history = [{'a': {'kernel': rng.normal(t, 1, shape).astype(np.float32)}} for t in range(5)]
   stacked = np.stack([stage['a']['kernel'].ravel() for stage in history]).astype(np.float64)
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), THETA['fc'])
-  wanted = references.known_conditioned(stacked, 1, params=params, rate=0.5).reshape(shape)
-  for predict in (know_jax.predict, jax.jit(know_jax.predict)):
-    found = predict(history, theta=THETA)['a']['kernel']
+  wanted = references.known_leaf(stacked, 1, params=params, rate=0.5).reshape(shape)
+  run = functools.partial(know_jax.predict, **LEAF)
+  for predict in (run, jax.jit(run)):
+    found = predict(history)['a']['kernel']
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)

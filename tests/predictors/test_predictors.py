@@ -11,7 +11,8 @@ import references
 
 import know_jax
 from know_jax.errors import UserError
-from know_jax.predictors import methods
+from know_jax.predictors.base import max_steps
+from know_jax.predictors.registry import resolve
 
 # Path -> shape, kind, and the shape of the matrix that tsv reads. A leaf of each kind is little to
 # compile; the others are for shapes and for tsv.
@@ -465,7 +466,7 @@ def test_known_leaf_splits_a_leaf_into_parts_that_have_moved_alike(seed):
 )
 def test_bad_names_and_options_are_errors(name, options, message):
   with pytest.raises(UserError, match=message):
-    methods.check_options(name, options)
+    resolve(name, options)
   # The history is not looked at before the name and the options are known to be good.
   with pytest.raises(UserError, match=message):
     know_jax.predict([], predictor=name, **options)
@@ -488,4 +489,4 @@ def test_bad_names_and_options_are_errors(name, options, message):
   ],
 )
 def test_the_most_steps_that_a_predictor_can_do(name, options, wanted):
-  assert tuple(methods.max_steps(name, length, **options) for length in (1, 2, 3, 5)) == wanted
+  assert tuple(max_steps(resolve(name, options)[1], length) for length in (1, 2, 3, 5)) == wanted

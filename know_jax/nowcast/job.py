@@ -1,0 +1,57 @@
+"""What both engines are told of a prediction."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from know_jax.predictors.base import Leaf, check_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """The static part of a prediction: with equal jobs and shapes nothing is compiled again.
+
+  Attributes:
+    name: of the predictor, for messages.
+    predictor: an object of one of the capabilities.
+    leaves: path and kind of those that are predicted.
+    shardings: theirs, None where they lie on one device.
+    rate: r.
+    on_bad: what becomes of bad leaves, a choice of `health.ON_BAD`.
+    ranges: kind -> the largest weight and difference that the parameters saw, where it is known.
+  """
+
+  name: str
+  predictor: Any
+  leaves: tuple[Leaf, ...]
+  shardings: tuple[NamedSharding | None, ...]
+  rate: float
+  on_bad: str
+  ranges: tuple[tuple[str, tuple[float, float]], ...] = ()
+
+  @property
+  def is_watched(self) -> bool:
+    """Whether predictions are checked."""
+    return self.on_bad != 'ignore'
+
+  def window(self, kind: str, theta: Any, length: int, steps: tuple[int, ...]) -> tuple[Any, int]:
+    """The parameters for a kind of leaf, and how many of the newest stages are read."""
+    params = self.predictor.params(kind, theta)
+    reads_all = self.predictor.reads_all
+    return params, length if reads_all else self.predictor.stages(max(steps), params)
+
+  def keeps_still(self, length: int) -> bool:
+    """Whether leaves that are equal at all of so many stages are left alone."""
+    return self.predictor.keeps_unmoved and length > 1
+
+  def coefficients(self, params: Any, stages: int, steps: tuple[int, ...]) -> Any:
+    """The coefficients of a linear predictor that needs no moments: `[len(steps), stages]`.
+
+    NumPy's in float64, unless they come from parameters that are traced.
+    """
+    found = self.predictor.coefficients(stages, None, params, self.rate, steps)
+    found = found if isinstance(found, jax.core.Tracer) else np.asarray(found, np.float64)
+    return check_shape(self.predictor, 'coefficients', found, (len(steps), stages))

@@ -1,0 +1,98 @@
+"""KNOWN as predictors: the paper's network, and the linear step conditioned on the leaf."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax import trees
+from know_jax.errors import UserError
+from know_jax.predictors import known, known_leaf
+from know_jax.predictors.base import Elementwise, Linear, Predictor
+from know_jax.predictors.parameters import (
+  SHIPPED,
+  load_known,
+  network_of,
+  parameter_shapes,
+  trained_range,
+)
+
+
+class _Network(Predictor):
+  takes_theta = True
+  network: ClassVar[str]
+
+  def default_theta(self) -> dict[str, Any]:
+    return load_known(shipped=self.network)
+
+  @property
+  def theta_name(self) -> str:
+    return SHIPPED[self.network].name
+
+  def accepts(self, network: str) -> bool:
+    return network == self.network
+
+  def check_theta(self, theta: Mapping[str, Any], kinds: set[str]) -> None:
+    super().check_theta(theta, kinds)
+    for kind in sorted(kinds):
+      named = trees.named_leaves(theta[kind])
+      found = {path: tuple(np.shape(leaf)) for path, leaf in named.items()}
+      for path, shape in parameter_shapes(found).items():
+        if found.get(path) != shape:
+          raise UserError(
+            f'theta[{kind!r}] has {path!r} of shape {found.get(path)}; wanted {shape}, as '
+            'load_known gives it.'
+          )
+    if kinds and (network := network_of({kind: theta[kind] for kind in kinds})) != self.network:
+      raise UserError(
+        f'theta holds parameters of {network!r}; the predictor takes those of {self.network!r}.'
+      )
+
+  def trained_range(self, kind: str) -> tuple[float, float] | None:
+    return trained_range(self.network).get(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known(_Network, Elementwise):
+  """The paper's network on every scalar weight, sliding over its own predictions: `known.KNOWN`."""
+
+  network = 'known'
+  saturates = True
+
+  def stages(self, steps: int, params: Any) -> int:
+    del steps
+    return known.history_length(params)
+
+  def prepare(self, params: Any) -> Any:
+    return known.fuse(params)
+
+  def predict(
+    self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...]
+  ) -> jax.Array:
+    del rate
+    return known.rollout(params, history, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownLeaf(_Network, Linear):
+  """One linear step for all weights of a leaf, chosen by how the leaf has moved: `known_leaf`."""
+
+  network = 'known_leaf'
+  needs_moments = True
+
+  def stages(self, steps: int, params: Any) -> int:
+    del steps
+    return known_leaf.history_length(params)
+
+  def coefficients(
+    self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
+  ) -> jax.Array:
+    del stages
+    params = jax.tree.map(jnp.asarray, params)
+    return known_leaf.stage_coefficients(known_leaf.rollout(params, moments, rate, steps))
+
+  def outside(self, moments: Any, params: Any, rate: float) -> jax.Array:
+    return known_leaf.outside(params, moments, rate)

@@ -1,0 +1,112 @@
+"""Which predictors there are, by name."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from know_jax.errors import UserError
+from know_jax.predictors.arithmetic import ConsensusTA, MagMax, TaskVector
+from know_jax.predictors.base import Predictor, check_predictor, make
+from know_jax.predictors.controls import Average, LeastSquares, Persistence, Shrink, history_free
+from know_jax.predictors.fits import ExpFit, LinearFit, LogFit
+from know_jax.predictors.networks import Known, KnownLeaf
+from know_jax.predictors.tsv import TSV
+from know_jax.registry import Registry
+
+REGISTRY: Registry[Any] = Registry('predictor', check_predictor)
+"""Name -> a predictor, or a class of them whose options may be given beside the name."""
+
+for _name, _entry in {
+  'persistence': Persistence,
+  'linear_fit': LinearFit,
+  'log_fit': LogFit,
+  'exp_fit': ExpFit,
+  'task_vector': TaskVector,
+  'magmax': MagMax,
+  'consensus_ta': ConsensusTA,
+  'tsv': TSV,
+  'shrink': Shrink,
+  'average': Average,
+  'least_squares': LeastSquares,
+  'known': Known,
+  'known_leaf': KnownLeaf,
+  'known_history_free': history_free(Known()),
+  'known_leaf_history_free': history_free(KnownLeaf()),
+}.items():
+  REGISTRY.register(_name, _entry)
+
+RENAMED = {'known_paper': 'known', 'known_paper_history_free': 'known_history_free'}
+"""Old name -> new name of a predictor."""
+
+
+def register_predictor(name: str, predictor: Any) -> Any:
+  """Gives a predictor of one's own a name, by which every part of the package takes it.
+
+  Args:
+    name: what it is called in calls, flags and configs, and in the folders of its predictions.
+    predictor: an object or a class of one of the capabilities, see `know_jax.predictors.base`.
+
+  Returns:
+    The predictor.
+
+  Raises:
+    UserError: the name is taken, or it is no predictor.
+  """
+  return REGISTRY.register(name, predictor)
+
+
+def resolve(predictor: Any, options: Mapping[str, Any] | None = None) -> tuple[str, Any]:
+  """The short name of a predictor, and the object that predicts.
+
+  Args:
+    predictor: a name in `PREDICTORS`, 'package.module:object', an object or a class.
+    options: those of a class, see its signature.
+
+  Raises:
+    UserError: there is none of that name, it is no predictor, or an option does not fit.
+  """
+  if isinstance(predictor, str) and predictor in RENAMED:
+    raise UserError(f'predictor {predictor!r} is called {RENAMED[predictor]!r} now.')
+  is_object = isinstance(predictor, (Predictor, type)) or not (
+    predictor is None or isinstance(predictor, (str, list, tuple))
+  )
+  if is_object:
+    check_predictor(predictor, 'predictor')
+    name = predictor.__name__ if isinstance(predictor, type) else type(predictor).__name__
+    return name, make(name, predictor, options or {})
+  name, entry = REGISTRY.find(predictor)
+  return name, make(name, entry, options or {})
+
+
+def resolve_all(predictors: Iterable[Any], options: Mapping[str, Any] | None = None) -> dict:
+  """Short name -> predictor, of several that are to predict the same history.
+
+  Raises:
+    UserError: as `resolve`; or there is none, or two have the same short name.
+  """
+  found: dict[str, Predictor] = {}
+  for predictor in dict.fromkeys(predictors):
+    name, made = resolve(predictor, options)
+    if name in found:
+      raise UserError(f'two predictors are called {name!r}; register one by another name.')
+    found[name] = made
+  if not found:
+    raise UserError(f'no predictor is given; wanted some of {", ".join(REGISTRY)}.')
+  return found
+
+
+def check_used(known: str | None, network: str | None, predictors: Mapping[str, Any]) -> None:
+  """Checks that parameters of KNOWN that a user gives are those of a predictor that is asked for.
+
+  Args:
+    known: where they come from; None where none are given.
+    network: whose they are, as `parameters.network_of` says.
+    predictors: name -> predictor.
+
+  Raises:
+    UserError: no predictor takes them.
+  """
+  if network is not None and not any(p.accepts(network) for p in predictors.values()):
+    raise UserError(
+      f'{known} holds parameters of {network!r}; the predictors are {", ".join(predictors)}, of '
+      'which none takes them.'
+    )
