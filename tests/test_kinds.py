@@ -1,6 +1,8 @@
 """Which kind a leaf has, by names, shapes and siblings, and by rules of the user's."""
 
+import collections
 import re
+import time
 
 import flax.linen as nn
 import hypothesis
@@ -212,6 +214,138 @@ def test_unknown_kinds_are_named(name, shape):
     kinds_.find_kinds(leaves)
   assert f"leaf '{path}' with shape {shape} has no known kind" in str(error.value)
   assert set(kinds_.find_kinds(leaves, {'.*': 'keep'}).of.values()) == {'keep'}
+
+
+# Path -> shape; the first leaf has two readings.
+TWO_READINGS = {
+  'a scanned stack': {'layers/wi/kernel': (3, 8, 8)},
+  'a scanned stack with biases': {'layers/wi/kernel': (3, 8, 6), 'layers/wi/bias': (3, 6)},
+  'a scanned stack of query kernels': {'h/query/kernel': (3, 8, 8), 'h/query/bias': (3, 8)},
+  'a convolution called query': {'a/query/kernel': (3, 8, 8), 'a/query/bias': (8,)},
+  'a convolution called out': {'a/out/kernel': (3, 8, 8), 'a/out/bias': (8,)},
+  'a dense kernel from heads': {'a/mix/kernel': (2, 4, 8), 'a/mix/bias': (8,)},
+  'scanned kernels to heads': {'layers/attn/query/kernel': (12, 80, 2, 4)},
+  'scanned kernels to heads, few': {'layers/attn/query/kernel': (3, 8, 2, 4)},
+  'experts': {'experts/weight': (4, 8, 6)},
+  'experts with biases': {'experts/weight': (4, 8, 6), 'experts/bias': (4, 8)},
+  'replicated': {'Dense_0/kernel': (4, 8, 6), 'Dense_0/bias': (4, 6)},
+  'replicated convolutions': {'Conv_0/kernel': (4, 3, 3, 2, 8), 'Conv_0/bias': (4, 8)},
+  'replicated convolutions over one axis': {'Conv_0/kernel': (4, 3, 2, 8), 'norm/scale': (4, 8)},
+  'a sequence of dense kernels': {'net/0/weight': (8, 8)},
+}
+TWO_READINGS['replicated convolutions over one axis']['norm/bias'] = (4, 8)
+
+
+@pytest.mark.parametrize('what', TWO_READINGS)
+def test_two_readings_are_an_error_that_names_the_leaf_and_the_rule(what):
+  leaves = structs(TWO_READINGS[what])
+  path = next(iter(leaves))
+  with pytest.raises(UserError, match=re.escape(f'leaf {path!r} with shape')) as error:
+    kinds_.leaf_kinds(leaves)
+  text = str(error.value)
+  assert 'it may be' in text and '\n' not in text
+  rules = kinds_.parse_kinds(re.search(r"--kinds='([^']*)'", text)[1].split(','))
+  assert f"kinds={{'{next(iter(rules))}'".replace(r'\d', 'd') in text.replace("r'", "'").replace(
+    r'\d', 'd'
+  )
+  assert kinds_.leaf_kinds(leaves, rules)[path] == 'fc'
+
+
+# The same, where a sibling or a name leaves one reading.
+ONE_READING = [
+  ({'Conv_0/kernel': (3, 8, 8)}, 'conv'),
+  ({'Conv_0/kernel': (3, 8, 6), 'Conv_0/bias': (6,)}, 'conv'),
+  ({'stem/weight': (8, 4, 3), 'stem/bias': (8,)}, 'conv'),
+  ({'stem/w': (3, 4, 8), 'stem/b': (8,)}, 'conv'),
+  ({'DenseGeneral_0/kernel': (8, 2, 4)}, 'fc'),
+  ({'to_heads/kernel': (8, 2, 4), 'to_heads/bias': (2, 4)}, 'fc'),
+  ({'a/query/kernel': (8, 2, 4), 'a/query/bias': (2, 4)}, 'fc'),
+  ({'a/out/kernel': (2, 4, 8), 'a/out/bias': (8,), 'a/query/kernel': (8, 2, 4)}, 'fc'),
+  ({'patch/kernel': (16, 16, 3, 8), 'patch/bias': (8,)}, 'conv'),
+  ({'mlp/0/weight': (8, 8)}, 'fc'),
+  ({'net/0/weight': (8, 8), 'net/0/bias': (8,)}, 'fc'),
+]
+
+
+@pytest.mark.parametrize(('leaves', 'kind'), ONE_READING)
+def test_siblings_leave_one_reading(leaves, kind):
+  assert kinds_.leaf_kinds(structs(leaves))[next(iter(leaves))] == kind
+
+
+NET = structs(
+  {
+    'patch_embed/proj/weight': (8, 3, 4, 4), 'patch_embed/proj/bias': (8,), 'wte/weight': (9, 8),
+    'ln/weight': (8,), 'ln/bias': (8,), 'mlp/c_proj/weight': (8, 8), 'mlp/c_proj/bias': (8,),
+    'attn/in_proj_bias': (8,), 'rnn/query/bias': (2, 4),
+  }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('rule', 'touched'),
+  [
+    ('weight=fc', {'patch_embed/proj/weight', 'wte/weight', 'mlp/c_proj/weight'}),
+    ('proj=fc', {'patch_embed/proj/weight', 'mlp/c_proj/weight'}),
+    ('embed=keep', {'patch_embed/proj/weight'}),
+    ('embed.*=keep', {'patch_embed/proj/weight', 'patch_embed/proj/bias'}),
+    ('bias=conv', {path for path in NET if path.endswith('/bias')}),
+    ('bias$=conv', {path for path in NET if path.endswith('/bias')}),
+    ('in_proj_bias=fc', {'attn/in_proj_bias'}),
+    ('ln/weight=bias', {'ln/weight'}),
+    ('(?i)LN/.*=bias', {'ln/weight', 'ln/bias'}),
+    ('.*=fc', set(NET)),
+    ('.=fc', {'patch_embed/proj/weight', 'wte/weight', 'mlp/c_proj/weight'}),
+  ],
+)
+def test_a_rule_touches_biases_and_norms_only_if_it_names_them(rule, touched):
+  ((pattern, kind),) = kinds_.parse_kinds([rule]).items()
+  before = kinds_.leaf_kinds(NET)
+  found = kinds_.find_kinds(NET, {pattern: kind})
+  assert found.of == {path: kind if path in touched else before[path] for path in NET}
+  # What else than unknown leaves it changes is said, unless it names the leaf to its end.
+  is_exact = pattern.endswith(('$', '.*', 'bias', 'ln/weight'))
+  changed = {p for p in touched if before[p] not in (kind, 'keep') and not is_exact}
+  (note,) = [n for n in found.notes if n.startswith('kinds: the rule')] or ['']
+  assert set(re.findall(r"'([^']*)' \(", note)) == changed
+
+
+@pytest.mark.parametrize(
+  ('rule', 'message'),
+  [
+    ({'norm': 'bias'}, "'norm' is found in no path; the first is"),
+    ({'c_proj/bia': 'fc'}, "'c_proj/bia' changes no leaf. It is found in 'mlp/c_proj/bias', but"),
+    ({'^ln': 'bias'}, r"names them to the end, such as 'ln/weight\$'"),
+    ({'(': 'fc'}, r"kinds: '\(' is no regular expression"),
+    ({'wte': 'embedding'}, "unknown kind of 'wte' 'embedding'"),
+  ],
+)
+def test_a_rule_that_changes_nothing_is_an_error(rule, message):
+  with pytest.raises(UserError, match=message):
+    kinds_.find_kinds(NET, rule)
+
+
+def test_unknown_leaves_are_told_at_once_as_one_rule_that_fits_them_alone():
+  leaves = structs(
+    {f'blocks/{i}/{name}': (8,) for i in range(12) for name in ('mix', 'decay', 'ln/scale')}
+    | {'decay/kernel': (8, 8), 'other/mix/bias': (8,)}
+  )
+  with pytest.raises(UserError, match='has no known kind') as error:
+    kinds_.leaf_kinds(leaves)
+  text = str(error.value)
+  assert text.count('has no known kind') == 20
+  assert 'and 4 more. ' in text and "--kinds='(^|/)(decay|mix)$=keep'" in text
+  found = kinds_.leaf_kinds(leaves, {'(^|/)(decay|mix)$': 'keep'})
+  assert found['decay/kernel'] == 'fc' and found['other/mix/bias'] == 'bias'
+
+
+def test_thousands_of_leaves_take_no_time():
+  leaves = structs(
+    {f'layers/{i}/attn/{name}_proj/weight': (8, 8) for i in range(1250) for name in 'qkvo'}
+  )
+  start = time.process_time()
+  found = kinds_.find_kinds(leaves, {'o_proj': 'conv'})
+  assert time.process_time() - start < 1.0  # 0.1 s on a machine that is idle.
+  assert collections.Counter(found.of.values()) == {'fc': 3750, 'conv': 1250}
 
 
 # Leaves as the package meets them; the shapes are few so that little is compiled.

@@ -97,6 +97,30 @@ def read_history(
       leaves, or JAX would narrow one in silence.
   """
   stages = _stages(params_history)
+  try:
+    return _read(params_history, stages, kinds, stacked)
+  except UserError as error:
+    if stages is None or not _may_be_stacked(stages):
+      raise
+    raise UserError(
+      f'{error} If this is one pytree that is a {type(params_history).__name__}, with the stages '
+      'on axis 0 of its leaves, give Trajectory(history).'
+    ) from error
+
+
+def _may_be_stacked(stages: Sequence[trees.PyTree]) -> bool:
+  """Whether what was taken for a list of stages may be one tree of stacked leaves."""
+  leaves = [leaf for leaf in jax.tree.leaves(stages) if trees.is_array(leaf)]
+  lengths = {leaf.shape[0] if leaf.shape else 1 for leaf in leaves}
+  return len(lengths) == 1 and lengths != {1}
+
+
+def _read(
+  params_history: Any,
+  stages: list[trees.PyTree] | None,
+  kinds: kinds_.Rules | None,
+  stacked: str | None,
+) -> History:
   if stages is not None:
     newest, length = stages[-1], len(stages)
   else:

@@ -323,6 +323,31 @@ def test_what_is_no_history_is_told_in_one_line(make, message):
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  'layers',
+  [
+    [(4, 6), (6, 2)],
+    [(4, 4), (4, 4)],
+    [(4, 6), (6, 6), (6, 2)],
+    [(3, 3)] * 5,
+  ],
+)
+@pytest.mark.parametrize('root', [list, tuple])
+def test_a_stacked_tree_whose_root_is_a_list_is_told(layers, root):
+  # As plain JAX has it: a list of (weights, biases).
+  history = root((np.stack(walk(shape)), np.stack(walk(shape[1:]))) for shape in layers)
+  with pytest.raises(
+    UserError, match=rf'that is a {root.__name__}, .* give Trajectory.history'
+  ) as e:
+    predict(history)
+  assert '\n' not in str(e.value)
+  rules = {'/0$': 'fc', '/1$': 'bias'}
+  result = predict(Trajectory(history), kinds=rules)
+  for (weights, biases), shape in zip(result, layers, strict=True):
+    assert_moved(weights, walk(shape))
+    assert_moved(biases, walk(shape[1:]))
+
+
 @pytest.mark.parametrize('name', ['tsv', 'known', 'known_leaf', 'linear_fit', 'exp_fit'])
 @pytest.mark.parametrize('shape', [(0, 4), (0,), (4, 0, 2), (2, 0)])
 def test_empty_leaves(name, shape):
