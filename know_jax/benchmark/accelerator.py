@@ -9,7 +9,7 @@ import numpy as np
 
 from know_jax.benchmark.histories import History, build, num_predicted, of_network
 from know_jax.benchmark.settings import STAGES, Settings
-from know_jax.benchmark.timing import race, rates, spread
+from know_jax.benchmark.timing import goal, race, rates, spread
 from know_jax.benchmark.training_speed import random_images, random_task, start
 from know_jax.data.augmentation import PAPER_AUGMENTATION
 from know_jax.errors import PredictionWarning
@@ -23,50 +23,68 @@ PREDICTORS = ('known', 'known_leaf')
 STEPS = 3
 
 
+_GOALS = {
+  'network': ('GPU: three steps of ResNet18, seconds', 0.05),
+  'large': ('GPU: 1 billion weights, seconds', 2.0),
+  'epoch': ('GPU: an epoch of ResNet18 in bfloat16, seconds', 4.0),
+}
+
+
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """All of it where JAX runs on a GPU, or `gpu_anywhere`; elsewhere `{'unmeasured': why}`."""
   backend = jax.default_backend()
   if backend != 'gpu' and not settings.gpu_anywhere:
-    return {'unmeasured': f'JAX runs on {backend}, not on a GPU.'}
+    goals = [goal(what, None, most=most) for what, most in _GOALS.values()]
+    return {'unmeasured': f'JAX runs on {backend}, not on a GPU.', 'goals': goals}
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', PredictionWarning)
-    return {
-      'backend': backend,
+    parts = {
       'network': _network(settings, show),
       'large': _large(settings, show),
       'epoch': _epoch(settings, show),
     }
+  return {
+    'note': f'JAX ran on {backend}.',
+    **parts,
+    'tables': {
+      part['title']: [
+        {'': name, 'seconds': spread(seconds), f'{part["unit"]} a second': part['rates'][name]}
+        for name, seconds in part['seconds'].items()
+      ]
+      for part in parts.values()
+    },
+    'goals': [
+      goal(f'{what}, `{name}`', spread(seconds)['median'], most=most)
+      for part, (what, most) in _GOALS.items()
+      for name, seconds in parts[part]['seconds'].items()
+    ],
+  }  # fmt: skip
 
 
 def _network(settings: Settings, show: bool) -> dict[str, Any]:
   history = jax.device_put(of_network(settings.gpu_predicted))
-  repetitions = settings.gpu_predicted.repetitions
-  times = race(_predictions(history, STEPS), repetitions, 'network on the GPU', show=show)
-  return {'model': settings.gpu_predicted.model, 'steps': STEPS, **_summary(history, times)}
+  return _predicted(history, STEPS, settings.gpu_predicted.repetitions, 'float32', show)
 
 
 def _large(settings: Settings, show: bool) -> dict[str, Any]:
   history = _large_history(settings.gpu_weights, settings.gpu_leaf)
-  times = race(_predictions(history, 1), settings.gpu_repetitions, 'large model', show=show)
-  return {'dtype': 'bfloat16', 'steps': 1, **_summary(history, times)}
+  return _predicted(history, 1, settings.gpu_repetitions, 'bfloat16', show)
 
 
-def _predictions(history: History, steps: int) -> dict[str, Any]:
-  return {
+def _predicted(
+  history: History, steps: int, repetitions: int, dtype: str, show: bool
+) -> dict[str, Any]:
+  weights, leaves = num_predicted(history)
+  contestants = {
     predictor: lambda predictor=predictor: api.predict(history, steps, predictor=predictor)
     for predictor in PREDICTORS
   }
-
-
-def _summary(history: History, times: Any) -> dict[str, Any]:
-  weights, leaves = num_predicted(history)
+  title = f'{steps} step(s) of {weights:,} weights in {leaves} leaves, {dtype}'
+  times = race(contestants, repetitions, title, show=show)
   return {
-    'weights': weights,
-    'leaves': leaves,
-    'seconds': times,
-    'seconds_spread': {name: spread(values) for name, values in times.items()},
-    'weights_a_second': rates(times, weights),
-  }
+    'title': title, 'unit': 'weights', 'weights': weights, 'leaves': leaves, 'seconds': times,
+    'rates': rates(times, weights),
+  }  # fmt: skip
 
 
 def _large_history(weights: int, leaf: int) -> History:
@@ -105,12 +123,9 @@ def _epoch(settings: Settings, show: bool) -> dict[str, Any]:
     )  # fmt: skip
 
   times = race({'fit': fit}, settings.gpu_repetitions, 'epoch on the GPU', show=show)
+  dtype = target.options.get('dtype', 'float32')
   return {
-    'model': target.model,
-    'dtype': target.options.get('dtype', 'float32'),
-    'images': len(labels),
-    'batch_size': settings.batch_size,
-    'seconds': times,
-    'seconds_spread': {'fit': spread(times['fit'])},
-    'images_a_second': rates(times, len(labels)),
-  }
+    'title': f'An epoch of {target.model} in {dtype}, {len(labels):,} images in batches of '
+    f'{settings.batch_size}, augmented',
+    'unit': 'images', 'seconds': times, 'rates': rates(times, len(labels)),
+  }  # fmt: skip

@@ -30,24 +30,25 @@ def of_network(target: Target) -> History:
   return _random(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *target.image)))['params'])
 
 
-def of_size(weights: int) -> History:
-  """A history of exactly so many weights: a convolution (a third) and a dense layer.
+def of_size(weights: int, leaves: int = 0) -> History:
+  """A history of exactly so many weights: a convolution (a third) and a dense layer, with biases.
 
   Args:
     weights: at least 100.
+    leaves: instead of that, so many dense kernels of equal size; 0: not.
   """
-  channels = math.isqrt(weights // 27)
-  shapes = {'conv': {'kernel': (3, 3, channels, channels), 'bias': (channels,)}}
-  rest = weights - 9 * channels**2 - channels
-  rows = math.isqrt(rest)
-  columns = (rest - 1) // rows
-  shapes['dense'] = {'kernel': (rows, columns), 'bias': (rest - rows * columns,)}
+  if leaves:
+    shapes: Any = {f'dense{i}': {'kernel': (weights // leaves, 1)} for i in range(leaves)}
+  else:
+    channels = math.isqrt(weights // 27)
+    shapes = {'conv': {'kernel': (3, 3, channels, channels), 'bias': (channels,)}}
+    rest = weights - 9 * channels**2 - channels
+    rows = math.isqrt(rest)
+    columns = (rest - 1) // rows
+    shapes['dense'] = {'kernel': (rows, columns), 'bias': (rest - rows * columns,)}
+  is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
   return _random(
-    jax.tree.map(
-      lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
-      shapes,
-      is_leaf=lambda x: isinstance(x, tuple),
-    )
+    jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=is_shape)
   )
 
 

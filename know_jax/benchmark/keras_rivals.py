@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from know_jax.benchmark.histories import History
-from know_jax.benchmark.rivals import over_kinds
+from know_jax.benchmark.histories import History, by_kind
 
 
 def absent() -> str:
@@ -55,11 +54,19 @@ class KerasKNOWN:
 
   def __call__(self, history: History) -> dict[str, np.ndarray]:
     """Predicts one step ahead: path -> leaf."""
-    return over_kinds(history, self._of_kind)
-
-  def _of_kind(self, kind: str, windows: np.ndarray) -> np.ndarray:
-    model = self._models[kind]
-    return model.predict(windows, batch_size=self.batch_size, verbose=0)[:, 0]
+    found: dict[str, np.ndarray] = {}
+    for kind, leaves in by_kind(history).items():
+      rows = [
+        np.concatenate([np.ravel(leaf) for leaf in stage])
+        for stage in zip(*leaves.values(), strict=True)
+      ]
+      windows = np.stack(rows, axis=-1)
+      moved = self._models[kind].predict(windows, batch_size=self.batch_size, verbose=0)[:, 0]
+      splits = np.cumsum([stages[-1].size for stages in leaves.values()])[:-1]
+      parts = np.split(rows[-1] + moved, splits)
+      for (path, stages), part in zip(leaves.items(), parts, strict=True):
+        found[path] = part.reshape(stages[-1].shape)
+    return found
 
 
 def known_model(params: Any) -> Any:

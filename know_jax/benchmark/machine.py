@@ -18,7 +18,8 @@ _RIVALS = ('tensorflow', 'keras')
 def machine() -> dict[str, Any]:
   """Processor, memory, versions, what JAX runs on, and how busy it is."""
   return {
-    'processor': _processor(),
+    'processor': _processor('model name') or platform.processor() or platform.machine(),
+    'instructions': _instructions(),
     'cores': processors(),
     'memory_bytes': memory_bytes(),
     'backend': jax.default_backend(),
@@ -29,11 +30,18 @@ def machine() -> dict[str, Any]:
   }
 
 
-def _processor() -> str:
+def _processor(field: str) -> str:
   info = Path('/proc/cpuinfo')
   lines = info.read_text().splitlines() if info.is_file() else []
-  names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-  return names[0] if names else platform.processor() or platform.machine()
+  found = [line.partition(':')[2].strip() for line in lines if line.startswith(field)]
+  return found[0] if found else ''
+
+
+def _instructions() -> str:
+  """The widest vectors that the processor computes with, as far as Linux says so."""
+  flags = _processor('flags').split()
+  widest = next((name for name in ('avx512f', 'avx2', 'avx', 'asimd') if name in flags), '')
+  return widest or 'unknown vector instructions'
 
 
 def _version(name: str) -> str | None:

@@ -1,163 +1,225 @@
-"""How fast whole networks are predicted, beside other ways to do the same, and beside the limit."""
+"""How fast weights are predicted, beside Keras, the plain module, large products and a copy."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from know_jax.benchmark import keras_rivals, rivals
-from know_jax.benchmark.histories import by_kind, num_predicted, of_network
-from know_jax.benchmark.settings import Settings, Target
-from know_jax.benchmark.timing import race, rates, speedups, spread
+from know_jax.benchmark import keras_rivals
+from know_jax.benchmark.histories import History, by_kind, num_predicted, of_network, of_size
+from know_jax.benchmark.settings import STAGES, Settings, Target
+from know_jax.benchmark.timing import Times, goal, race, rates, speedups, spread
 from know_jax.errors import PredictionWarning
 from know_jax.nowcast import api
+from know_jax.predictors import known
 from know_jax.predictors.parameters import load_known
 from know_jax.trees import named_leaves
 
-OURS = 'known'
-CONDITIONED = 'known_leaf'
-PLAIN, NUMPY, KERAS = 'plain vmap', 'NumPy', 'Keras'
-PRODUCT, LARGE_PRODUCT = 'product as in KNOWN', 'large product'
+OURS, LEAF = 'known', 'known_leaf'
+PLAIN, KERAS, PRODUCT, COPY = 'plain vmap', 'Keras', 'large product', 'copy'
+LINEAR = (
+  'persistence', 'linear_fit', 'log_fit', 'task_vector', 'shrink', 'average', 'least_squares', LEAF
+)  # fmt: skip
+"""What is a weighted sum of the stages."""
+
+FLOPS = 2 * (5 * (64 + 8) + 4 * (64 + 8) + 2 * (8 * 64 + 8 * 64 + 64 * 32 + 8 * 32) + 64)
+"""Of the paper's network, a weight: two for each multiplication of its matrix products."""
 
 SAME = 1e-5
-"""Other ways may differ from the module by this much; more is an error."""
-
-_RATE = 0.5
-# Of the products in KNOWN the largest are nearly of this shape: a kernel times 8192 columns.
-_KERNEL, _COLUMNS = 64, 8192
+"""Keras may differ from the module by this much; more is an error."""
 
 
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
-  """Every network of the settings: times, rates, ratios, differences, and the arithmetic limit."""
+  """Whole networks by KNOWN: times, rates, ratios, differences to the plain module."""
+  networks = [_network(target, settings, show) for target in settings.predicted]
+  model, last = networks[-1]['model'], networks[-1]['speedup']
+  apart = max(network['difference'][OURS] for network in networks)
   return {
-    'keras_absent': keras_rivals.absent(),
-    'plain_chunk': settings.plain_chunk,
-    'networks': [_network(target, settings, show) for target in settings.predicted],
-  }
+    'note': 'One step ahead for every weight of a network. `known` and `known_leaf` check what '
+    'they predict, as by default; the others do not. *plain vmap* is the Flax module under '
+    f'`jax.vmap` and `jax.jit`, leaf by leaf, at most {settings.plain_chunk:,} weights at a time. '
+    '*Keras* is the functional model rebuilt from its description, with the same weights; '
+    '`predict` is called once for each kind of leaf with the fastest of several batch sizes. '
+    '*large product* is how many weights a second the arithmetic of a product of '
+    f'{settings.product} x {settings.product} matrices would allow: `known` needs '
+    f'{FLOPS / 1000:.1f} kFLOP a weight, its 128 exponentials not counted. {keras_rivals.absent()}',
+    'networks': networks,
+    'tables': {
+      f'{n["model"]}: {n["weights"]:,} weights in {n["leaves"]} leaves': [
+        {
+          '': name, 'weights a second': rate, '`known` is faster by': n['speedup'].get(name),
+          'largest difference to plain vmap': n['difference'].get(name),
+        }
+        for name, rate in n['weights_a_second'].items()
+      ]
+      for n in networks
+    },
+    'goals': [
+      goal(f'`known` over Keras, {model}', last.get(KERAS, {}).get('median'), least=4),
+      goal(f"`known` over a large product's rate, {model}", 1 / last[PRODUCT]['median'], least=0.7),
+      goal('largest difference of `known` to the plain module', apart, most=1e-6),
+    ],
+  }  # fmt: skip
 
 
 def _network(target: Target, settings: Settings, show: bool) -> dict[str, Any]:
   history = of_network(target)
   weights, leaves = num_predicted(history)
-  theta, conditioned = load_known(), load_known(shipped='known_leaf')
-  placed = jax.device_put(history)
-
-  def ours(predictor: str) -> Any:
-    return lambda: api.predict(placed, predictor=predictor, rate=_RATE)
-
-  plain = rivals.plain_vmap(theta, settings.plain_chunk)
-  contestants: dict[str, Any] = {
-    OURS: ours('known'),
-    CONDITIONED: ours('known_leaf'),
+  theta, placed = load_known(), jax.device_put(history)
+  plain = plain_vmap(theta, settings.plain_chunk)
+  matrix = jnp.asarray(
+    np.random.default_rng(0).standard_normal((settings.product,) * 2), jnp.float32
+  )
+  square = jax.jit(lambda x: jnp.dot(x, x, precision=jax.lax.Precision.HIGHEST))
+  contestants: dict[str, Callable[[], Any]] = {
+    OURS: lambda: api.predict(placed, predictor=OURS),
+    LEAF: lambda: api.predict(placed, predictor=LEAF, rate=0.5),
     PLAIN: lambda: plain(placed),
+    PRODUCT: lambda: square(matrix),
   }
-  others: dict[str, rivals.Rival] = {}
-  batch_size = None
-  if jax.default_backend() == 'cpu':
-    others[NUMPY] = rivals.in_numpy(theta)
   if not keras_rivals.absent():
-    others[KERAS] = keras = keras_rivals.KerasKNOWN(
-      theta, _some_windows(history), settings.keras_batches
-    )
-    batch_size = keras.batch_size
-  contestants |= {name: _bound(rival, history) for name, rival in others.items()}
+    windows = _some_windows(history)
+    keras = keras_rivals.KerasKNOWN(theta, windows, settings.keras_batches)
+    contestants[KERAS] = lambda: keras(history)
   with warnings.catch_warnings():
     # These weights are like no network's.
     warnings.simplefilter('ignore', PredictionWarning)
-    wanted = plain(placed)
-    differences = {
-      name: rivals.check_equal(name, rivals.largest_difference(rival(history), wanted), SAME)
-      for name, rival in others.items()
-    }
-    for name, reference in (
-      (OURS, wanted),
-      (CONDITIONED, rivals.plain_conditioned(conditioned, _RATE)(placed)),
-    ):
-      found = named_leaves(contestants[name]())
-      differences[name] = rivals.largest_difference(found, reference)
-    del wanted, found, reference
-    times = race(
-      contestants | products(settings), target.repetitions, f'predict {target.model}', show=show
-    )
-  flops = {
-    PRODUCT: 2 * _KERNEL**2 * _COLUMNS * settings.products,
-    LARGE_PRODUCT: 2 * settings.product**3,
-  }
-  seconds = {name: times[name] for name in contestants}
+    reference = plain(placed)
+    differences = {OURS: largest_difference(named_leaves(contestants[OURS]()), reference)}
+    if KERAS in contestants:
+      apart = largest_difference(contestants[KERAS](), reference)
+      differences[KERAS] = check_equal(KERAS, apart, SAME)
+    times = race(contestants, target.repetitions, f'predict {target.model}', show=show)
+  # As if every weight took only its share of the product.
+  share = weights * FLOPS / (2 * settings.product**3)
+  times[PRODUCT] = [share * seconds for seconds in times[PRODUCT]]
   return {
     'model': target.model,
     'weights': weights,
     'leaves': leaves,
-    'keras_batch_size': batch_size,
-    'seconds': seconds,
-    'weights_a_second': rates(seconds, weights),
-    'speedup': speedups(seconds, OURS),
+    'seconds': times,
+    'weights_a_second': rates(times, weights),
+    'speedup': speedups(times, OURS),
     'difference': differences,
-    'roofline': roofline(times, flops, weights),
   }
 
 
-def roofline(times: Any, flops: Mapping[str, float], weights: int) -> dict[str, Any]:
-  """The arithmetic limit by the products timed in the same rounds, and what of it is reached.
+def linear(settings: Settings, *, show: bool = True) -> dict[str, Any]:
+  """Weighted sums of the stages, beside a copy of as many bytes."""
+  weights, repetitions = settings.linear
+  history = of_size(weights)
+  moved = 4 * (STAGES + 1) * weights  # All stages are read, one is written.
+  source = np.ones(moved // 8, np.float32)
+  target = np.zeros_like(source)
+  contestants: dict[str, Callable[[], Any]] = {COPY: lambda: np.copyto(target, source)}
+  contestants |= {name: _predictor(history, name) for name in LINEAR}
+  times = race(contestants, repetitions, 'linear predictors', show=show)
+  speed, ratio = rates(times, moved / 1e9), _over(times)
+  return {
+    'note': f'One step ahead for {weights:,} float32 weights in memory, {STAGES} stages; GB are of '
+    f'stages read and prediction written. *{COPY}* is one core copying an array, which reads and '
+    'writes as many bytes in all.',
+    'seconds': times,
+    'tables': {'': [
+      {'': name, 'GB a second': speed[name], 'share of the copy': ratio.get(name)}
+      for name in contestants
+    ]},
+    'goals': [
+      goal(f'`{name}` over a copy of the same bytes', ratio[name]['median'], least=0.5)
+      for name in LINEAR
+    ],
+  }  # fmt: skip
+
+
+def _over(times: Times) -> dict[str, dict[str, float]]:
+  """How fast each is for one copy: spreads of the ratios within each round."""
+  return {
+    name: spread([copy / s for copy, s in zip(times[COPY], seconds, strict=True)])
+    for name, seconds in times.items()
+    if name != COPY
+  }
+
+
+def many_leaves(settings: Settings, *, show: bool = True) -> dict[str, Any]:
+  """Many small leaves, beside one leaf of as many weights."""
+  count, size = settings.leaves
+  many, one = of_size(count * size, leaves=count), of_size(count * size, leaves=1)
+  rows, goals, seconds = [], [], {}
+  for name in ('task_vector', LEAF, OURS):
+    contestants = {'many': _predictor(many, name), 'one': _predictor(one, name)}
+    times = race(contestants, settings.linear[1], f'{count} leaves', show=show)
+    seconds[name] = times
+    rows.append({
+      '': name,
+      f'{count:,} leaves, s': spread(times['many']),
+      'one leaf, s': spread(times['one']),
+      'ratio': speedups(times, 'one')['many'],
+    })  # fmt: skip
+    if name != OURS:
+      what = f'seconds of `{name}` for {count:,} leaves of {size:,} weights'
+      goals.append(goal(what, spread(times['many'])['median'], most=1))
+  return {
+    'note': f'{count:,} dense kernels of {size:,} weights, one step; and one kernel of as many.',
+    'seconds': seconds,
+    'tables': {'': rows},
+    'goals': goals,
+  }
+
+
+def _predictor(history: History, name: str) -> Callable[[], Any]:
+  def call() -> Any:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', PredictionWarning)
+      return api.predict(history, predictor=name, rate=0.5)
+
+  return call
+
+
+def plain_vmap(theta: Any, chunk: int) -> Callable[[History], dict[str, jax.Array]]:
+  """The paper's module by `vmap`, leaf by leaf: a history -> path -> the predicted leaf.
 
   Args:
-    times: of the products and of `OURS`.
-    flops: of each product.
-    weights: how many `OURS` predicts.
-
-  Returns:
-    `seconds` and `flops_a_second` of the products; for each of them the `limit` in weights a second
-    and the share `achieved` of it, spreads.
+    theta: its parameters.
+    chunk: weights of a leaf that it takes at a time.
   """
-  pairs = {name: list(zip(times[name], times[OURS], strict=True)) for name in flops}
-  limits = {
-    name: [amount / seconds / rivals.FUSED_FLOPS for seconds, _ in pairs[name]]
-    for name, amount in flops.items()
-  }
-  achieved = {
-    name: [
-      weights / ours / limit for (_, ours), limit in zip(pairs[name], limits[name], strict=True)
-    ]
-    for name in flops
-  }
-  return {
-    'flops_a_weight': rivals.FUSED_FLOPS,
-    'flops': flops,
-    'seconds': {name: times[name] for name in flops},
-    'flops_a_second': {name: rates(times, amount)[name] for name, amount in flops.items()},
-    'limit': {name: spread(values) for name, values in limits.items()},
-    'achieved': {name: spread(values) for name, values in achieved.items()},
+
+  def residual(params: Any, window: jax.Array) -> Any:
+    return known.KNOWN().apply({'params': params}, window)
+
+  residuals = jax.jit(jax.vmap(residual, in_axes=(None, 0)))
+
+  def of_leaf(params: Any, stages: list[Any]) -> jax.Array:
+    windows = jnp.stack([jnp.ravel(stage) for stage in stages], axis=-1)
+    parts = [residuals(params, windows[i : i + chunk]) for i in range(0, len(windows), chunk)]
+    return (windows[:, -1] + jnp.concatenate(parts)).reshape(stages[-1].shape)
+
+  return lambda history: {
+    path: of_leaf(theta[kind], stages)
+    for kind, leaves in by_kind(history).items()
+    for path, stages in leaves.items()
   }
 
 
-def products(settings: Settings) -> dict[str, Any]:
-  """Products of matrices to be timed, float32 in full precision."""
-  precision = jax.lax.Precision.HIGHEST
-  rng = np.random.default_rng(0)
-  # Orthogonal, so that the numbers keep their size.
-  kernel = jnp.asarray(np.linalg.qr(rng.standard_normal((_KERNEL, _KERNEL)))[0], jnp.float32)
-  columns = jnp.asarray(rng.standard_normal((_KERNEL, _COLUMNS)), jnp.float32)
-  large = jnp.asarray(rng.standard_normal((settings.product,) * 2), jnp.float32)
-
-  @jax.jit
-  def chain(kernel: jax.Array, columns: jax.Array) -> jax.Array:
-    def multiply(_: Any, x: jax.Array) -> jax.Array:
-      return jnp.dot(kernel, x, precision=precision)
-
-    return jax.lax.fori_loop(0, settings.products, multiply, columns)
-
-  square = jax.jit(lambda x: jnp.dot(x, x, precision=precision))
-  return {PRODUCT: lambda: chain(kernel, columns), LARGE_PRODUCT: lambda: square(large)}
+def largest_difference(found: dict[str, Any], reference: dict[str, Any]) -> float:
+  """Between two predictions, over all leaves of `reference`."""
+  return max(float(np.abs(np.asarray(found[path]) - x).max()) for path, x in reference.items())
 
 
-def _bound(rival: rivals.Rival, history: Any) -> Any:
-  return lambda: rival(history)
+def check_equal(name: str, difference: float, tolerance: float) -> float:
+  """The difference, if it is within the tolerance.
+
+  Raises:
+    ArithmeticError: it is not: what is compared in speed does not compute the same.
+  """
+  if not difference <= tolerance:
+    raise ArithmeticError(f'{name} differs by {difference:.3g}; expected at most {tolerance:.3g}.')
+  return difference
 
 
-def _some_windows(history: Any, most: int = 1 << 18) -> np.ndarray:
+def _some_windows(history: History, most: int = 1 << 18) -> np.ndarray:
   """Windows `[N, S]` of the largest leaf."""
   leaves = [stages for group in by_kind(history).values() for stages in group.values()]
   stages = max(leaves, key=lambda stages: stages[-1].size)

@@ -6,29 +6,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from know_jax.benchmark import accelerator, children, predicting, report, streamed, training_speed
-from know_jax.benchmark.goals import goals
+from know_jax.benchmark import (
+  accelerator,
+  memory,
+  predicting,
+  report,
+  streamed,
+  training_speed,
+)
 from know_jax.benchmark.machine import machine
-from know_jax.benchmark.settings import FULL, QUICK, Settings
+from know_jax.benchmark.settings import FULL, QUICK
 from know_jax.errors import UserError, reason, unknown_name
 from know_jax.io.files import local_path, write_atomic
 from know_jax.io.sealed import write_sealed
 
-
-def _memory(settings: Settings, *, show: bool) -> dict[str, Any]:
-  entries = children.memory(settings, show=show)
-  return {'entries': entries, 'growth': children.growth(entries)}
-
-
-SECTIONS: dict[str, Callable[..., Any]] = {
+SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
   'predict': predicting.measure,
-  'compile': children.compilation,
-  'memory': _memory,
+  'linear': predicting.linear,
+  'leaves': predicting.many_leaves,
+  'compile': memory.compilation,
+  'memory': memory.measure,
   'streaming': streamed.measure,
   'training': training_speed.measure,
   'gpu': accelerator.measure,
 }
-"""Name -> (settings, show) -> JSON data, in the order that they are measured."""
+"""Name -> (settings, show) -> JSON data, in the order that they are measured.
+
+Each has `note` (how it was measured), `tables` (title -> rows, which are column -> text, number or
+spread of numbers), `goals` (as `timing.goal` makes them) and the numbers that these are made of; or
+`unmeasured`, why, and its goals.
+"""
 
 _OF_LINUX = ('compile', 'memory', 'streaming')
 
@@ -50,7 +57,7 @@ def run(
 
   Returns:
     What the JSON file holds (sealed: see `files.write_sealed`): `machine`, `quick`, `seconds`,
-    `load_average_after`, `sections` and `goals`.
+    `load_average_after` and `sections`.
 
   Raises:
     UserError: before anything is measured, if a section is unknown or wants Linux, or `path` is no
@@ -86,7 +93,6 @@ def run(
     'seconds': time.perf_counter() - began,
     'load_average_after': list(os.getloadavg()),
     'sections': sections,
-    'goals': [goal._asdict() for goal in goals(sections)],
   }
   _write(path, found)
   return found

@@ -25,6 +25,11 @@ class Target:
   repetitions: int = 1
 
 
+_CNN = Target('cnn', (28, 28, 1), repetitions=40)
+_RESNET = Target('resnet18', (32, 32, 3), repetitions=15)
+_RESNET_BFLOAT16 = Target('resnet18', (32, 32, 3), {'dtype': 'bfloat16'})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """The sizes of everything; the defaults are the full measurement.
@@ -35,10 +40,10 @@ class Settings:
       streams, in float32, are about 2 KB a weight.
     keras_batches: batch sizes of Keras' predict, of which the fastest is taken.
     product: rows and columns of the large matrices whose product is timed.
-    products: how many products like those of KNOWN are timed together.
+    linear: weights of the history that linear predictors read, and how often each does.
+    leaves: how many leaves, and the weights of each, where there are many.
     compiled: two networks; after the first the second should need no new program.
     sizes: numbers of weights for memory and cost.
-    sizes_plain: likewise for the plain vmap over whole leaves.
     steps: steps ahead for memory and cost.
     size_seconds: each size is repeated for so long, twice at least.
     fresh: whether each measurement of memory and compilation has a process of its own.
@@ -63,32 +68,23 @@ class Settings:
   plain_chunk: int = 1 << 18
   keras_batches: tuple[int, ...] = (1024, 8192, 65536)
   product: int = 2048
-  products: int = 128
-  compiled: tuple[Target, Target] = (
-    Target('resnet18', (32, 32, 3)),
-    Target('densenet', (32, 32, 3)),
-  )
+  linear: tuple[int, int] = (5 * 10**7, 5)
+  leaves: tuple[int, int] = (5000, 1000)
+  compiled: tuple[Target, Target] = (_RESNET, Target('densenet', (32, 32, 3)))
   sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)
-  sizes_plain: tuple[int, ...] = (10**5, 10**6)
   steps: tuple[int, ...] = (1, 3)
   size_seconds: float = 3.0
   fresh: bool = True
   streamed: int = 10**9
   streamed_leaf: int = 5 * 10**7
-  trained: Target = dataclasses.field(
-    default_factory=lambda: Target('cnn', (28, 28, 1), repetitions=40)
-  )
+  trained: Target = _CNN
   batch_size: int = 128
   train_steps: int = 40
   gpu_anywhere: bool = False
-  gpu_predicted: Target = dataclasses.field(
-    default_factory=lambda: Target('resnet18', (32, 32, 3), repetitions=15)
-  )
+  gpu_predicted: Target = _RESNET
   gpu_weights: int = 10**9
   gpu_leaf: int = 5 * 10**7
-  gpu_trained: Target = dataclasses.field(
-    default_factory=lambda: Target('resnet18', (32, 32, 3), {'dtype': 'bfloat16'})
-  )
+  gpu_trained: Target = _RESNET_BFLOAT16
   gpu_images: int = 50_000
   gpu_repetitions: int = 5
 
@@ -102,10 +98,10 @@ QUICK = Settings(
   plain_chunk=100,
   keras_batches=(512, 1024),
   product=64,
-  products=2,
+  linear=(2_000, 2),
+  leaves=(20, 100),
   compiled=(_TINY, dataclasses.replace(_TINY, options={'width': 3, 'convs': 1})),
   sizes=(2_000, 4_000, 20_000),
-  sizes_plain=(2_000,),
   steps=(1,),
   size_seconds=0.0,
   fresh=False,

@@ -1,4 +1,4 @@
-"""A history in files, larger than memory if need be, predicted by bin/nowcast.py; and a kill."""
+"""A history in files, larger than memory if need be, predicted by bin/nowcast.py, beside a copy."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,92 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.flax
 
-from know_jax.benchmark.child import status
-from know_jax.benchmark.children import environment
+from know_jax.benchmark.memory import MIB, environment, status
 from know_jax.benchmark.settings import STAGES, Settings
+from know_jax.benchmark.timing import goal
 from know_jax.io.safetensors import INDEX
 from know_jax.system.progress import progress
 
-PREDICTOR = 'known_leaf'
+PREDICTORS = ('task_vector', 'known_leaf')
 
 _SCRIPT = Path(__file__).parents[2] / 'bin' / 'nowcast.py'
 _ITEM = jnp.bfloat16.dtype.itemsize
 _POLL_SECONDS = 0.05
+_GOAL = 'resident memory of a prediction from files, MiB'
 
 
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """Writes a history in bfloat16 to the temporary folder; there the script predicts one step of it.
 
-  As soon as it has finished a file it is killed, and the same command goes on.
-
-  Returns:
-    `weights`, `leaves`, `inputs` and `outputs` (bytes); `calls`, one or two, with `seconds` and
-    `peak`, bytes of resident memory; `files` written, and how many the last call had `kept`; and
-    `weights_a_second` of the last call, from its start to its end. Where the script or room for all
-    that is missing: `{'unmeasured': why}`.
+  Where the script or room for all that is missing: `{'unmeasured': why, 'goals': ...}`.
   """
+
+  def unmeasured(why: str) -> dict[str, Any]:
+    return {'unmeasured': why, 'goals': [goal(_GOAL, None, most=512)]}
+
   if not _SCRIPT.is_file():
-    return {'unmeasured': f'there is no {_SCRIPT.name}.'}
+    return unmeasured(f'there is no {_SCRIPT.name}.')
   outputs = _ITEM * settings.streamed
-  inputs = STAGES * outputs
+  needed = (STAGES + len(PREDICTORS) + 1) * outputs
   with tempfile.TemporaryDirectory(prefix='know_jax-') as name:
     folder = Path(name)
-    # What a kill leaves half written is there once more.
-    wanted, free = inputs + 2 * outputs, shutil.disk_usage(folder).free
-    if free < wanted:
-      return {'unmeasured': f'{folder.parent} has {free:,} bytes free; wanted {wanted:,}.'}
+    if (free := shutil.disk_usage(folder).free) < needed:
+      return unmeasured(f'{folder.parent} has {free:,} bytes free; expected {needed:,}.')
     leaves = write_history(folder, settings.streamed, settings.streamed_leaf, show=show)
-    sizes = {'weights': settings.streamed, 'leaves': leaves, 'inputs': inputs, 'outputs': outputs}
-    return {**sizes, **_predict(folder)}
+    stages = [folder / str(stage) for stage in range(STAGES)]
+    copied = copy_seconds(stages, folder / 'copy')
+    calls = {}
+    for predictor in PREDICTORS:
+      calls[predictor] = call([
+        sys.executable, str(_SCRIPT), f'--history={",".join(map(str, stages))}', '--steps=1',
+        f'--output={folder / "predicted"}', f'--predictor={predictor}',
+      ], folder / 'log')  # fmt: skip
+    start = call([sys.executable, str(_SCRIPT), '--help'], folder / 'log')['seconds']
+  return {
+    'note': f'`bin/nowcast.py --history=... --output=...` predicts one step of '
+    f'{settings.streamed:,} weights in {leaves} leaves, bfloat16 in sharded safetensors: '
+    f'{STAGES * outputs / 1e9:.3g} GB are read and {outputs / 1e9:.3g} GB written. *copy* reads '
+    f'all stages and writes one. Start-up (`--help`) takes {start:.1f} s of the seconds.',
+    'weights': settings.streamed,
+    'leaves': leaves,
+    'copy_seconds': copied,
+    'start_seconds': start,
+    'calls': calls,
+    'tables': {'': [
+      {'': 'copy', 'seconds': copied, 'over the copy, start-up apart': 1.0, 'memory, MiB': None},
+      *(
+        {
+          '': predictor, 'seconds': entry['seconds'],
+          'over the copy, start-up apart': (entry['seconds'] - start) / copied,
+          'memory, MiB': entry['peak'] / MIB,
+        }
+        for predictor, entry in calls.items()
+      ),
+    ]},
+    'goals': [
+      goal(_GOAL, max(entry['peak'] for entry in calls.values()) / MIB, most=512),
+      *(
+        goal(
+          f'time of `{predictor}` from files over that of a copy, start-up apart',
+          (entry['seconds'] - start) / copied, most=1.5,
+        )
+        for predictor, entry in calls.items()
+      ),
+    ],
+  }  # fmt: skip
+
+
+def copy_seconds(stages: Sequence[Path], target: Path) -> float:
+  """Seconds to read all files of stages, and to write those of the last."""
+  target.mkdir()
+  began = time.perf_counter()
+  for stage in stages:
+    for path in sorted(stage.glob('*.safetensors')):
+      with path.open('rb') as source, (target / path.name).open('wb') as out:
+        while block := source.read(2**24):
+          if stage == stages[-1]:
+            out.write(block)
+  return time.perf_counter() - began
 
 
 def write_history(folder: Path, weights: int, leaf: int, *, show: bool = True) -> int:
@@ -89,71 +138,32 @@ def _walk(seed: int, size: int) -> Iterator[Any]:
     yield jnp.asarray(position, jnp.bfloat16)
 
 
-def _predict(folder: Path) -> dict[str, Any]:
-  output = folder / 'predicted'
-  history = ','.join(str(folder / str(stage)) for stage in range(STAGES))
-  command = [
-    sys.executable, str(_SCRIPT), f'--history={history}', f'--output={output}', '--steps=1',
-    f'--predictor={PREDICTOR}',
-  ]  # fmt: skip
-  calls = [call(command, folder / 'log', kill_at=lambda: _files(output))]
-  before: set[tuple[str, int, int]] = set()
-  if calls[0]['killed']:
-    before = _files(output)
-    calls.append(call(command, folder / 'log'))
-  after = _files(output)
-  written = sum(size for *_, size in after - before)
-  return {
-    'predictor': PREDICTOR,
-    'calls': calls,
-    'files': len(after),
-    'kept': len(after & before),
-    # Headers are counted as weights: some hundred bytes of a gigabyte.
-    'weights_a_second': written / _ITEM / calls[-1]['seconds'],
-  }
-
-
-def _files(output: Path) -> set[tuple[str, int, int]]:
-  """Name, inode and size of the finished files: one that is written anew has another inode."""
-  found = set()
-  for path in (output / PREDICTOR / '1').glob('*.safetensors'):
-    about = path.stat()
-    found.add((path.name, about.st_ino, about.st_size))
-  return found
-
-
-def call(
-  command: Sequence[str], log: Path, kill_at: Callable[[], Any] = lambda: False
-) -> dict[str, Any]:
-  """Runs a program on the host to its end, or kills it.
+def call(command: Sequence[str], log: Path) -> dict[str, Any]:
+  """Runs a program on the host to its end.
 
   Args:
     command: the program and its arguments.
     log: a file for what it prints.
-    kill_at: what is asked again and again; as soon as it is true, the program gets SIGKILL.
 
   Returns:
-    `seconds`; `peak`, the bytes of resident memory at the peak; and whether it was `killed`.
+    `seconds`; and `peak`, the bytes of resident memory at the peak.
 
   Raises:
     RuntimeError: the program failed; what it printed is given.
   """
-  began, peak, killed = time.perf_counter(), 0, False
+  began, peak = time.perf_counter(), 0
   with log.open('w') as file:
     process = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
     try:
       while process.poll() is None:
         peak = max(peak, peak_memory(process.pid))
-        if kill_at():
-          killed = True
-          break
         time.sleep(_POLL_SECONDS)
     finally:
       process.kill()
       process.wait()
-  if not killed and process.returncode:
+  if process.returncode:
     raise RuntimeError(f'exit code {process.returncode}: {" ".join(command)}\n{log.read_text()}')
-  return {'seconds': time.perf_counter() - began, 'peak': peak, 'killed': killed}
+  return {'seconds': time.perf_counter() - began, 'peak': peak}
 
 
 def peak_memory(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""Interleaved repetitions, medians with quartiles, and ratios of what ran side by side."""
+"""Interleaved repetitions, medians with quartiles, ratios of what ran side by side, and goals."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,3 +67,21 @@ def speedups(times: Times, of: str) -> dict[str, dict[str, float]]:
     for name, seconds in times.items()
     if name != of
   }
+
+
+def goal(
+  what: str, found: float | None, *, least: float | None = None, most: float | None = None
+) -> dict[str, Any]:
+  """A number that is asked for: `what`, `expected`, `found` and whether that is `met`.
+
+  Args:
+    what: the number.
+    found: what was measured; None where it was not, and then `met` is None too.
+    least: the least that is enough, or
+    most: the most that is.
+  """
+  expected = f'at most {most:g}' if least is None else f'at least {least:g}'
+  met = None
+  if found is not None:
+    met = (least is None or found >= least) and (most is None or found <= most)
+  return {'what': what, 'expected': expected, 'found': found, 'met': met}
