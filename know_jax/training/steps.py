@@ -178,6 +178,8 @@ def _eval_step(model: Model, sums: Any) -> Callable[..., Any]:
 
 def replicate(tree: Any) -> Any:
   """A copy of every leaf on every device of this process, `[local devices, ...]`, for pmap."""
+  if not jax.tree.leaves(tree):
+    return tree
   devices = jax.local_device_count()
   stacked = jax.tree.map(
     lambda x: np.broadcast_to(x, (devices, *np.shape(x))), jax.device_get(tree)
