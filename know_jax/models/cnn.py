@@ -23,8 +23,8 @@ class CNN(Classifier):
   convs: int = 3
   batch_norm: bool = False
 
-  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to [B, 8 width]."""
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, h, w, C]."""
     for i in range(1, self.convs + 1):
       channels = self.width if i == 1 else 2 * self.width
       x = layers.conv(channels, 3, f'conv{i}', bias=not self.batch_norm)(x)
@@ -33,5 +33,9 @@ class CNN(Classifier):
       x = nn.relu(x)
       if min(x.shape[1:3]) > 1:
         x = max_pool(x)
-    x = x.reshape(x.shape[0], -1)
+    return x
+
+  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, 8 width]."""
+    x = self.feature_map(x, layers).reshape(x.shape[0], -1)
     return nn.relu(layers.dense(8 * self.width, 'dense')(x))

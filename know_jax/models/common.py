@@ -30,6 +30,8 @@ Keras keeps 0.99; the last forgetting stages have too few steps for running stat
 BATCH_NORM_EPSILON = 1e-5
 """What is added to the variance; Flax's default, PyTorch's too (Keras: 1e-3)."""
 
+Padding = str | int
+
 glorot_uniform = nn.initializers.glorot_uniform()
 
 
@@ -40,30 +42,41 @@ class Layers(NamedTuple):
     dtype: the dtype of the computation.
     axis_name: the mapped axis over which BatchNorm averages its statistics in training, or None.
     train: whether BatchNorm uses, and records, the statistics of the batch.
+    random: whether units are dropped at random.
   """
 
   dtype: Any
   axis_name: str | None
   train: bool
+  random: bool = False
 
   def conv(
-    self, features: int, kernel: int, name: str, *, stride: int = 1, bias: bool = False
+    self,
+    features: int,
+    kernel: int,
+    name: str,
+    *,
+    stride: int = 1,
+    bias: bool = False,
+    padding: Padding = 'SAME',
+    dilation: int = 1,
   ) -> nn.Module:
     """A square convolution with zero padding; no bias by default, since BatchNorm follows."""
     return nn.Conv(
       features,
       (kernel, kernel),
       strides=stride,
-      padding='SAME',
+      padding=padding,
+      kernel_dilation=dilation,
       use_bias=bias,
       dtype=self.dtype,
       kernel_init=glorot_uniform,
       name=name,
     )
 
-  def depthwise(self, name: str, *, stride: int = 1) -> nn.Module:
-    """A 3x3 depthwise convolution with zero padding and without bias."""
-    return DepthwiseConv(stride=stride, dtype=self.dtype, name=name)
+  def depthwise(self, name: str, **options: Any) -> nn.Module:
+    """A 3x3 depthwise convolution with zero padding; options: see `DepthwiseConv`."""
+    return DepthwiseConv(dtype=self.dtype, name=name, **options)
 
   def norm(self, name: str) -> nn.Module:
     """BatchNorm; in training its statistics are those of the batch over all of `axis_name`."""
@@ -81,9 +94,17 @@ class Layers(NamedTuple):
     """A fully connected layer with bias."""
     return nn.Dense(features, dtype=self.dtype, kernel_init=glorot_uniform, name=name)
 
+  def layer_norm(self, name: str, epsilon: float = 1e-6) -> nn.Module:
+    """LayerNorm over the channels, its statistics in float32."""
+    return nn.LayerNorm(epsilon, dtype=self.dtype, name=name)
+
+  def dropout(self, rate: float, **options: Any) -> nn.Module:
+    """Dropout in training, where the caller gives a key named 'dropout'; the identity elsewhere."""
+    return nn.Dropout(rate, deterministic=not self.random, **options)
+
 
 class Classifier(nn.Module):
-  """The base of every family: images to features (the family's part) to logits.
+  """The base of every family: images to a feature map (the family's part) to logits.
 
   Attributes:
     num_classes: the number of logits.
@@ -94,24 +115,29 @@ class Classifier(nn.Module):
   """
 
   num_classes: int
-  width: int
+  width: Any
   dtype: Any = jnp.float32
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, *, train: bool, spatial: bool = False) -> jax.Array:
     """Classifies images.
 
     Args:
       x: images [B, H, W, C], floating-point, H and W at least 8.
       train: True: BatchNorm uses the batch's statistics and updates the running ones, so that
-        `batch_stats` must be mutable; False: it uses the running ones.
+        `batch_stats` must be mutable, and dropout works if `rngs` has a key named 'dropout'
+        (without one nothing is dropped); False: BatchNorm uses the running statistics.
+      spatial: give the feature map in place of logits, as an encoder for another network; the
+        layers above it are then not made.
 
     Returns:
-      Logits [B, num_classes], float32.
+      Logits [B, num_classes], for each pixel [B, H, W, num_classes] where the family segments, or
+      the feature map [B, h, w, F]; float32.
 
     Raises:
-      UserError: `x` is not a batch of floating-point images of at least 8x8.
+      UserError: `x` is not a batch of floating-point images of at least 8x8, or smaller than the
+        family can take.
     """
     if x.ndim != 4 or min(x.shape[1:3]) < SMALLEST_IMAGE:
       raise UserError(
@@ -120,49 +146,87 @@ class Classifier(nn.Module):
       )
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise UserError(f'images have dtype {x.dtype}; wanted normalised floating-point images.')
-    layers = Layers(self.dtype, self.axis_name, train)
-    # The head is made here and not by the families, so that transfer finds it in all of them.
-    logits = layers.dense(self.num_classes, HEAD)(self.features(x.astype(self.dtype), layers))
-    return logits.astype(jnp.float32)
+    layers = Layers(self.dtype, self.axis_name, train, train and self.has_rng('dropout'))
+    compute = self.feature_map if spatial else self.logits
+    return compute(x.astype(self.dtype), layers).astype(jnp.float32)
+
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to features [B, h, w, F]: what tells one family from another."""
+    raise NotImplementedError
 
   def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to features [B, F]: what tells one family from another."""
-    raise NotImplementedError
+    """Images [B, H, W, C] to features [B, F]: by default the map's mean over its positions."""
+    return global_average_pool(self.feature_map(x, layers))
+
+  def logits(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to logits; the head is named here, for transfer finds it by its name."""
+    return layers.dense(self.num_classes, HEAD)(self.features(x, layers))
+
+  @nn.nowrap
+  def state_dict_name(self, layer: str) -> str:
+    """The name that a layer, `block1/conv`, has in PyTorch's version of the family.
+
+    Raises:
+      UserError: the family has none.
+    """
+    del layer
+    raise UserError(
+      f'{type(self).__name__} has no counterpart whose state_dict could be converted; expected a '
+      'PVTv2 or a DeepLabV3+.'
+    )
 
 
 class DepthwiseConv(nn.Module):
-  """A 3x3 depthwise convolution with zero ('SAME') padding, without bias.
+  """A 3x3 depthwise convolution with zero padding.
 
   The kernel has the shape and meaning of `nn.Conv(C, (3, 3), feature_group_count=C)`. It is
   computed as nine shifted products: with XLA's grouped convolution a training step of MobileNetV2
   or ShuffleNetV2 takes 4 to 7 times as long on CPU.
+
+  Attributes:
+    dtype: of the computation.
+    stride: of both axes.
+    padding: 'SAME', as TensorFlow has it (more zeros below and to the right), or the number of
+      zeros on every side, as PyTorch has it; they differ at stride 2.
+    dilation: the distance between the taps.
+    bias: whether there is one.
   """
 
-  stride: int
   dtype: Any
+  stride: int = 1
+  padding: Padding = 'SAME'
+  dilation: int = 1
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C]."""
+    """[B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C], if `padding` is the dilation."""
     batch, height, width, channels = x.shape
     kernel = self.param('kernel', glorot_uniform, (3, 3, 1, channels), jnp.float32)
     kernel = kernel.astype(self.dtype)
-    step = self.stride
-    pads = lax.padtype_to_pads((height, width), (3, 3), (step, step), 'SAME')
+    step, apart = self.stride, self.dilation
+    reach = 2 * apart + 1
+    if isinstance(self.padding, int):
+      pads = [(self.padding, self.padding)] * 2
+    else:
+      pads = lax.padtype_to_pads((height, width), (reach, reach), (step, step), self.padding)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = -(-height // step), -(-width // step)
+    rows, columns = ((size - reach) // step + 1 for size in x.shape[1:3])
     shifted = (
       lax.slice(
         x,
-        (0, i, j, 0),
-        (batch, i + (rows - 1) * step + 1, j + (columns - 1) * step + 1, channels),
+        (0, i * apart, j * apart, 0),
+        (batch, i * apart + (rows - 1) * step + 1, j * apart + (columns - 1) * step + 1, channels),
         (1, step, step, 1),
       )
       * kernel[i, j, 0]
       for i in range(3)
       for j in range(3)
     )
-    return sum(shifted, start=jnp.zeros((), self.dtype))
+    start = jnp.zeros((), self.dtype)
+    if self.bias:
+      start = self.param('bias', nn.initializers.zeros, (channels,), jnp.float32)
+    return sum(shifted, start=start.astype(self.dtype))
 
 
 @jax.custom_jvp

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from know_jax.models.common import Classifier, Layers, global_average_pool, max_pool
+from know_jax.models.common import Classifier, Layers, max_pool
 
 _BLOCKS = 3
 
@@ -27,8 +27,8 @@ class DenseNet(Classifier):
   width: int = 16
   layers_per_block: int = 3
 
-  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to [B, F]."""
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, h, w, F]."""
     x = layers.conv(2 * self.width, 3, 'stem', stride=2)(x)
     x = max_pool(nn.relu(layers.norm('stem_norm')(x)))
     for i in range(1, _BLOCKS + 1):
@@ -36,7 +36,7 @@ class DenseNet(Classifier):
         x = DenseLayer(growth=self.width, layers=layers, name=f'block{i}_layer{j}')(x)
       if i < _BLOCKS:
         x = Transition(layers=layers, name=f'transition{i}')(x)
-    return global_average_pool(nn.relu(layers.norm('norm')(x)))
+    return nn.relu(layers.norm('norm')(x))
 
 
 class DenseLayer(nn.Module):

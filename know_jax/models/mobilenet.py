@@ -7,10 +7,9 @@ References:
 import flax.linen as nn
 import jax
 
-from know_jax.models.common import Classifier, Layers, global_average_pool
+from know_jax.models.common import Classifier, Layers, Padding
 
 _STAGES = 3
-_EXPANSION = 6
 
 
 class MobileNetV2(Classifier):
@@ -25,8 +24,8 @@ class MobileNetV2(Classifier):
   width: int = 8
   blocks: int = 2
 
-  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to [B, 32 width]."""
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, h, w, 32 width]."""
     x = layers.conv(self.width, 3, 'stem', stride=2)(x)
     x = nn.relu6(layers.norm('stem_norm')(x))
     for i in range(1, _STAGES + 1):
@@ -38,23 +37,38 @@ class MobileNetV2(Classifier):
           name=f'stage{i}_block{j}',
         )(x)
     x = layers.conv(self.width * 2 ** (_STAGES + 2), 1, 'last')(x)
-    return global_average_pool(nn.relu6(layers.norm('last_norm')(x)))
+    return nn.relu6(layers.norm('last_norm')(x))
 
 
 class InvertedResidual(nn.Module):
-  """1x1 up to six times the channels, depthwise 3x3, and 1x1 down again without activation."""
+  """1x1 up to more channels, depthwise 3x3, and 1x1 down again without activation.
+
+  Attributes:
+    features: channels that come out.
+    stride: of the depthwise convolution.
+    layers: how layers are made.
+    expansion: how many times the channels there are in between; 1: no 1x1 convolution upwards.
+    padding: of the depthwise convolution, as its dilation is.
+  """
 
   features: int
   stride: int
   layers: Layers
+  expansion: int = 6
+  padding: Padding = 'SAME'
+  dilation: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), features]."""
     layers = self.layers
-    y = layers.conv(_EXPANSION * x.shape[-1], 1, 'expand')(x)
-    y = nn.relu6(layers.norm('expand_norm')(y))
-    y = layers.depthwise('depthwise', stride=self.stride)(y)
+    y = x
+    if self.expansion > 1:
+      y = layers.conv(self.expansion * x.shape[-1], 1, 'expand')(y)
+      y = nn.relu6(layers.norm('expand_norm')(y))
+    y = layers.depthwise(
+      'depthwise', stride=self.stride, padding=self.padding, dilation=self.dilation
+    )(y)
     y = nn.relu6(layers.norm('depthwise_norm')(y))
     y = layers.norm('project_norm')(layers.conv(self.features, 1, 'project')(y))
-    return x + y if x.shape == y.shape else y
+    return x + y if self.stride == 1 and x.shape == y.shape else y

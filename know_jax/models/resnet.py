@@ -8,7 +8,7 @@ References:
 import flax.linen as nn
 import jax
 
-from know_jax.models.common import Classifier, Layers, global_average_pool
+from know_jax.models.common import Classifier, Layers
 
 
 class ResNet(Classifier):
@@ -30,8 +30,8 @@ class ResNet(Classifier):
   stem_stride: int = 2
   conv_bias: bool = False
 
-  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to [B, width 2^(stages - 1)]."""
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, h, w, width 2^(stages - 1)]."""
     stem = layers.conv(
       self.width, self.stem_kernel, 'stem', stride=self.stem_stride, bias=self.conv_bias
     )
@@ -45,7 +45,7 @@ class ResNet(Classifier):
           layers=layers,
           name=f'stage{i + 1}_block{j + 1}',
         )(x)
-    return global_average_pool(x)
+    return x
 
 
 class BasicBlock(nn.Module):

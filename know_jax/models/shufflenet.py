@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from know_jax.models.common import Classifier, Layers, global_average_pool
+from know_jax.models.common import Classifier, Layers
 
 _STAGES = 3
 
@@ -24,8 +24,8 @@ class ShuffleNetV2(Classifier):
   width: int = 16
   units: int = 2
 
-  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to [B, 16 width]."""
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, h, w, 16 width]."""
     x = layers.conv(self.width, 3, 'stem', stride=2)(x)
     x = nn.relu(layers.norm('stem_norm')(x))
     for i in range(1, _STAGES + 1):
@@ -33,7 +33,7 @@ class ShuffleNetV2(Classifier):
       for j in range(2, self.units + 1):
         x = Unit(layers=layers, name=f'stage{i}_unit{j}')(x)
     x = layers.conv(self.width * 2 ** (_STAGES + 1), 1, 'last')(x)
-    return global_average_pool(nn.relu(layers.norm('last_norm')(x)))
+    return nn.relu(layers.norm('last_norm')(x))
 
 
 class Unit(nn.Module):

@@ -29,15 +29,16 @@ class ViT(Classifier):
   depth: int = 3
   grid: int = 4
 
-  def features(self, x: jax.Array, layers: Layers) -> jax.Array:
-    """Images [B, H, W, C] to [B, width]."""
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to [B, h, w, width]."""
     patch = -(-max(x.shape[1:3]) // self.grid)
     x = layers.conv(self.width, patch, 'embed', stride=patch, bias=True)(x)
+    shape = x.shape
     x = x.reshape(x.shape[0], -1, self.width)
     x = Position(name='position')(x)
     for i in range(1, self.depth + 1):
       x = Block(layers=layers, name=f'block{i}')(x)
-    return nn.LayerNorm(dtype=self.dtype, name='norm')(x).mean(axis=1)
+    return layers.layer_norm('norm')(x).reshape(shape)
 
 
 class Position(nn.Module):

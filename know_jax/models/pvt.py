@@ -1,0 +1,197 @@
+"""PVTv2: a pyramid of transformer stages whose attention looks at a reduced map.
+
+References:
+  Wang et al., PVT v2: Improved Baselines with Pyramid Vision Transformer, 2022; names, padding and
+  epsilons as in timm 1.0 (`timm.models.pvt_v2`). Kernels start Glorot-uniform, as in tfimm.
+"""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from know_jax.errors import UserError
+from know_jax.models.common import Classifier, Layers
+
+POOLED = 7
+"""Height and width of the map that the "linear" kind attends to."""
+
+_NAMES = {
+  'query': 'attn.q',
+  'key_value': 'attn.kv',
+  'out': 'attn.proj',
+  'reduce': 'attn.sr',
+  'reduce_norm': 'attn.norm',
+  'dense1': 'mlp.fc1',
+  'depthwise': 'mlp.dwconv',
+  'dense2': 'mlp.fc2',
+}
+_BRANCH_EPSILON = 1e-6
+_EMBED_EPSILON = 1e-5
+
+
+class PVTv2(Classifier):
+  """Four stages, each an overlapping patch embedding, transformer blocks and LayerNorm.
+
+  Attributes:
+    width: channels of the first stage, `embed_dims` being scaled to it; None: as they are.
+    depths: blocks in each stage.
+    embed_dims: channels of each stage.
+    num_heads: attention heads of each stage; its channels are a multiple of them.
+    sr_ratios: how many times smaller each side is of the map that a stage attends to; 1: itself.
+    mlp_ratios: channels inside each stage's MLP, as a multiple of the stage's.
+    stem_stride: stride of the first patch embedding; the others have 2.
+    linear: the "linear" kind: attention to a map pooled to 7 x 7, and a ReLU more in the MLP.
+    drop_path: the share of samples for which the last block's branches are dropped in training;
+      the blocks before it drop fewer, in even steps from none. Trained with 0.1 (b0 to b2) and
+      0.3 (b3 to b5) on ImageNet; 0 in the transfers of the paper's authors.
+  """
+
+  width: int | None = None
+  depths: tuple[int, ...] = (2, 2, 2, 2)
+  embed_dims: tuple[int, ...] = (32, 64, 160, 256)
+  num_heads: tuple[int, ...] = (1, 2, 5, 8)
+  sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+  mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
+  stem_stride: int = 4
+  linear: bool = False
+  drop_path: float = 0.0
+
+  @nn.nowrap
+  def dims(self) -> tuple[int, ...]:
+    """The channels of each stage.
+
+    Raises:
+      UserError: `width` does not scale `embed_dims` to multiples of `num_heads`.
+    """
+    first = self.embed_dims[0]
+    width = first if self.width is None else self.width
+    for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
+      if dim * width % (first * heads):
+        raise UserError(
+          f'width {width} gives a stage of {dim} channels {dim * width / first:g}; expected a '
+          f'multiple of its {heads} heads.'
+        )
+    return tuple(dim * width // first for dim in self.embed_dims)
+
+  def feature_map(self, x: jax.Array, layers: Layers) -> jax.Array:
+    """Images [B, H, W, C] to the last stage's map [B, h, w, F]."""
+    rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
+    for i, dim in enumerate(self.dims()):
+      stage = f'stage{i + 1}'
+      kernel, stride = (7, self.stem_stride) if i == 0 else (3, 2)
+      x = layers.conv(dim, kernel, f'{stage}_embed', stride=stride, padding=kernel // 2, bias=True)(
+        x
+      )
+      x = layers.layer_norm(f'{stage}_embed_norm', _EMBED_EPSILON)(x)
+      for j in range(self.depths[i]):
+        x = Block(
+          heads=self.num_heads[i],
+          reduction=self.sr_ratios[i],
+          expansion=self.mlp_ratios[i],
+          linear=self.linear,
+          drop_path=rates.pop(0),
+          layers=layers,
+          name=f'{stage}_block{j + 1}',
+        )(x)
+      x = layers.layer_norm(f'{stage}_norm', _BRANCH_EPSILON)(x)
+    return x
+
+  @nn.nowrap
+  def state_dict_name(self, layer: str) -> str:
+    """The name of a layer in timm."""
+    stage, _, part = layer.partition('_')
+    if not part:
+      return layer
+    number = int(stage.removeprefix('stage')) - 1
+    if part.startswith('embed'):
+      where = f'stages.{number}.downsample' if number else 'patch_embed'
+      return f'{where}.{"norm" if part == "embed_norm" else "proj"}'
+    part = re.sub(r'block(\d+)/(\w+)', _block_name, part)
+    return f'stages.{number}.{part}'
+
+
+def _block_name(match: re.Match) -> str:
+  number, layer = match.groups()
+  return f'blocks.{int(number) - 1}.{_NAMES.get(layer, layer)}'
+
+
+class Block(nn.Module):
+  """Attention to the reduced map, then an MLP with a depthwise convolution; both added to x."""
+
+  heads: int
+  reduction: int
+  expansion: int
+  linear: bool
+  drop_path: float
+  layers: Layers
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] to [B, H, W, C]."""
+    layers = self.layers
+    # A whole sample's branch is kept or dropped; kept ones are divided by the share kept.
+    drop = layers.dropout(self.drop_path, broadcast_dims=(1, 2, 3))
+    x += drop(self.attention(layers.layer_norm('norm1', _BRANCH_EPSILON)(x)))
+    y = layers.layer_norm('norm2', _BRANCH_EPSILON)(x)
+    y = layers.dense(self.expansion * x.shape[-1], 'dense1')(y)
+    if self.linear:
+      y = nn.relu(y)
+    y = layers.depthwise('depthwise', padding=1, bias=True)(y)
+    y = layers.dense(x.shape[-1], 'dense2')(nn.gelu(y, approximate=False))
+    return x + drop(y)
+
+  def attention(self, x: jax.Array) -> jax.Array:
+    """Multi-head attention of every position to the reduced map: [B, H, W, C] to the same."""
+    layers, (batch, height, width, channels) = self.layers, x.shape
+    small = x
+    if self.linear:
+      small = layers.conv(channels, 1, 'reduce', bias=True)(adaptive_average_pool(x, POOLED))
+    elif self.reduction > 1:
+      if min(height, width) < self.reduction:
+        raise UserError(
+          f'a stage has a map of {height} x {width}, which is reduced {self.reduction} times; '
+          'expected larger images, a smaller stem_stride or smaller sr_ratios.'
+        )
+      # Rows and columns that do not fill a window are left out.
+      small = layers.conv(
+        channels, self.reduction, 'reduce', stride=self.reduction, padding='VALID', bias=True
+      )(x)
+    if self.linear or self.reduction > 1:
+      small = layers.layer_norm('reduce_norm', _EMBED_EPSILON)(small)
+    if self.linear:
+      small = nn.gelu(small, approximate=False)
+    # One Dense gives keys and values, as in the checkpoints: what is predicted for a checkpoint's
+    # leaf is what is predicted for this network's.
+    query = layers.dense(channels, 'query')(x)
+    key, value = jnp.split(layers.dense(2 * channels, 'key_value')(small), 2, axis=-1)
+    by_head = (
+      y.reshape(batch, -1, self.heads, channels // self.heads) for y in (query, key, value)
+    )
+    y = jax.nn.dot_product_attention(*by_head)
+    return layers.dense(channels, 'out')(y.reshape(x.shape))
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+  """Means over `size` x `size` windows, as PyTorch's `adaptive_avg_pool2d` lays them.
+
+  Window i of a side of n pixels begins at floor(i n / size) and ends before ceil((i + 1) n / size):
+  where n is no multiple of `size` windows overlap, and where it is smaller pixels come repeatedly.
+
+  Args:
+    x: [B, H, W, C].
+    size: height and width of the result.
+
+  Returns:
+    [B, size, size, C].
+  """
+
+  def means(side: int) -> np.ndarray:
+    i, pixel = np.arange(size)[:, None], np.arange(side)
+    inside = (pixel >= i * side // size) & (pixel < -((i + 1) * side // -size))
+    return inside / inside.sum(axis=1, keepdims=True)
+
+  rows, columns = (jnp.asarray(means(side), x.dtype) for side in x.shape[1:3])
+  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x)
