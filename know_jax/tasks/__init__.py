@@ -11,8 +11,9 @@ from know_jax.errors import UserError, unknown_name
 from know_jax.registry import load_object
 from know_jax.tasks.base import Task
 
+_NO_TASKS = ('base', 'metrics')
 TASKS = tuple(
-  sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != 'base')
+  sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_TASKS)
 )
 """The names of the tasks that come with the package."""
 
