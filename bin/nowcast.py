@@ -45,6 +45,9 @@ _KINDS = flags.DEFINE_list('kinds', [], "'regex=kind' where names of leaves do n
 _MEMORY = flags.DEFINE_integer('memory', 1024, 'With --history: MiB for what is taken whole (tsv).')
 _ONLY = flags.DEFINE_string('only', None, 'With --history: regex of the leaves to predict.')
 _SKIP = flags.DEFINE_string('skip', None, 'With --history: regex of leaves to keep as they are.')
+_STACKED = flags.DEFINE_string(
+  'stacked', None, "With --history: regex of leaves with layers on their first axis: 'layers/'."
+)
 _OPTION = flags.DEFINE_multi_string(
   'option', [], 'With --history: option of a predictor, as lam=0.3; may be given several times.'
 )
@@ -55,7 +58,7 @@ _DTYPE = flags.DEFINE_string(
   'dtype', None, 'With --history: float32, bfloat16 or float16 for what is written; else as it is.'
 )
 _DRY_RUN = cli.define_dry_run('With --history: print what would be done, and write nothing.')
-_OF_FILES = ('output', 'rate', 'memory', 'only', 'skip', 'option', 'format', 'dtype')
+_OF_FILES = ('output', 'rate', 'memory', 'only', 'skip', 'stacked', 'option', 'format', 'dtype')
 
 
 def main() -> None:
@@ -67,7 +70,7 @@ def main() -> None:
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
       kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
       on_bad=_ON_BAD.value, options=from_files.parse_options(_OPTION.value), only=_ONLY.value,
-      skip=_SKIP.value, format=_FORMAT.value, dtype=_DTYPE.value,
+      skip=_SKIP.value, stacked=_STACKED.value, format=_FORMAT.value, dtype=_DTYPE.value,
     )  # fmt: skip
     print('\n'.join(f'stage {i}: {stage.path}' for i, stage in enumerate(job.stages)))
     print(kinds_.kinds_table(job.leaves, job.kinds))

@@ -86,6 +86,7 @@ class Job:
     format: of what is written.
     dtype: the name of that which floating-point leaves are written in, None for their own.
     notes: what to tell about the history.
+    stacked: the paths of leaves that hold layers on their first axis.
   """
 
   stages: list[Weights]
@@ -102,6 +103,7 @@ class Job:
   format: str
   dtype: str | None
   notes: tuple[str, ...]
+  stacked: frozenset[str]
 
 
 def prepare(
@@ -117,6 +119,7 @@ def prepare(
   options: Mapping[str, Any] | None = None,
   only: str | None = None,
   skip: str | None = None,
+  stacked: str | None = None,
   format: str | None = None,
   dtype: str | None = None,
 ) -> Job:
@@ -135,6 +138,7 @@ def prepare(
     options: of the predictors, as `nowcast.predict` takes them.
     only: regular expression; leaves in whose path it is not found are kept.
     skip: regular expression; leaves in whose path it is found are kept.
+    stacked: regular expression; the leaves hold layers on their first axis, as in `predict`.
     format: 'safetensors' to write that; None: the newest stage's, where it can be written.
     dtype: 'float32', 'bfloat16' or 'float16' to write floating-point leaves in; None: their own.
 
@@ -152,7 +156,7 @@ def prepare(
   newest = stages[-1]
   chosen = _not_chosen(newest.leaves, only, skip)
   _check_complex(newest.leaves, {**chosen, **(kinds or {})})
-  found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})})
+  found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})}, stacked)
   opaque = [path for path, leaf in newest.leaves.items() if leaf.dtype == np.dtype('V1')]
   told = f'of a dtype that is not predicted, and copied: {", ".join(opaque)}.'
   notes = [told] if opaque else []
@@ -168,7 +172,7 @@ def prepare(
   job = Job(
     stages, found.of, made, steps, rate, on_bad, known, network,
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
-    tuple(notes),
+    tuple(notes), found.stacked,
   )  # fmt: skip
   for name in job.predictors:
     _check_predictor(job, name)
@@ -350,6 +354,8 @@ def _check_predictor(job: Job, predictor: str) -> None:
 def _check_memory(job: Job, predictor: str, memory: int) -> None:
   for path, leaf in job.leaves.items():
     made = job.predictors[predictor]
+    if path in job.stacked:
+      leaf = dataclasses.replace(leaf, shape=leaf.shape[1:])
     if _is_whole(made, path, leaf, job.kinds[path]):
       needed = leaf.size * 4 * (len(job.stages) + job.steps + made.copies)
       if needed > memory:
@@ -503,6 +509,7 @@ def _open_run(
     'known': None if theta is None else theta_digest(theta),
     'options': job.options,
     'kinds': job.kinds,
+    **({'stacked': sorted(job.stacked)} if job.stacked else {}),
   }
   config = {
     **about,
@@ -545,13 +552,17 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
     health_.report(
       np.asarray(list(health.values())),
       predictor=run.engine.name,
-      leaves=[(path, job.kinds[path]) for path in health],
+      leaves=[(path, job.kinds[_whole(job, path)]) for path in health],
       steps=range(1, job.steps + 1),
       on_bad=job.on_bad,
       stacklevel=4,
     )
   index = _index(job, shards)
   for n, step in enumerate(folders, 1):
+    moved: dict[str, float] = {}
+    for path, values in health.items():
+      leaf = _whole(job, path)
+      moved[leaf] = max(moved.get(leaf, 0.0), float(values[n - 1][0]))
     if index is not None:
       write_atomic(step / index[0], (json.dumps(index[1], indent=2) + '\n').encode())
     bad = {path: values for path, values in health.items() if _is_bad(values)[n - 1]}
@@ -570,7 +581,7 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       cards.copy_side_files(home, step)
     cards.write_readme(
       step, card, sizes={path: leaf.size for path, leaf in job.leaves.items()},
-      moved={path: float(values[n - 1][0]) for path, values in health.items()}, notes=job.notes,
+      moved=moved, notes=job.notes,
     )  # fmt: skip
     if job.shards is not None and (seal := job.stages[-1].seal) is not None:
       seal(step, {'predictor': run.engine.name, 'steps': n, 'rate': job.rate})
@@ -600,6 +611,11 @@ def _is_intact(path: Path, wanted: dict[str, Any]) -> bool:
     return hashlib.file_digest(file, 'sha256').hexdigest() == wanted['sha256']
 
 
+def _whole(job: Job, path: str) -> str:
+  """The path of a leaf, or of the leaf of which it names a layer."""
+  return path if path in job.kinds else path[: path.rindex('[')]
+
+
 def _is_bad(health: Any) -> np.ndarray:
   return np.asarray(health_.is_bad(np.asarray(health, np.float64)))
 
@@ -617,7 +633,8 @@ def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
         if job.kinds[path] == kinds_.KEEP:
           _copy_newest(history, sinks, bar)
         else:
-          health[path] = _predict_leaf(job, run, history, sinks, bar)
+          for one in history.layers() if path in job.stacked else [history]:
+            health[one.leaf.path] = _predict_leaf(job, run, one, sinks, bar)
   return {
     'files': [sink.identity() for sink in sinks],
     'health': {path: values.tolist() for path, values in health.items()},
@@ -634,6 +651,18 @@ class _LeafHistory:
   leaf: base.Leaf
   written: Leaf
   readers: list[Reader]
+
+  def layers(self) -> Iterator['_LeafHistory']:
+    """The layers on the first axis, each as a leaf of its own."""
+    written = dataclasses.replace(self.written, shape=self.written.shape[1:])
+    for layer in range(self.written.shape[0]):
+      place = layer * written.size
+      readers = [
+        dataclasses.replace(reader, offset=reader.offset + place * reader.dtype.itemsize)
+        for reader in self.readers
+      ]
+      leaf = base.Leaf(f'{self.leaf.path}[{layer}]', self.leaf.kind)
+      yield _LeafHistory(leaf, written, readers)
 
   def slices(self, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, self.written.size, size):

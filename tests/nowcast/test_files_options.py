@@ -260,3 +260,62 @@ def test_batch_norm_of_torch_is_kept_and_the_way_to_settle_it_is_told(tmp_path):
     found = run(paths, tmp_path / 'out')
   assert all(equal(found[name], more[name]) for name in names)
   assert 'm.reset_running_stats()' in (tmp_path / 'out/task_vector/1/README.md').read_text()
+
+
+# --- stacks of layers -----------------------------------------------------------------------------
+
+
+def stacked_history(folder, stages=5):
+  rng = np.random.default_rng(3)
+  shapes = {'layers/wi/kernel': (3, 20, 30), 'layers/wi/bias': (3, 30), 'head/kernel': (30, 4)}
+  start = {path: rng.normal(0, 0.1, shape) for path, shape in shapes.items()}
+  history = []
+  for _ in range(stages):
+    start = {p: leaf + rng.normal(0, 0.01, leaf.shape) for p, leaf in start.items()}
+    # Each layer moves at a pace of its own.
+    history.append({p: (leaf * 1.1).astype(np.float32) for p, leaf in start.items()})
+    history[-1]['layers/wi/kernel'] *= np.float32([[[1]], [[2]], [[4]]])
+  return history, save(folder, history)
+
+
+@pytest.mark.parametrize('predictor', ['known', 'known_leaf', 'tsv', 'linear_fit'])
+def test_declared_stacks_are_predicted_layer_by_layer(tmp_path, predictor):
+  history, paths = stacked_history(tmp_path / 'history')
+  options = {'predictors': [predictor], 'on_bad': 'ignore'}
+  result = run(paths, tmp_path / 'out', '4.safetensors', stacked='layers/', **options)
+  for layer in range(3):
+    alone = [
+      {path: leaf[layer] for path, leaf in stage.items() if path.startswith('layers')}
+      for stage in history
+    ]
+    reference = know_jax.predict(alone, predictor=predictor, on_bad='ignore')
+    for path, leaf in reference.items():
+      found = result[path].reshape(history[-1][path].shape)[layer]
+      np.testing.assert_allclose(found, leaf, rtol=2e-5, atol=1e-6)
+
+
+def test_a_bad_layer_in_a_file_alone_keeps_its_newest_weights(tmp_path):
+  history, _ = stacked_history(tmp_path / 'history')
+  for t, stage in enumerate(history):
+    stage['layers/wi/kernel'][1] = np.float32(10.0) ** (7 * t)
+  paths = save(tmp_path / 'bad', history)
+  with pytest.warns(PredictionWarning, match=r"'layers/wi/kernel\[1\]' \(fc\)"):
+    result = run(
+      paths, tmp_path / 'out', '4.safetensors', predictors=['exp_fit'], stacked='layers/'
+    )
+  newest = history[-1]['layers/wi/kernel']
+  kernel = result['layers/wi/kernel'].reshape(newest.shape)
+  np.testing.assert_array_equal(kernel[1], newest[1])
+  assert (kernel[0] != newest[0]).any() and (kernel[2] != newest[2]).any()
+  card = json.loads((tmp_path / 'out' / 'exp_fit' / '1' / 'nowcast.json').read_text())
+  assert 'layers/wi/kernel[1]' in str(card['kept_newest'])
+  assert 'layers/wi/kernel' in str(card['stacked'])
+
+
+def test_stacks_that_are_not_declared_are_an_error(tmp_path):
+  _, paths = stacked_history(tmp_path / 'history')
+  with pytest.raises(UserError, match=r"leaf 'layers/wi/kernel' .*a stack of 3.*--stacked"):
+    run(paths, tmp_path / 'out')
+  with pytest.raises(UserError, match="stacked: 'blocks' is found in no path"):
+    run(paths, tmp_path / 'out', stacked='blocks')
+  assert not (tmp_path / 'out').exists()
