@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,28 @@ def draw(keys: jax.Array, augmentation: Augmentation, sides: Sequence[int]) -> D
   )
 
 
-def warp(images: jax.Array, distortion: Distortion) -> jax.Array:
+def augment_labels(
+  keys: jax.Array, labels: jax.Array, augmentation: Augmentation, beyond: int
+) -> jax.Array:
+  """Distorts label maps as `augment` does images with the same keys.
+
+  Args:
+    keys: [B] typed keys.
+    labels: uint8 [B, H, W].
+    augmentation: static under `jax.jit`.
+    beyond: the label of what comes from beyond the edge.
+
+  Returns:
+    uint8 [B, H, W]; each pixel has the label of the nearest place.
+  """
+  drawn = draw(keys, augmentation, labels.shape[1:3])
+  if augmentation.rotation or augmentation.shift or augmentation.zoom:
+    options = {'order': 0, 'mode': 'constant', 'cval': beyond}
+    labels = warp(labels[..., None], drawn, **options)[..., 0]
+  return jnp.where(drawn.flip[:, None, None], labels[:, :, ::-1], labels)
+
+
+def warp(images: jax.Array, distortion: Distortion, **options: Any) -> jax.Array:
   """Rotates, shifts and zooms images about their centre, with bilinear interpolation.
 
   The value at place p = (row, column) is taken from c + R(angle) (zoom (p - c) + shift), with the
@@ -138,13 +159,15 @@ def warp(images: jax.Array, distortion: Distortion) -> jax.Array:
   about their centre too.
 
   Args:
-    images: [B, H, W, C] floating point.
+    images: [B, H, W, C].
     distortion: one for each image; `flip` is not looked at.
+    **options: of `map_coordinates`, in place of bilinear interpolation and the nearest place.
 
   Returns:
     [B, H, W, C] of the dtype of `images`, interpolated in float32 (or wider).
   """
   H, W = images.shape[1:3]
+  options = {'order': 1, 'mode': 'nearest', **options}
 
   def warp_one(image, angle, shift, zoom):
     rows = (zoom[0] * (jnp.arange(H) - (H - 1) / 2) + shift[0])[:, None]
@@ -155,7 +178,7 @@ def warp(images: jax.Array, distortion: Distortion) -> jax.Array:
       sin * rows + cos * columns + (W - 1) / 2,
     ]
     return jax.vmap(
-      lambda channel: map_coordinates(channel, from_places, order=1, mode='nearest'),
+      lambda channel: map_coordinates(channel, from_places, **options),
       in_axes=-1,
       out_axes=-1,
     )(image)

@@ -310,10 +310,17 @@ def _import_tfds(what: str) -> Any:
   return tensorflow_datasets
 
 
-@functools.lru_cache(maxsize=8)
-def _load_prepared(
-  name: str, folder: Path, split: str, image_size: tuple[int, int] | None
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def open_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
+  """TFDS, and the builder of a data set that lies prepared: see `load_dataset`.
+
+  Raises:
+    UserError: it is not there, or not in a readable format.
+  """
+  base = Path(data_dir or _default_data_dir()).expanduser()
+  return _open(name, _find_prepared(name, base))
+
+
+def _open(name: str, folder: Path) -> tuple[Any, Any]:
   tfds = _import_tfds(f'data set {name!r}')
   # Read from the folder, not through the code registered under the name: that would want its own
   # version of the data set, and may look for it on the network.
@@ -325,6 +332,14 @@ def _load_prepared(
       'read without TensorFlow; wanted array_record. Prepare it anew, in another data directory or '
       f'after removing this one. {_how_to_prepare(name, Path("DIR"))}'
     )
+  return tfds, builder
+
+
+@functools.lru_cache(maxsize=8)
+def _load_prepared(
+  name: str, folder: Path, split: str, image_size: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  tfds, builder = _open(name, folder)
   image_key, label_key = _image_and_label(tfds, name, builder.info)
   if split not in builder.info.splits:
     raise unknown_name(f'split of {name!r}', split, builder.info.splits)

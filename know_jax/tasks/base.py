@@ -60,6 +60,7 @@ class Task:
     score: the metric by which weights are compared; larger is better.
     name: what the data are, for messages.
     about: JSON data for the record of a run, such as the names of classes.
+    at_a_time: how many examples a device takes at a time in evaluation.
   """
 
   model: Model
@@ -74,6 +75,7 @@ class Task:
   score: str = 'accuracy'
   name: str = 'the task'
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  at_a_time: int = 512
 
   def __post_init__(self) -> None:
     for field in ('loss', 'sums', 'metrics', 'prepare', 'head'):

@@ -276,20 +276,22 @@ def check_finite(trained: TrainState, lr: float) -> None:
       )
 
 
-def evaluate(task: Task, variables: Any, data: Data, *, batch_size: int = 512) -> dict[str, float]:
+def evaluate(
+  task: Task, variables: Any, data: Data, *, batch_size: int | None = None
+) -> dict[str, float]:
   """The task's metrics over a data set, of the network outside training.
 
   Args:
     task: what is evaluated.
     variables: the network's variables, not replicated.
     data: the data set.
-    batch_size: examples that a device takes at a time.
+    batch_size: examples that a device takes at a time; None: as the task has it.
 
   Returns:
     What `task.metrics` gives, `loss` and the task's score among it.
   """
   devices = jax.device_count()
-  per_device = min(batch_size, -(-data.size // devices))
+  per_device = min(batch_size or task.at_a_time, -(-data.size // devices))
   batch = per_device * devices
   padded = np.arange(-(-data.size // batch) * batch, dtype=np.int32)
   replicated = replicate(variables)
