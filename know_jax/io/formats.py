@@ -47,6 +47,8 @@ _SUFFIXES = {
 
 def detect(path: Path) -> Any:
   """The module of the format that a path is in, None if it is in none."""
+  if not path.is_file() and not path.is_dir():
+    return None  # A pipe would never end.
   modules = (importlib.import_module(f'know_jax.io.{name}') for name in FORMATS)
   return next((module for module in modules if module.detect(path)), None)
 
@@ -63,7 +65,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
   """
   given = local_path(path, 'history')
   try:
-    if not given.exists():
+    if not given.is_file() and not given.is_dir():
       raise UserError(f'{given}: no such file or folder; wanted the weights of a stage.')
     if module := detect(given):
       return module.open(given)

@@ -117,18 +117,19 @@ def _has_numbers(data: Any) -> bool:
 
 
 def _arrays(group: Any, before: str, depth: int) -> Any:
-  """Name -> data set of numbers in the file itself; links are not followed."""
+  """Name -> data set of numbers in the file itself; links are refused."""
   if depth > 60:
     raise _RefusedError('its groups are nested too deep')
   for name in group:
-    if isinstance(group.get(name, getlink=True), h5py.HardLink):
-      found = group[name]
-      if isinstance(found, h5py.Group):
-        yield from _arrays(found, f'{before}{name}/', depth + 1)
-      elif isinstance(found, h5py.Dataset) and _has_numbers(found):
-        if found.is_virtual or found.external:
-          raise _RefusedError(f'{before}{name} keeps its values in other files')
-        yield f'{before}{name}', found
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+      raise _RefusedError(f'{before}{name} is a link to elsewhere')
+    found = group[name]
+    if isinstance(found, h5py.Group):
+      yield from _arrays(found, f'{before}{name}/', depth + 1)
+    elif isinstance(found, h5py.Dataset) and _has_numbers(found):
+      if found.is_virtual or found.external:
+        raise _RefusedError(f'{before}{name} keeps its values in other files')
+      yield f'{before}{name}', found
 
 
 def list_arrays(path: str, start: int, size: int, name: str | None) -> None:

@@ -207,7 +207,7 @@ def _place(entry: Any, what: str) -> tuple[np.dtype, tuple[int, ...], int, int]:
   """dtype, shape, begin and end of a tensor."""
 
   def counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
   if not isinstance(entry, dict) or not entry.keys() >= {'dtype', 'shape', 'data_offsets'}:
     raise UserError(f'{what}is not described by dtype, shape and data_offsets.')

@@ -222,6 +222,8 @@ def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:
   """
   found: dict[str, Leaf] = {}
   for leaf in leaves:
+    if not leaf.dtype.isnative or leaf.dtype.itemsize > 8 or leaf.dtype.kind in 'SUMm':
+      leaf = _as_bytes(leaf)
     path = leaf.name.replace('.', '/')
     if path in found:
       raise UserError(
@@ -231,6 +233,18 @@ def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:
   if not found:
     raise UserError(f'{where} holds no tensor.')
   return dict(sorted(found.items()))
+
+
+def _as_bytes(leaf: Leaf) -> Leaf:
+  """A leaf of a dtype that nothing computes with: big-endian, or wider than 64 bits."""
+
+  @contextlib.contextmanager
+  def opened(folder: Path) -> Iterator[Reader]:
+    with leaf.open(folder) as reader:
+      yield dataclasses.replace(reader, dtype=np.dtype('V1'))
+
+  shape = (*leaf.shape, leaf.dtype.itemsize)
+  return dataclasses.replace(leaf, shape=shape, dtype=np.dtype('V1'), open=opened)
 
 
 def identify_files(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:

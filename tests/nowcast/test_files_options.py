@@ -179,6 +179,21 @@ def test_what_can_only_be_kept_is_copied_as_bytes(tmp_path):
     )
 
 
+def test_numbers_in_another_order_of_bytes_are_copied_and_told(tmp_path):
+  history = make_history()
+  for number, stage in enumerate(history):
+    np.savez(tmp_path / f'{number}.npz', **stage, other=(np.arange(3) + number).astype('>f4'))
+  with pytest.warns(PredictionWarning, match='of a dtype that is not predicted, and copied: other'):
+    job = from_files.prepare(
+      [tmp_path / f'{n}.npz' for n in range(3)], predictors=['task_vector'], steps=1
+    )
+  (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
+  with np.load(folder / '2.npz') as found:
+    assert found['other'].dtype == '>f4' and found['other'].tolist() == [2, 3, 4]
+    for path, leaf in know_jax.predict(history, 1, predictor='task_vector').items():
+      assert equal(found[path], leaf)
+
+
 def test_the_card(tmp_path):
   history = make_history()
   more = {f'layer/lora_{x}/weight': np.ones((2, 5), np.float32) for x in 'AB'}

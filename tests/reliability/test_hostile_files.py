@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ import pytest
 
 from know_jax import jsonable
 from know_jax.errors import UserError
-from know_jax.io import checkpoints, hdf5, journal, sealed
+from know_jax.io import checkpoints, formats, hdf5, journal, sealed
 from know_jax.meta import collect, mat, windows
 from know_jax.predictors import parameters
 from know_jax.runs.record import RunRecord
@@ -458,6 +460,40 @@ def read_table(folder: Path) -> Any:
   return results.read_table(folder / 'results.csv', results.COLUMNS)
 
 
+def make_weights(suffix: str, folder: Path) -> None:
+  """A stage of a history in files."""
+  rng = np.random.default_rng(0)
+  tree = {'a': {'kernel': rng.normal(size=(7, 6)).astype('f'), 'bias': np.ones(6, 'f')}}
+  path = folder / f'weights.{suffix}'
+  if suffix == 'safetensors':
+    import safetensors.numpy
+
+    named = {f'a.{name}': leaf for name, leaf in tree['a'].items()}
+    path.write_bytes(safetensors.numpy.save(named, {'format': 'pt'}))
+  elif suffix == 'npz':
+    np.savez(path, **tree['a'])
+  elif suffix == 'msgpack':
+    import flax.serialization
+
+    path.write_bytes(flax.serialization.to_bytes(tree))
+  else:
+    import h5py
+
+    with h5py.File(path, 'w') as file:
+      for name, leaf in tree['a'].items():
+        file[f'layers/dense/{name}'] = leaf
+
+
+def read_weights(folder: Path) -> Any:
+  (path,) = folder.glob('weights.*')
+  found = {}
+  weights = formats.open_weights(path)
+  for name, leaf in weights.leaves.items():
+    with leaf.open(folder) as reader:
+      found[name] = reader.read(0, leaf.size)
+  return found, weights.metadata, weights.identify()
+
+
 def leave(folder: Path) -> None:
   """There is nothing to amend."""
 
@@ -473,7 +509,15 @@ READERS = {
   ),
   'lines': Reader(make_lines, read_lines, ('rows.jsonl',), leave, 15, 2000),
   'table': Reader(make_table, read_table, ('results.csv',), leave, 15, 2000),
-}
+  **{
+    suffix: Reader(
+      functools.partial(make_weights, suffix), read_weights, ('weights.',), leave, short, long
+    )
+    for suffix, short, long in (
+      ('safetensors', 15, 2500), ('npz', 15, 2500), ('msgpack', 15, 2500), ('h5', 1, 40),
+    )
+  },
+}  # fmt: skip
 
 
 # -- crafted inputs ------------------------------------------------------------------------------
@@ -509,6 +553,10 @@ def crafted(name: str, good: Path) -> dict[str, Change]:
     'record': functools.partial(crafted_text, 'record.json'),
     'lines': functools.partial(crafted_text, 'rows.jsonl'),
     'table': functools.partial(crafted_text, 'results.csv'),
+    'safetensors': functools.partial(crafted_weights, 'weights.safetensors'),
+    'npz': functools.partial(crafted_weights, 'weights.npz'),
+    'msgpack': functools.partial(crafted_weights, 'weights.msgpack'),
+    'h5': functools.partial(crafted_hdf5, _in_weights, 'mat', (7, 6)),
   }[name](good)
 
 
@@ -524,6 +572,45 @@ def crafted_known(good: Path) -> dict[str, Change]:
     'a pipe': functools.partial(replaced_by_pipe, path),
     'a large file': functools.partial(lengthened, path),
   }
+
+
+def crafted_weights(path: str, good: Path) -> dict[str, Change]:
+  data = (good / path).read_bytes()
+  found = {
+    'a link loop': functools.partial(replaced_by_link, path, path),
+    'a pipe': functools.partial(replaced_by_pipe, path),
+    'a large file': functools.partial(lengthened, path),
+    'nothing': writes(path, b''),
+    'twice': writes(path, data + data),
+  }
+  if path.endswith('safetensors'):
+    found |= {name: writes(path, hostile) for name, hostile in crafted_headers(data)}
+  elif path.endswith('msgpack'):
+    deep = (
+      b'\x81\xa1a' * 10**5,
+      b'\x81\xa1a' + b'\x91' * 10**5,
+      b'\x81\xa1a' + b'\xdd\xff\xff\xff\xff',
+    )
+    hostile = [b'\x81\xa1a' + size for size in (b'\xc9\xff\xff\xff\xff\1', b'\xc6\xff\xff\xff\xff')]
+    found |= {f'hostile {i}': writes(path, data) for i, data in enumerate((*deep, *hostile))}
+  else:
+    for name, change in {
+      'objects': lambda: {'a': np.array([{}, []], object)},
+      'records': lambda: {'a': np.zeros(3, [('x', 'f4'), ('y', 'O')])},
+      'a path': lambda: {'../../outside/canary': np.zeros(3, 'f')},
+    }.items():
+      packed = io.BytesIO()
+      np.savez(packed, **change())
+      found[name] = writes(path, packed.getvalue())
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, 'w', zipfile.ZIP_DEFLATED) as archive:
+      archive.writestr('a.npy', np.zeros(1, 'f').tobytes() + bytes(2**28))
+    found['a bomb'] = writes(path, bomb.getvalue())
+  return found
+
+
+def _in_weights(folder: Path) -> tuple[Path, str]:
+  return folder / 'weights.h5', 'layers/dense/kernel'
 
 
 def replaced_by_link(path: str, target: str, folder: Path) -> None:
@@ -1210,6 +1297,19 @@ HARMLESS = {
   # HDF5 reads as much of a chunk as it needs, and does without optional filters.
   'mat': ('odd floats', 'a deflate bomb', 'scale and offset', 'filter'),
   'keras': ('odd floats', 'a deflate bomb', 'scale and offset', 'filter'),
+  # Names are names: no file is opened by them. An archive after another is the second.
+  'safetensors': (
+    'no bytes of shape [0]', 'a tensor of dtype', 'name ', 'metadata {', 'card', 'many tensors'
+  ),
+  'npz': ('twice', 'a path'),
+  'msgpack': (),
+  # What is no array of numbers is no leaf; numbers of any form are read, or copied.
+  'h5': (
+    'nothing', 'large chunks', 'a large scale', 'many axes', 'references', 'regions', 'compound',
+    'rows of any length', 'strings', 'opaque', 'enum', 'long double', 'an array type', 'odd floats',
+    'no space', 'a scalar', 'NaN', 'a group', 'a type', 'a deflate bomb', 'scale and offset',
+    'filter',
+  ),
 }  # fmt: skip
 """Beginnings of the names of crafted inputs that may be read: what they change means nothing, or
 what they say is also said by good ones."""
@@ -1219,7 +1319,15 @@ what they say is also said by good ones."""
 def test_crafted_files_are_refused_by_name(reads, thorough, tally, name):
   inputs = reads(name, 'crafted')
   # In the short form only some of those that take a process each, or a database.
-  steps = {'mat': 24, 'keras': 40, 'checkpoint': 16, 'runs': 15, 'known_leaf': 15}
+  steps = {
+    'mat': 24,
+    'keras': 40,
+    'h5': 20,
+    'safetensors': 12,
+    'checkpoint': 16,
+    'runs': 15,
+    'known_leaf': 15,
+  }
   inputs = inputs[:: 1 if thorough else steps.get(name, 3)]
   assert len(inputs) > 1
   outcomes = reads(name, inputs)
