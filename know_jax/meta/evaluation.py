@@ -10,15 +10,14 @@ divided by the error of copying the newest weight: 1 is no better than doing not
 bootstrap intervals are over runs.
 """
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
@@ -29,12 +28,19 @@ from know_jax.io.journal import append_line, read_lines
 from know_jax.io.sealed import read_sealed
 from know_jax.kinds import KINDS
 from know_jax.meta import collect, mat, meta_training
+from know_jax.meta.evaluation_report import (
+  FIELDS,
+  NETWORK_FIELDS,
+  OVERALL,
+  SPLITS,
+  card_text,
+  report,
+)
 from know_jax.meta.windows import SPAN
 from know_jax.nowcast.api import predict
 from know_jax.predictors.known import HISTORY_LENGTH
 from know_jax.predictors.parameters import load_known, read_card, theta_digest
 from know_jax.predictors.registry import resolve
-from know_jax.report.intervals import bootstrap_interval
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.system.progress import progress
 from know_jax.tasks import load_task
@@ -43,9 +49,6 @@ from know_jax.training.batch_norm import BATCH_NORM_POLICIES, has_batch_norm, se
 from know_jax.training.steps import Data
 
 KIND = 'evaluate_known'
-SPLITS = ('run', 'family', 'dataset')
-OVERALL = 'overall'
-COLUMNS = (*KINDS, OVERALL)
 TRAINED = (
   'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'least_squares'
 )  # fmt: skip
@@ -53,12 +56,6 @@ TRAINED = (
 
 RECALIBRATION = {'num_batches': 10, 'batch_size': 128}
 """Training images that BatchNorm's statistics are computed on."""
-
-FIELDS = ('split', 'left_out', 'run', 'family', 'dataset', 'arm', *COLUMNS)
-NETWORK_FIELDS = (
-  'split', 'run', 'family', 'dataset', 'arm', 'what', 'batch_norm', 'loss', 'accuracy',
-  'loss_change', 'accuracy_change',
-)  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -72,7 +69,7 @@ def default_config() -> ConfigDict:
       'known': known,
       # Beside the trained ones; each with its default options.
       'predictors': ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink'),
-      'splits': SPLITS,
+      'splits': tuple(SPLITS),
       # Arms whose predicted networks are also scored on their test sets, in the split `run`, ...
       'networks': ('known_leaf', 'known', 'least_squares', 'task_vector', 'log_fit', 'average'),
       # ... under these policies for BatchNorm's running statistics.
@@ -207,9 +204,13 @@ def run(
     if split == 'run' and config['networks']:
       chosen = [arm for arm in arms if arm.name in config['networks']]
       tested = [runs[n] for n in parts['test']]
-      networks = _networks(workdir, tested, chosen, config['batch_norm'])
-  write_atomic(workdir / 'retrodiction.csv', _csv(FIELDS, rows))
-  write_atomic(workdir / 'networks.csv', _csv(NETWORK_FIELDS, networks))
+      networks = score_all(workdir, tested, chosen, config['batch_norm'])
+  for name, fields, found in (
+    ('retrodiction', FIELDS, rows),
+    ('networks', NETWORK_FIELDS, networks),
+  ):
+    lines = pd.DataFrame(found, columns=list(fields)).to_csv(index=False, lineterminator='\n')
+    write_atomic(workdir / f'{name}.csv', lines.encode())
   text = report(rows, networks, config['resamples'])
   write_atomic(workdir / 'report.md', text.encode())
   cards = {
@@ -341,9 +342,10 @@ def _add_errors(
 # --- predicted networks on their test sets --------------------------------------------------------
 
 
-def _networks(
+def score_all(
   workdir: Path, runs: Sequence[collect.Run], arms: Sequence[Arm], policies: Sequence[str]
 ) -> list[dict[str, Any]]:
+  """What `score_networks` gives for several runs, each scored now or, by the journal, before."""
   journal = workdir / 'networks.jsonl'
   done = {row['run']: row['rows'] for row in read_lines(journal)}
   found: list[dict[str, Any]] = []
@@ -413,207 +415,3 @@ def score_networks(
           {**about, 'arm': name, 'what': what, 'batch_norm': policy, **metrics, **changes}
         )
   return rows
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def _csv(fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
-  text = io.StringIO()
-  writer = csv.DictWriter(text, fields, lineterminator='\n', extrasaction='ignore')
-  writer.writeheader()
-  writer.writerows(rows)
-  return text.getvalue().encode()
-
-
-def report(
-  rows: Sequence[Mapping[str, Any]], networks: Sequence[Mapping[str, Any]], resamples: int
-) -> str:
-  """The benchmark's tables in Markdown.
-
-  Args:
-    rows: of `retrodiction.csv`, with `FIELDS`.
-    networks: of `networks.csv`, with `NETWORK_FIELDS`; may be empty.
-    resamples: of the bootstrap.
-  """
-  lines = [
-    'Error in predicting the hidden weights divided by that of copying the newest weights: mean '
-    'over test runs [95 % bootstrap interval]; below 1 is better than doing nothing. Intervals are '
-    'over runs; where a family or data set is left out, over these and the runs within.',
-  ]
-  for split in SPLITS:
-    chosen = [row for row in rows if row['split'] == split]
-    if chosen:
-      lines += ['', f'### {_SPLIT_TITLES[split]}', '', *_error_table(chosen, resamples)]
-      lines += ['', *_difference_table(chosen, resamples)]
-  for field in ('family', 'dataset'):
-    chosen = [row for row in rows if row['split'] == field]
-    if chosen:
-      lines += ['', f'### `known_leaf` on each {field} it was not trained on', '']
-      lines += _group_table(chosen, field)
-  if networks:
-    lines += ['', '### Predicted networks on their test sets', '']
-    lines += _network_table(networks, resamples)
-  return '\n'.join(lines) + '\n'
-
-
-_SPLIT_TITLES = {
-  'run': 'Split by run: other runs of the same families and data sets were trained on',
-  'family': 'Split by family: no run of the family was trained on',
-  'dataset': 'Split by data set: no run on the data set was trained on',
-}
-
-
-def _values(rows: Sequence[Mapping[str, Any]], arm: str, column: str) -> np.ndarray:
-  """Of every test run, in order of its number."""
-  return np.array([row[column] for row in _in_order(rows, arm)])
-
-
-def _in_order(rows: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
-  return sorted((row for row in rows if row['arm'] == arm), key=lambda row: row['run'])
-
-
-def _groups(rows: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
-  """What was left out for each test run: those of one group share a training; '' none."""
-  return [row.get('left_out', '') for row in _in_order(rows, arm)]
-
-
-def _cell(values: np.ndarray, groups: Sequence[str], resamples: int, digits: int = 3) -> str:
-  if not np.isfinite(values).all():
-    return f'not finite in {int((~np.isfinite(values)).sum())} of {len(values)} runs'
-  # Groups are resampled, then runs within; where nothing was left out each run is its own.
-  names = [group or str(i) for i, group in enumerate(groups)]
-  grouped = [
-    [value for value, own in zip(values, names, strict=True) if own == name]
-    for name in dict.fromkeys(names)
-  ]
-  low, high = bootstrap_interval(grouped, resamples=resamples)
-  return f'{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
-
-
-def _arms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  return list(dict.fromkeys(row['arm'] for row in rows))
-
-
-def _error_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
-  runs = len({row['run'] for row in rows})
-  lines = [
-    f'| predictor ({runs} test runs) | ' + ' | '.join(COLUMNS) + ' |',
-    '|---|' + '---:|' * len(COLUMNS),
-  ]
-  for arm in _arms(rows):
-    groups = _groups(rows, arm)
-    cells = [_cell(_values(rows, arm, column), groups, resamples) for column in COLUMNS]
-    lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
-  return lines
-
-
-def _difference_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
-  """`known_leaf` minus each of its rivals, run by run."""
-  lines = [
-    '| `known_leaf` minus ... (negative: `known_leaf` is better) | ' + ' | '.join(COLUMNS) + ' |',
-    '|---|' + '---:|' * len(COLUMNS),
-  ]
-  for arm in _arms(rows):
-    if arm == 'known_leaf':
-      continue
-    cells = [
-      _cell(
-        _values(rows, 'known_leaf', column) - _values(rows, arm, column),
-        _groups(rows, arm),
-        resamples,
-      )
-      for column in COLUMNS
-    ]
-    lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
-  return lines
-
-
-def _group_table(rows: Sequence[Mapping[str, Any]], field: str) -> list[str]:
-  lines = [
-    f'| {field} | runs | ' + ' | '.join(COLUMNS) + ' |',
-    '|---|---:|' + '---:|' * len(COLUMNS),
-  ]
-  for name in sorted({row[field] for row in rows}):
-    chosen = [row for row in rows if row[field] == name]
-    cells = [f'{_values(chosen, "known_leaf", column).mean():.3f}' for column in COLUMNS]
-    runs = len({row['run'] for row in chosen})
-    lines.append(f'| {name} | {runs} | ' + ' | '.join(cells) + ' |')
-  return lines
-
-
-def _network_table(rows: Sequence[Mapping[str, Any]], resamples: int) -> list[str]:
-  lines = [
-    'Retrodicted: the newest stage predicted from the five before, against copying the stage '
-    'before it. Beyond: one step beyond all data, against the newest weights, before any '
-    'fine-tuning. Changes in test accuracy (points) and in test loss, mean over test runs '
-    '[95 % interval].'
-  ]
-  for policy in dict.fromkeys(row['batch_norm'] for row in rows):
-    lines += [
-      '',
-      f'BatchNorm statistics: {policy}.',
-      '',
-      '| predictor | retrodicted: accuracy | retrodicted: loss | beyond: accuracy | beyond: loss |',
-      '|---|---:|---:|---:|---:|',
-    ]
-    for arm in _arms(rows):
-      if arm == 'copying':
-        continue
-      cells = []
-      for what in ('retrodicted', 'beyond'):
-        chosen = [row for row in rows if row['what'] == what and row['batch_norm'] == policy]
-        accuracy = 100 * _values(chosen, arm, 'accuracy_change')
-        loss = _values(chosen, arm, 'loss_change')
-        cells += [
-          _cell(accuracy, _groups(chosen, arm), resamples, 2) if len(accuracy) else '',
-          _cell(loss, _groups(chosen, arm), resamples) if len(loss) else '',
-        ]
-      lines.append(f'| `{arm}` | ' + ' | '.join(cells) + ' |')
-  return lines
-
-
-def card_text(cards: Mapping[str, Mapping[str, Any]], benchmark: str) -> str:
-  """The card of trained weights as Markdown, to lie beside them.
-
-  Args:
-    cards: recipe -> what its safetensors file says of itself.
-    benchmark: the report.
-  """
-  meta = next(iter(cards.values()))['meta_dataset']
-  lines = ['# Weights of KNOWN', '']
-  for recipe, card in cards.items():
-    runs = card['training']['runs']
-    lines.append(
-      f'- `{recipe}`: {card["what"]}; '
-      + ', '.join(f'{n:,} parameters ({kind})' for kind, n in card['parameters'].items())
-      + f'; {len(runs["train"])} runs to train on, {len(runs["validation"])} to choose parameters '
-      f'by, {len(runs["test"])} for the benchmark alone ({_stretch(runs["test"])}).'
-    )
-  lines += ['', '## Benchmark', '', benchmark.strip(), '', '## Meta-dataset', '']
-  lines += [f'- {" ".join(line.split())}' for line in meta['summary']]
-  commit = meta['environment'].get('commit', 'unknown')
-  lines += ['', f'Made by bin/collect.py at commit {commit}; config:', '', *_block(meta['config'])]
-  for recipe, card in cards.items():
-    made = card['training']
-    steps = ', '.join(f'{card["step"][kind]} ({kind})' for kind in KINDS)
-    lines += ['', f'## Training of `{recipe}`', '']
-    lines.append(
-      f'Made by bin/meta_train.py at commit {made["environment"].get("commit", "unknown")}; '
-      f'parameters kept from step {steps}; error on the validation runs: '
-      + ', '.join(f'{card["validation_error"][kind]:.3f} ({kind})' for kind in KINDS)
-      + '. Config:'
-    )
-    lines += ['', *_block(made['config'])]
-  return '\n'.join(lines) + '\n'
-
-
-def _stretch(numbers: Sequence[int]) -> str:
-  """Numbers without gaps as `3 to 7`, others as a list."""
-  if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-    return f'{numbers[0]} to {numbers[-1]}'
-  return ', '.join(str(number) for number in numbers)
-
-
-def _block(config: Mapping[str, Any]) -> list[str]:
-  return ['```', *(f'{key} = {value!r}' for key, value in config.items()), '```']

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from test_meta_training import synthetic_run
 
 from know_jax.errors import UserError
-from know_jax.meta import collect, evaluation, meta_training
+from know_jax.meta import collect, evaluation, evaluation_report, meta_training
 from know_jax.meta.evaluation import Arm
 from know_jax.runs.record import config_dict
 from know_jax.tasks import load_task
@@ -73,10 +73,10 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(
 ):
   text = evaluation.run(tiny_config(), synthetic_runs, tmp_path, str(known_file))
   rows = list(csv.DictReader((tmp_path / 'retrodiction.csv').read_text().splitlines()))
-  assert list(rows[0]) == list(evaluation.FIELDS)
+  assert list(rows[0]) == list(evaluation_report.FIELDS)
   tested = {
     split: sorted({int(row['run']) for row in rows if row['split'] == split})
-    for split in evaluation.SPLITS
+    for split in evaluation_report.SPLITS
   }
   assert tested['run'] == tested['family'] == tested['dataset'] and len(tested['run']) == 4
   for left_out in ('', 'cnn', 'vit', 'digits', 'mnist'):
@@ -134,10 +134,10 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
   assert rows['beyond', 'persistence']['accuracy_change'] == 0
   # The journal has them: a second call scores nothing.
   policies = ['keep', 'recalibrate']
-  assert evaluation._networks(tmp_path, [run], ARMS, policies) == found
+  assert evaluation.score_all(tmp_path, [run], ARMS, policies) == found
   monkeypatch.setattr(evaluation, 'score_networks', None)
-  assert evaluation._networks(tmp_path, [run], ARMS, policies) == found
-  table = evaluation.report([], found, resamples=100)
+  assert evaluation.score_all(tmp_path, [run], ARMS, policies) == found
+  table = evaluation_report.report([], found, resamples=100)
   change = 100 * rows['beyond', 'shrink']['accuracy_change']
   assert f'{change:.2f} [{change:.2f}, {change:.2f}]' in table and table.count('`truth`') == 2
   # An independent way: the model itself on weights made by hand.
@@ -175,7 +175,7 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
     ({'splits': ('families',)}, "Did you mean 'family'"),
     ({'known.leave_out': 'cnn'}, 'known.leave_out'),
     ({'known.architecture': 'conditioned'}, 'known.architecture'),
-    ({'known.seed': 3}, 'known.seed is 0 and known.seed 3'),
+    ({'known.seed': 3}, 'known_leaf.seed is 0 and known.seed 3'),
     ({'resamples': 0}, 'resamples is 0'),
     ({'predictors': ('known_leaf',)}, "the arm 'known_leaf' is there 2 times"),
     ({'known.test_share': 0.9}, 'validation_share and test_share are 0.34 and 0.9'),
@@ -205,16 +205,20 @@ def test_intervals_resample_what_was_left_out():
   """Two families with runs that agree within: the interval is that of the families."""
   rows = [
     {'run': n, 'arm': arm, 'left_out': 'ab'[n % 2], 'split': 'family', 'family': 'ab'[n % 2],
-     **dict.fromkeys(evaluation.COLUMNS, value)}
+     **dict.fromkeys(evaluation_report.COLUMNS, value)}
     for n in range(20)
     for arm, value in (('known_leaf', 0.5 + n % 2), ('other', 1.0))
   ]  # fmt: skip
-  text = evaluation.report(rows, [], resamples=500)
+  text = evaluation_report.report(rows, [], resamples=500)
   assert '| `known_leaf` | 1.000 [0.500, 1.500] |' in text
   own = [{**row, 'left_out': '', 'split': 'run'} for row in rows]
-  low = float(evaluation.report(own, [], resamples=500).split('| `known_leaf` | 1.000 [')[1][:5])
+  low = float(
+    evaluation_report.report(own, [], resamples=500).split('| `known_leaf` | 1.000 [')[1][:5]
+  )
   assert 0.75 <= low <= 0.9  # 20 runs with a standard deviation of 0.5.
 
 
 def test_a_list_with_gaps_is_written_out():
-  assert evaluation._stretch([3, 4, 5]) == '3 to 5' and evaluation._stretch([3, 5]) == '3, 5'
+  assert (
+    evaluation_report.stretch([3, 4, 5]) == '3 to 5' and evaluation_report.stretch([3, 5]) == '3, 5'
+  )
