@@ -213,10 +213,10 @@ def test_a_landscape_is_a_function_of_its_config(drawn, tmp_path):
 def test_parameters_of_known_can_be_given(drawn, known_file, tmp_path):
   workdir, _ = drawn
   shutil.copytree(workdir, tmp_path / 'run')
-  config = small_landscape(predictors=('known_leaf', 'shrink'), steps=1, known=str(known_file))
+  config = small_landscape(predictors=('known', 'shrink'), steps=1, known=str(known_file))
   found = landscape.run(config, tmp_path / 'run', show_progress=False)
   shipped = landscape.run(
-    small_landscape(predictors=('known_leaf', 'shrink'), steps=1),
+    small_landscape(predictors=('known', 'shrink'), steps=1),
     tmp_path / 'run',
     show_progress=False,
   )
@@ -232,7 +232,7 @@ def test_parameters_of_known_can_be_given(drawn, known_file, tmp_path):
     ({'grid': (1, 3)}, r'grid is \(1, 3\); wanted two numbers of at least 2'),
     ({'noise': -0.1}, 'noise is -0.1; wanted at least 0'),
     ({'examples': 10000}, 'examples is 10000; wanted 0'),
-    ({'known_leaf': '/none/here'}, '/none/here'),
+    ({'known': '/none/here'}, '/none/here'),
   ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(finished, tmp_path, fields, message):

@@ -20,7 +20,7 @@ from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
 from know_jax.tasks import load_task
 
-NAMES = ('known_leaf', 'linear_fit', 'shrink')
+NAMES = ('known', 'linear_fit', 'shrink')
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def orbax_restore(path):
 @pytest.mark.parametrize('name', NAMES)
 def test_checkpoints_hold_what_predict_gives(predicted, known_file, name):
   workdir, found = predicted
-  theta = {'theta': know_jax.load_known(known_file)} if name == 'known_leaf' else {}
+  theta = {'theta': know_jax.load_known(known_file)} if name == 'known' else {}
   for steps in (1, 2):
     path = workdir / 'predictions' / name / str(steps)
     wanted = know_jax.predict(stages_of(workdir), steps, predictor=name, rate=0.4, **theta)
@@ -83,9 +83,9 @@ def test_every_prediction_is_there_once_and_says_what_it_is(predicted, known_fil
       'test_loss': p.loss,
       'batch_norm': 'keep',
       'warnings': [],
-    } | ({'known_leaf': str(known_file)} if p.predictor == 'known_leaf' else {})
+    } | ({'known': str(known_file)} if p.predictor == 'known' else {})
   assert sorted(path.name for path in (workdir / 'predictions').iterdir()) == [
-    'known_leaf', 'linear_fit', 'nowcast.png', 'shrink',
+    'known', 'linear_fit', 'nowcast.png', 'shrink',
   ]  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def test_batch_norm_policies(predicted, copy):
     ),
     ({'steps': 0}, 'steps is 0; wanted at least 1'),
     ({'predictors': []}, 'no predictor is given; wanted some of'),
-    ({'known_leaf': '/nowhere', 'predictors': ['shrink', 'known_leaf']}, '/nowhere: no such file'),
+    ({'known': '/nowhere', 'predictors': ['shrink', 'known']}, '/nowhere: no such file'),
     (
       {'batch_norm': 'recalibrate', 'recalibration_batches': 5},
       'recalibrate was given 625 examples; wanted at least 640',
@@ -232,9 +232,9 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(copy, options, m
 def test_a_history_that_one_predictor_finds_too_short_writes_nothing(tmp_path, known_file):
   forget(tmp_path, stages=2, epochs=1)
   before = snapshot(tmp_path)
-  message = r"predictor 'known_leaf' needs a history of 5 stages for steps=1; found 2"
+  message = r"predictor 'known' needs a history of 5 stages for steps=1; found 2"
   with pytest.raises(UserError, match=message):
-    from_run.run(tmp_path, predictors=['shrink', 'known_leaf'], steps=1, known=str(known_file))
+    from_run.run(tmp_path, predictors=['shrink', 'known'], steps=1, known=str(known_file))
   assert snapshot(tmp_path) == before
 
 
@@ -259,14 +259,14 @@ def test_a_damaged_or_missing_stage_is_named(copy):
 def test_bad_predictions_are_kept_away_and_noted(copy, tmp_path):
   theta = jax.tree.map(lambda leaf: leaf * 1000, known.init_theta(jax.random.key(0)))
   parameters.save_known(tmp_path / 'wild.safetensors', theta, {})
-  options = {'steps': 1, 'known_leaf': str(tmp_path / 'wild.safetensors')}
+  options = {'steps': 1, 'known': str(tmp_path / 'wild.safetensors')}
   with pytest.warns(PredictionWarning, match='7 of 7 leaves have a bad prediction') as caught:
-    newest, shrunk, kept = from_run.run(copy, predictors=['shrink', 'known_leaf'], **options)
+    newest, shrunk, kept = from_run.run(copy, predictors=['shrink', 'known'], **options)
   assert (kept.loss, kept.accuracy) == (newest.loss, newest.accuracy)
   assert checkpoints.read_metadata(shrunk.path)['warnings'] == []
   assert checkpoints.read_metadata(kept.path)['warnings'] == [str(w.message) for w in caught]
   with pytest.raises(UserError, match='7 of 7 leaves have a bad prediction'):
-    from_run.run(copy, predictors=['known_leaf'], on_bad='raise', **options)
+    from_run.run(copy, predictors=['known'], on_bad='raise', **options)
 
 
 def test_predictions_that_are_no_numbers_are_reported_as_such(copy, tmp_path):
@@ -274,7 +274,7 @@ def test_predictions_that_are_no_numbers_are_reported_as_such(copy, tmp_path):
   parameters.save_known(tmp_path / 'wild.safetensors', theta, {})
   found = from_run.run(
     copy,
-    predictors=['shrink', 'known_leaf'],
+    predictors=['shrink', 'known'],
     steps=1,
     known=str(tmp_path / 'wild.safetensors'),
     on_bad='ignore',
