@@ -353,9 +353,7 @@ def test_what_does_not_fit_is_told_before_anything_is_written(copy, fields, mess
 
 
 def test_workdirs_and_predictors_that_are_not_there(copy, tmp_path):
-  with pytest.raises(
-    UserError, match=r"no predictions of 'known'; found magmax, shrink, task_v"
-  ):
+  with pytest.raises(UserError, match=r"no predictions of 'known'; found magmax, shrink, task_v"):
     transfer.run(small_transfer(), copy, ['known'])
   with pytest.raises(UserError, match=r'nowhere: no forgetting run is here'):
     transfer.run(small_transfer(), tmp_path / 'nowhere')

@@ -248,26 +248,26 @@ def context_in_float64(stages, rate):
 
 @pytest.mark.parametrize('way', WAYS)
 def test_a_trajectory_unlike_any_of_the_meta_dataset_is_told(way):
-  theta = know_jax.load_known()
+  theta = know_jax.load_known(shipped='known_leaf')
   odd = ramp(speed=1e-4)
   # What never moved stays where it is: that is no reason to warn.
   history = history_of(**{'odd/bias': odd, 'still/bias': [np.ones(6, np.float32)] * 5})
-  found, told = caught(WAYS[way], history, rate=0.5)
+  found, told = caught(WAYS[way], history, rate=0.5, predictor='known_leaf')
   (warning,) = told
   assert warning.category is OutsideWarning
   message = str(warning.message)
   context = context_in_float64(odd, 0.5)
   distance = np.abs((context - theta['bias']['mean']) / theta['bias']['scale']).max()
   assert distance > known_leaf.FARTHEST
-  assert message.startswith('known: 1 of 2 leaves lie outside the meta-dataset')
+  assert message.startswith('known_leaf: 1 of 2 leaves lie outside the meta-dataset')
   assert f"'odd/bias' (bias), {distance / known_leaf.FARTHEST:.1f} times the limit" in message
   # It is predicted all the same.
-  raw = know_jax.predict(history, on_bad='ignore')
+  raw = know_jax.predict(history, predictor='known_leaf', on_bad='ignore')
   np.testing.assert_allclose(found['odd/bias'], raw['odd/bias'], rtol=1e-5)
 
 
 def test_what_the_meta_dataset_holds_is_not_told():
-  theta = know_jax.load_known()
+  theta = know_jax.load_known(shipped='known_leaf')
   moments = np.eye(5, dtype=np.float32)
   shifted = {**theta['bias'], 'mean': known_leaf.context(moments, 0.5)}
   assert known_leaf.outside(shifted, moments, 0.5) == 0
@@ -289,8 +289,8 @@ def test_weights_larger_than_any_of_the_meta_dataset_are_told(way):
   assert message.startswith('known: 2 of 3 leaves lie outside the meta-dataset')
   assert "'large/kernel' (fc), 1.5 times the limit; 'moving/kernel' (fc), 1.2 times" in message
   # Parameters of others come without a range, and copies are meant to be unlike any history.
-  for options in ({'predictor': 'known', 'theta': know_jax.load_known(shipped='known')},
-                  {'predictor': 'known_leaf_history_free'}):  # fmt: skip
+  for options in ({'predictor': 'known', 'theta': know_jax.load_known()},
+                  {'predictor': 'known_history_free'}):  # fmt: skip
     _, told = caught(WAYS[way], history, **options)
     assert not told
 
@@ -330,7 +330,7 @@ def test_health_on_the_host_and_on_the_device_agree():
   theta = references.random_theta()
   history = history_of(**{'a/kernel': ramp(0.3, (4, 5)), 'b/kernel': ramp(2.0, (3, 3, 2, 2))})
   plan = plan_of(history, 2, 'known', theta, 0.5, None, 'keep', {})
-  leaves = [plan.history.leaves[i] for i in plan.predicted]
+  leaves = plan.history.leaves
   job = plan.job.__class__(**{**plan.job.__dict__, 'ranges': (('fc', (1.0, 1.0)),)})
   with jax.ensure_compile_time_eval():
     _, on_host = chunks.predict_leaves(leaves, theta, job, (1, 2))
