@@ -56,12 +56,16 @@ class History:
   kinds: list[str]
   length: int
   _parts: list[_Part]
-  _newest: list[Any]
+  _given: list[Any]
+  _is_stacked: bool
   _treedef: Any
 
   def newest(self) -> trees.PyTree:
     """The newest stage: the very leaves that were given."""
-    return jax.tree.unflatten(self._treedef, self._newest)
+    return jax.tree.unflatten(self._treedef, map(self._newest, self._given))
+
+  def _newest(self, leaf: Any) -> Any:
+    return _last(leaf) if self._is_stacked else leaf
 
   def rebuild(self, predicted: Sequence[Any], times: int | None = None) -> trees.PyTree:
     """A tree like one stage, of these predictions of `leaves`; kept leaves are the newest.
@@ -70,15 +74,18 @@ class History:
       predicted: for every leaf `[...]`, or `[times, ...]`.
       times: how many stages the tree has on the first axis of its leaves; None for one without.
     """
-    leaves: list[Any] = list(self._newest)
     axis = 0 if times is None else 1
-    done = set()
+    done = {}
     for leaf, members in itertools.groupby(range(len(predicted)), lambda i: self._parts[i].leaf):
-      done.add(leaf)
       whole = _joined([(self._parts[i], predicted[i]) for i in members], axis)
-      leaves[leaf] = _like(self._newest[leaf], whole)
-    if times is not None:
-      leaves = [x if i in done else _repeated(x, times) for i, x in enumerate(leaves)]
+      done[leaf] = _like(self._given[leaf], whole)
+    leaves = []
+    for i, given in enumerate(self._given):
+      if i in done:
+        leaves.append(done[i])
+      else:
+        newest = self._newest(given)
+        leaves.append(newest if times is None else _repeated(newest, times))
     return jax.tree.unflatten(self._treedef, leaves)
 
 
@@ -133,7 +140,6 @@ def _read(
     raise UserError('the history has no leaves; expected pytrees of weights.')
   named = trees.named_leaves(newest, is_leaf=trees.is_state)
   if stages is None:
-    flat = [_last(leaf) for leaf in flat]
     structs = {path: _struct(leaf, 1) for path, leaf in named.items()}
   else:
     structs = {path: _struct(leaf, 0) for path, leaf in named.items()}
@@ -153,7 +159,7 @@ def _read(
     columns = {path: _usable(named[path]) for path in predicted}
   else:
     columns = _columns(stages, {path: structs[path] for path in predicted}, found.of)
-  parts, leaves, paths = [], [], []
+  parts, leaves, paths, kinds_of = [], [], [], []
   for path, i in predicted.items():
     struct = structs[path]
     layers = range(struct.shape[0]) if path in found.stacked else [None]
@@ -164,6 +170,7 @@ def _read(
     for layer, half in itertools.product(layers, halves):
       part = _Part(i, layer, half)
       parts.append(part)
+      kinds_of.append(found.of[path])
       leaves.append(
         tuple(part.of(stage, 0) for stage in column)
         if isinstance(column, tuple)
@@ -172,12 +179,15 @@ def _read(
       paths.append(path + (f'[{layer}]' if layer is not None else '') + (half and f'.{half}'))
   return History(
     leaves=leaves,
-    structs=[jax.ShapeDtypeStruct(leaf[-1].shape, leaf[-1].dtype) for leaf in leaves],
+    structs=[
+      _struct(leaf[-1], 0) if isinstance(leaf, tuple) else _struct(leaf, 1) for leaf in leaves
+    ],
     paths=paths,
-    kinds=[found.of[path] for path, i in predicted.items() for part in parts if part.leaf == i],
+    kinds=kinds_of,
     length=length,
     _parts=parts,
-    _newest=flat,
+    _given=flat,
+    _is_stacked=stages is None,
     _treedef=treedef,
   )
 
