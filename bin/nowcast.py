@@ -26,7 +26,7 @@ from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 cli.define_workdir()
 _STEPS = flags.DEFINE_integer('steps', 3, 'How many stages to predict ahead.', lower_bound=1)
 _PREDICTOR = flags.DEFINE_list(
-  'predictor', 'known', f"Predictors, or 'all': {', '.join(PREDICTORS)}."
+  'predictor', 'known', f"Predictors, package.module:object, or 'all': {', '.join(PREDICTORS)}."
 )
 _BATCH_NORM = flags.DEFINE_string(
   'batch_norm', 'keep', f'BatchNorm after prediction: {", ".join(BATCH_NORM_POLICIES)}.'

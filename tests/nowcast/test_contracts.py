@@ -5,6 +5,7 @@ References: the contracts themselves, in memory, compiled and from files.
 
 import dataclasses
 import functools
+import sys
 from typing import Any, Literal
 
 import hypothesis
@@ -23,6 +24,7 @@ from know_jax.nowcast import from_files
 from know_jax.predictors import known
 from know_jax.predictors.base import Elementwise
 from know_jax.predictors.registry import REGISTRY, resolve
+from know_jax.study.arms import arms_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,3 +294,58 @@ def test_a_predictor_that_has_options_takes_no_others():
     know_jax.predict(make_history(), predictor=Halfway(), strength=2.0)
   with pytest.raises(UserError, match='theta is for the predictors that run KNOWN'):
     know_jax.predict(make_history(), predictor=Halfway(), theta=references.random_theta())
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+  """A module of the user's in the current folder."""
+  (tmp_path / 'my_predictors.py').write_text(
+    'import dataclasses\n'
+    'import numpy as np\n'
+    'import know_jax\n'
+    '@dataclasses.dataclass(frozen=True)\n'
+    'class Grow(know_jax.Linear):\n'
+    '  by: float = 0.5\n'
+    '  def coefficients(self, stages, moments, params, rate, steps):\n'
+    '    return np.array([[self.by * n] for n in steps])\n'
+    'grow = Grow(0.25)\n'
+  )
+  monkeypatch.chdir(tmp_path)
+  yield
+  sys.modules.pop('my_predictors', None)
+
+
+def test_a_predictor_of_ones_own_module_from_files_and_in_memory(own_module, tmp_path):
+  history = make_history()
+  found = know_jax.predict(history, 2, predictor='my_predictors:grow')
+  np.testing.assert_allclose(found['head/kernel'], 1.5 * history[-1]['head/kernel'], rtol=1e-6)
+  files = []
+  for number, stage in enumerate(history):
+    files.append(tmp_path / f'{number}.safetensors')
+    safetensors.numpy.save_file({p.replace('/', '.'): leaf for p, leaf in stage.items()}, files[-1])
+  predictors = ['my_predictors:grow', 'my_predictors:Grow']
+  job = from_files.prepare(files, predictors=predictors, steps=1)
+  folders = from_files.write(job, tmp_path / 'out', show_progress=False)
+  assert [folder.parent.name for folder in folders] == ['grow', 'Grow']
+  for folder, factor in zip(folders, (1.25, 1.5), strict=True):
+    (file,) = folder.glob('*.safetensors')
+    written = safetensors.numpy.load_file(file)['head.kernel']
+    np.testing.assert_allclose(written, factor * history[-1]['head/kernel'], rtol=1e-6)
+  with pytest.raises(UserError, match="two predictors are called 'grow'"):
+    from_files.prepare(files, predictors=[predictors[0], type('grow', (Median,), {})()], steps=1)
+
+
+def test_a_predictor_of_ones_own_module_is_an_arm_of_a_study(own_module):
+  config = {
+    'arms': ('persistence', {'predictor': 'my_predictors:Grow', 'options': {'by': 0.1}}),
+    'ablations': (), 'official': None, 'steps': 2, 'history': 5,
+    'source': {'stages': 5, 'rate': 0.5},
+  }  # fmt: skip
+  found = arms_of(config, batch_norm=False)
+  assert [(arm.predictor, arm.step) for arm in found[1:]] == [
+    ('my_predictors:Grow', 1), ('my_predictors:Grow', 2)
+  ]  # fmt: skip
+  assert found[1].option == 'by=0.1'
+  config['arms'] = ('persistence', {'predictor': 'my_predictors:Grow', 'options': {'bye': 0.1}})
+  with pytest.raises(UserError, match="predictor 'Grow' has no option 'bye'; it has by"):
+    arms_of(config, batch_norm=False)

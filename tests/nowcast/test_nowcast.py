@@ -354,10 +354,10 @@ def test_no_weight_leaves_its_device(name, form):
   assert 'num_partitions=8' in hlo
   for collective in ('all-gather', 'all-to-all', 'collective-permute'):
     assert collective not in hlo
-  # Three numbers of a leaf's health, and the 5 x 5 moments of KNOWN conditioned on the leaf.
+  # Three numbers of a leaf's health, and the moments of KNOWN conditioned on the leaf.
   summed = re.findall(r'= (.*?) all-reduce\(', hlo)
   sizes = {shape for found in summed for shape in re.findall(r'\[([\d,]*)\]', found)}
-  moments = {'5,5'} if name in ('known_leaf', 'known_leaf_history_free') else set()
+  moments = {'known_leaf': {'5,5'}, 'known_leaf_history_free': {'1,1'}}.get(name, set())
   assert moments <= sizes <= moments | {'', '1'}, summed
 
 
@@ -529,7 +529,7 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
 
 
-@pytest.mark.parametrize('name', ['known', 'linear_fit'])
+@pytest.mark.parametrize('name', ['known', 'magmax'])
 def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, name):
   """So that a first call does not take the memory of both at a time."""
   rows, given_back, sizes = [], [], []
