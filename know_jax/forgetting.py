@@ -52,7 +52,8 @@ def data_fields() -> dict[str, Any]:
   return {
     # A name in know_jax.tasks.TASKS, or 'package.module:object'.
     'task': 'classification',
-    # A TFDS name or 'digits'; classes: () for all, else those kept, relabelled 0, 1, ...
+    # A TFDS name, 'digits' or the path of a folder of pictures; classes: () for all, else those
+    # kept, relabelled 0, 1, ...
     'dataset': 'digits',
     'data_dir': placeholder(str),
     'classes': (),

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.data.base import Batch
+from know_jax.data.folders import is_folder, load_folder
 from know_jax.errors import UserError, unknown_name
 from know_jax.io.files import write_atomic
 
@@ -93,6 +94,8 @@ def load_dataset(
   scaled to 0 to 255. Every fifth example of each digit, in the order of scikit-learn, is in the
   split `'test'` (355 in all), the others are in `'train'` (1,442).
 
+  A path, which has a `/`, is a folder with a folder of pictures for each class: see `load_folder`.
+
   Any other name is a TFDS data set that lies prepared in `data_dir`, as array_record files:
   `'cifar10'`, or in full `'name/config:1.0.0'`; without a version the newest one is taken. Images
   are decoded once a process, and once a machine: the result is kept in `$KNOW_JAX_CACHE` (default
@@ -121,6 +124,8 @@ def load_dataset(
   size = None if image_size is None else (image_size[0], image_size[1])
   if name == DIGITS:
     images, labels, class_names = _load_digits(split, size)
+  elif is_folder(name):
+    images, labels, class_names = load_folder(name, split, size)
   else:
     base = Path(data_dir or _default_data_dir()).expanduser()
     images, labels, class_names = _load_prepared(name, _find_prepared(name, base), split, size)

@@ -222,8 +222,21 @@ def _check_config(name: str, default: str, argv: Sequence[str]) -> None:
       source = following if match[1] is None else match[1]
     elif match := re.match(rf'--?(?:no)?{name}\.([^=]*)', arg):
       fields.append(match[1])
-  known = list(_fields(_load_config(source)))
+  config = _load_config(source)
+  known = list(_fields(config))
   for field in fields:
+    # Classes that a config chose are those of its own data set.
+    rest, _, last = field.rpartition('.')
+    classes = f'{rest}.classes' if rest else 'classes'
+    if last == 'dataset' and classes in known and classes not in fields:
+      node: Any = config
+      for part in classes.split('.'):
+        node = node[part]
+      if node:
+        raise UserError(
+          f'--config.{field} is given, but config.{classes} is {tuple(node)}, classes of the data '
+          f"set in {source}; give --config.{classes} too ('()' for all)."
+        )
     # An entry of a field, as in betas[0], is left to ml_collections.
     if field.partition('[')[0] not in known:
       raise unknown_name('config field', field, known)

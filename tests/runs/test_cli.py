@@ -19,7 +19,7 @@ from know_jax.system import signals
 # starts no backend, so that nothing of JAX is running when it forks.
 DRIVER = """
 import json, os, runpy, signal, sys, time, traceback, warnings
-from know_jax import cli
+from know_jax.runs import cli
 
 for line in sys.stdin:
   task = json.loads(line)
@@ -55,7 +55,7 @@ for line in sys.stdin:
 
 SCRIPT = """
 from absl import flags
-from know_jax import cli
+from know_jax.runs import cli
 
 _CONFIG = cli.define_config({config!r})
 cli.define_workdir()
@@ -73,6 +73,13 @@ from ml_collections import ConfigDict
 def get_config(width='3'):
   return ConfigDict(dict(
     lr=1e-3, epochs=5, flip=True, betas=(1, 2), model=dict(name='cnn', width=int(width)), to=None))
+"""
+
+CLASSES = """
+  from ml_collections import ConfigDict
+  def get_config():
+    data = ConfigDict({'dataset': 'digits', 'classes': (0, 1)})
+    return ConfigDict({'data': data, 'dataset': 'digits', 'classes': ()})
 """
 
 
@@ -115,6 +122,7 @@ def scripts(tmp_path_factory):
     'imports.py': 'import nowhere',
     'raises.py': 'def get_config():\n  raise ValueError("two\\nlines")',
     'none.py': 'x = 1',
+    'classes.py': textwrap.dedent(CLASSES),
     'list.py': 'def get_config():\n  return []',
   }.items():
     (scripts.folder / name).write_text(text)
@@ -153,6 +161,14 @@ def test_flags_and_configs_are_read(scripts, script, args, result):
   assert scripts.run(script, '--workdir=w', *args) == (0, wanted(**result), '')
 
 
+def test_classes_are_those_of_their_own_data_set(scripts, script):
+  args = ('--config=classes.py', '--config.dataset=mnist', '--workdir=w')
+  _, out, _ = scripts.run(script, *args)
+  assert "'dataset': 'mnist'" in out and "'classes': (0, 1)" in out
+  _, out, _ = scripts.run(script, *args, '--config.data.dataset=mnist', '--config.data.classes=()')
+  assert out.count("'dataset': 'mnist'") == 2 and out.count("'classes': ()") == 2
+
+
 def test_the_default_workdir_is_named(scripts, script):
   code, out, err = scripts.run(script)
   assert (code, err) == (0, '')
@@ -188,6 +204,11 @@ def test_the_default_workdir_is_named(scripts, script):
     (['--config=none.py'], "config file 'none.py': it has no function get_config."),
     (['--config=list.py'], "config file 'list.py' gives <class 'list'>; wanted a ConfigDict."),
     (['--config=syntax.py:x'], "config file 'syntax.py' fails: SyntaxError"),
+    (
+      ['--config=classes.py', '--config.data.dataset=mnist'],
+      '--config.data.dataset is given, but config.data.classes is (0, 1), classes of the data set '
+      "in classes.py; give --config.data.classes too ('()' for all).",
+    ),
     (['--setps=4'], "Unknown command line flag 'setps'. Did you mean: steps ?"),
     (['--steps=0'], 'flag --steps=0: 0 is not a positive integer'),
     (['w'], "unexpected argument 'w'; wanted flags only, as in --workdir=PATH."),
@@ -208,7 +229,7 @@ def test_help_shows_the_flags_of_the_script(scripts, script):
 
 MAIN = """
 import logging, pathlib, time, absl.logging, jax
-from know_jax import cli
+from know_jax.runs import cli
 from know_jax.errors import UserError
 from know_jax.signals import Terminated
 
@@ -326,7 +347,7 @@ def test_a_signal_is_delivered_though_the_stretch_fails():
 
 COMPILES = """
 import hashlib, jax, numpy as np
-from know_jax import cli
+from know_jax.runs import cli
 
 cli._CACHE_SECONDS = 0.0
 hits = []
