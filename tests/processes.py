@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 DRIVER = """
 import glob, json, os, pathlib, runpy, signal, sys, time, traceback, warnings
 import matplotlib.figure, orbax.checkpoint, sklearn.datasets, tensorboardX
-from know_jax import cli, prediction, transfer
+from know_jax import transfer
+from know_jax.nowcast import from_run
+from know_jax.runs import cli
 from know_jax.meta import collect, meta_training
 from know_jax.study import runner
 

@@ -123,7 +123,7 @@ def test_weights_are_a_plain_orbax_checkpoint_for_any_number_of_devices(tmp_path
     assert bits(checkpointer.restore(path / 'weights')) == bits(tree)
   script = textwrap.dedent(f"""
     import hashlib, jax, numpy as np
-    from know_jax import checkpoints
+    from know_jax.io import checkpoints
     assert jax.device_count() == 1
     leaves = jax.tree.leaves(checkpoints.restore({str(path)!r}))
     print(hashlib.sha256(b''.join(leaf.tobytes() for leaf in leaves)).hexdigest())
@@ -467,7 +467,7 @@ def test_real_kills(tmp_path):
   script = textwrap.dedent(f"""
     import os, random, signal, sys, time, warnings
     import numpy as np
-    from know_jax import checkpoints
+    from know_jax.io import checkpoints
     import orbax.checkpoint
     warnings.simplefilter('ignore')  # That JAX and forks do not mix; no backend is started here.
     path = {str(tmp_path / 'c')!r}

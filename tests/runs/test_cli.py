@@ -231,7 +231,7 @@ MAIN = """
 import logging, pathlib, time, absl.logging, jax
 from know_jax.runs import cli
 from know_jax.errors import UserError
-from know_jax.signals import Terminated
+from know_jax.system.signals import Terminated
 
 def wait():
   pathlib.Path('ready').touch()

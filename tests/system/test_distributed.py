@@ -179,7 +179,7 @@ def test_what_both_were_stopped_in_one_finishes(both, alone):
 def test_a_cluster_tells_its_processes_who_they_are(tmp_path):
   job = free_port(SLURM_PORTS) - SLURM_PORTS[0]
   code = (
-    'from know_jax import processes; processes.start("auto"); import jax; '
+    'from know_jax.system import processes; processes.start("auto"); import jax; '
     'print("found", jax.process_index(), jax.device_count())'
   )
   outputs = run_both(
