@@ -32,7 +32,13 @@ from know_jax.io.sealed import write_sealed
 from know_jax.jsonable import digest
 from know_jax.kinds import KINDS
 from know_jax.meta import mat
-from know_jax.meta.windows import Windows, sample_windows, split_runs
+from know_jax.meta.windows import (
+  Windows,
+  fit_least_squares,
+  range_of,
+  sample_windows,
+  split_runs,
+)
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.parameters import save_known
 from know_jax.report.plots import plot_learning_curves
@@ -46,6 +52,7 @@ from know_jax.training import loop, steps
 from know_jax.training.state import DivergedError, learning_rates
 
 KIND = 'meta_train'
+_RESUME = 'resume'
 VALIDATION_BLOCK = 8192
 """Windows that are predicted at a time in validation."""
 
@@ -164,7 +171,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
   record.update(runs=parts)
   if 'validation_error' in record:
-    remove_tree(_resume_path(workdir))
+    remove_tree(workdir / _RESUME)
     return record
 
   state = _train(config, workdir, train, validation)
@@ -198,7 +205,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   write_sealed(workdir / 'least_squares.json', {'coefficients': coefficients})
   plot_learning_curves(workdir / 'learning_curves.png', read_lines(workdir / 'metrics.jsonl'))
   record.update(validation_error=card['validation_error'], steps=int(state.step))
-  remove_tree(_resume_path(workdir))
+  remove_tree(workdir / _RESUME)
   return record
 
 
@@ -281,10 +288,6 @@ def check_config(config: Mapping[str, Any]) -> None:
   loop.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
 
 
-def _resume_path(workdir: Path) -> Path:
-  return workdir / 'resume'
-
-
 def _train(
   config: Mapping[str, Any], workdir: Path, train: Windows, validation: Windows
 ) -> MetaState:
@@ -304,7 +307,7 @@ def _train(
     best_ratio=blank,
     best_step={kind: np.int64(0) for kind in KINDS},
   )
-  resume = _resume_path(workdir)
+  resume = workdir / _RESUME
   losses: list[float] = []
   if checkpoints.exists(resume):
     leaves = checkpoints.restore(resume)['leaves']
@@ -398,42 +401,6 @@ def _with_context_scale(params: Any, windows: Windows, kind: str) -> Any:
     'mean': found.mean(axis=0).astype(np.float32),
     'scale': scale.astype(np.float32),
   }
-
-
-def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
-  """The linear step with the least squared error, relative to copying, the mean over runs.
-
-  Args:
-    windows: of the runs to fit on.
-
-  Returns:
-    kind -> the coefficients of the differences, oldest first, and of the newest weight, for
-    `least_squares`.
-  """
-  found = {}
-  for kind in KINDS:
-    normal, right = 0.0, 0.0
-    for weights in windows.weights[kind].astype(np.float64):
-      history, hidden = weights[:, :-1].T, weights[:, -1]
-      v = known_leaf.host_basis(history)
-      move = hidden - history[-1]
-      scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
-      normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)
-    found[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
-  return found
-
-
-def range_of(windows: Windows) -> dict[str, dict[str, float]]:
-  """The largest weight, and difference from one stage to the next, of what was trained on: by kind.
-
-  Args:
-    windows: of the runs trained on.
-  """
-  found = {}
-  for kind, weights in windows.weights.items():
-    largest = {'weight': weights, 'difference': np.diff(weights, axis=-1)}
-    found[kind] = {name: float(np.abs(values).max()) for name, values in largest.items()}
-  return found
 
 
 def draw_batch(windows: Windows, batch_size: int, seed: int, step: int) -> dict[str, Any]:

@@ -169,3 +169,39 @@ def _draw(
     columns = (place[rows] * leaf.shape[1]).astype(np.int64)
     found[rows] = leaf[start[rows, None] + np.arange(SPAN), columns[:, None]]
   return found, (chosen * windows + start).astype(np.int32)
+
+
+def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
+  """The linear step with the least squared error, relative to copying, the mean over runs.
+
+  Args:
+    windows: of the runs to fit on.
+
+  Returns:
+    kind -> the coefficients of the differences, oldest first, and of the newest weight, for
+    `least_squares`.
+  """
+  found = {}
+  for kind in KINDS:
+    normal, right = 0.0, 0.0
+    for weights in windows.weights[kind].astype(np.float64):
+      history, hidden = weights[:, :-1].T, weights[:, -1]
+      v = known_leaf.host_basis(history)
+      move = hidden - history[-1]
+      scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
+      normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)
+    found[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
+  return found
+
+
+def range_of(windows: Windows) -> dict[str, dict[str, float]]:
+  """The largest weight, and difference from one stage to the next, of what was trained on: by kind.
+
+  Args:
+    windows: of the runs trained on.
+  """
+  found = {}
+  for kind, weights in windows.weights.items():
+    largest = {'weight': weights, 'difference': np.diff(weights, axis=-1)}
+    found[kind] = {name: float(np.abs(values).max()) for name, values in largest.items()}
+  return found

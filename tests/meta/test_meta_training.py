@@ -21,7 +21,7 @@ from know_jax.io import checkpoints
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.kinds import KINDS
 from know_jax.meta import collect, meta_training
-from know_jax.meta.windows import SPAN, sample_windows, split_runs
+from know_jax.meta.windows import SPAN, fit_least_squares, sample_windows, split_runs
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.parameters import load_known, read_card
 from know_jax.runs.metrics import MetricsLog
@@ -261,7 +261,7 @@ def test_batches_are_functions_of_seed_and_step_and_weigh_runs_alike():
 
 def test_least_squares_against_numpy_and_what_it_must_find():
   windows = sample_windows([synthetic_run(n) for n in range(3)], 200, seed=0)
-  found = meta_training.fit_least_squares(windows)
+  found = fit_least_squares(windows)
   for kind in KINDS:
     rows, targets = [], []
     for w in windows.weights[kind].astype(np.float64):
@@ -307,7 +307,7 @@ def test_the_files_written_load_and_say_where_they_come_from(trained, synthetic_
   chosen = [
     run for run in collect.read_runs(synthetic_runs) if run.number in record['runs']['train']
   ]
-  wanted = meta_training.fit_least_squares(sample_windows(chosen, config.weights_per_run, 0))
+  wanted = fit_least_squares(sample_windows(chosen, config.weights_per_run, 0))
   assert fitted == wanted
 
 
