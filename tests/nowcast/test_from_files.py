@@ -381,7 +381,7 @@ def test_the_script(tmp_path, files, whole):
 def test_damaged_and_lost_shards_are_written_again(tmp_path, files, whole):
   output = tmp_path / 'out'
   run(files, output, predictors=PREDICTORS, shard_bytes=9000)
-  first, second, *_, intact = sorted(output.glob('known/2/model-*.safetensors'))
+  first, second, *_, intact = sorted(output.glob('known_leaf/2/model-*.safetensors'))
   data = bytearray(first.read_bytes())
   data[-1] ^= 1
   first.write_bytes(data)
@@ -408,7 +408,7 @@ def test_an_output_is_of_one_call(tmp_path, files):
   assert snapshot(output) == before
   run(files, output)  # Another predictor has a folder of its own.
   with pytest.raises(UserError, match=r'the history .* lies in .*known, which is written to'):
-    run([*files[:2], *(output / 'known_leaf' / n for n in '123')], output)
+    run([*files[:2], *(output / 'known' / n for n in '123')], output)
   (tmp_path / 'mine' / 'known_leaf').mkdir(parents=True)
   (tmp_path / 'mine' / 'known_leaf' / 'thesis.txt').write_text('all of it')
   with pytest.raises(UserError, match=r'known holds something else'):

@@ -160,6 +160,31 @@ class TorchFile:
   prefix = 'state_dict/'
 
 
+class TorchShards:
+  name = 'hf'
+  names = ('pytorch_model-00001-of-00002.bin', 'pytorch_model-00002-of-00002.bin')
+
+  def save(self, path, stage):
+    torch = pytest.importorskip('torch')
+    path.mkdir()
+    weight_map = {}
+    for file, part in zip(self.names, (list(stage)[:2], list(stage)[2:]), strict=True):
+      torch.save(
+        {p.replace('/', '.'): torch.from_numpy(np.array(stage[p])) for p in part}, path / file
+      )
+      weight_map |= {p.replace('/', '.'): file for p in part}
+    index = {'metadata': {'total_size': 1}, 'weight_map': weight_map}
+    (path / 'pytorch_model.bin.index.json').write_text(json.dumps(index))
+    (path / 'config.json').write_text('{}')
+
+  def load(self, path):
+    import torch
+
+    index = json.loads((path / 'pytorch_model.bin.index.json').read_text())['weight_map']
+    files = {name: torch.load(path / name, weights_only=True) for name in self.names}
+    return {n.replace('.', '/'): files[file][n].numpy() for n, file in index.items()}
+
+
 class WeightsH5:
   """As Keras 3 writes it: a data set for each variable, by number."""
 
@@ -274,7 +299,8 @@ class Sealed(OrbaxStandard):
 
 FORMATS = (
   OrbaxStandard(), OrbaxManager(), Sealed(),
-  SafetensorsFile(), HuggingFaceFolder(), Npz(), FlaxMsgpack(), TorchFile(), WeightsH5(),
+  SafetensorsFile(), HuggingFaceFolder(), Npz(), FlaxMsgpack(), TorchFile(), TorchShards(),
+  WeightsH5(),
   LegacyH5(), KerasArchive(),
 )  # fmt: skip
 
@@ -294,7 +320,7 @@ def save_all(form, folder, history):
 
 
 def place(folder, form):
-  is_folder = isinstance(form, (HuggingFaceFolder, OrbaxStandard))
+  is_folder = isinstance(form, (HuggingFaceFolder, OrbaxStandard, TorchShards))
   return folder if is_folder else folder / form.name
 
 
