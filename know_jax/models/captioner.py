@@ -133,13 +133,19 @@ class Captioner(nn.Module):
   """An image's captions: the feature map of a classifier, and a decoder that attends to it.
 
   Attributes:
-    encoder: any family of `MODELS`; its head is not made, its other leaves have the names that they
-      have in a classifier, below 'encoder'.
+    classifier: any family of `MODELS`; its head is not made, its other leaves have the names that
+      they have in a classifier, below 'encoder'.
     decoder: gives the next token.
+    axis_name: as in `Classifier`, in place of the classifier's own.
   """
 
-  encoder: Classifier
+  classifier: Classifier
   decoder: CaptionDecoder
+  axis_name: str | None = None
+
+  def setup(self) -> None:
+    """Makes the encoder."""
+    self.encoder = self.classifier.clone(parent=self, name=None, axis_name=self.axis_name)
 
   def __call__(self, images: jax.Array, tokens: jax.Array, *, train: bool) -> jax.Array:
     """Images [B, H, W, C] and int tokens [B, T] to the logits of the tokens after each [B, T, V].

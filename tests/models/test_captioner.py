@@ -80,7 +80,7 @@ def test_nothing_later_reaches_a_token_and_dropout_needs_a_key():
 @pytest.mark.parametrize('name', ['resnet_small', 'vit', 'cnn'])
 def test_any_family_is_an_encoder_with_its_own_names(name):
   encoder = build_model(name, num_classes=3, width=8)
-  model = Captioner(encoder, decoder())
+  model = Captioner(encoder, decoder(), axis_name='batch')
   x = jax.ShapeDtypeStruct((2, 16, 24, 3), jnp.float32)
   tokens = np.zeros((2, 5), np.int32)
   made = jax.eval_shape(lambda x: model.init(parity.KEY, x, tokens, train=False), x)
