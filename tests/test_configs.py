@@ -13,7 +13,7 @@ from know_jax.meta import collect, evaluation, meta_training
 from know_jax.models import build_model
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.runs.record import config_dict
-from know_jax.study import arms, design, regime
+from know_jax.study import arms, branches, design, regime
 from know_jax.training.state import Recipe, learning_rates
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,7 @@ PIPELINES = {
   'bin/evaluate_known.py': evaluation,
   'bin/study.py': design,
   'bin/regime.py': regime,
+  'bin/branches.py': branches,
   'bin/landscape.py': landscape,
 }
 # The embedded digits, and names of TFDS (its list takes seconds to import).

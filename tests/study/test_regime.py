@@ -9,7 +9,7 @@ import pytest
 from know_jax.errors import UserError
 from know_jax.io.journal import read_lines
 from know_jax.predictors import known, parameters
-from know_jax.study import regime, regime_report
+from know_jax.study import regime, regime_report, trainer
 from know_jax.trees import named_leaves
 
 ROOT = Path(__file__).parents[2]
@@ -94,10 +94,10 @@ def test_a_warm_up_moves_the_head_and_batch_norm_alone(config):
       np.concatenate([file[f'{name}_{what}'] for name in ('source', 'target', 'test')])
       for what in ('images', 'labels')
     ]
-  trainer = regime.Trainer(config, *parts)
-  task = regime.Task(np.arange(32), np.zeros((8, 8, 1), np.float32), 3)
-  before = trainer.fresh(jax.random.key(0), 3)
-  after, _ = trainer.train(
+  training = trainer.Trainer(config, *parts)
+  task = trainer.Task(np.arange(32), np.zeros((8, 8, 1), np.float32), 3)
+  before = training.fresh(jax.random.key(0), 3)
+  after, _ = training.train(
     before, task, np.full(4, 1e-2, np.float32), jax.random.key(1), backbone=False
   )
   old, new = named_leaves(before['params']), named_leaves(after['params'])
