@@ -14,6 +14,7 @@ from know_jax.kinds import KINDS
 from know_jax.nowcast import api
 from know_jax.predictors.parameters import load_known
 from know_jax.predictors.registry import REGISTRY, resolve
+from know_jax.study.parts import HISTORIES, PARTS
 from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 MAIN = 'main'
@@ -30,8 +31,10 @@ STRENGTHS = (-0.2, -0.1, 0.1, 0.2, 0.35, 0.5, 0.7)
 
 _FIELDS = {
   *('predictor', 'group', 'name', 'steps', 'options', 'kinds', 'history', 'rate', 'batch_norm'),
-  *('theta', 'lr_scale'),
+  *('theta', 'lr_scale', 'part', 'order'),
 }
+
+_OF_PREDICTORS = {'steps', 'options', 'kinds', 'theta', 'batch_norm', 'part', 'order'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Arm:
     theta: where the parameters of KNOWN come from; None: those shipped.
     lr_scale: times this the learning rate of fine-tuning: shrinking weights that BatchNorm follows
       does little but raise it.
+    part: which part of the prediction is transferred, a name in `PARTS`; empty: all of it.
+    order: the order of the stages, a name in `HISTORIES`; empty: oldest first.
   """
 
   group: str
@@ -64,6 +69,8 @@ class Arm:
   batch_norm: str = 'keep'
   theta: str | None = None
   lr_scale: float = 1.0
+  part: str = ''
+  order: str = ''
 
   @property
   def multiple(self) -> float:
@@ -156,10 +163,17 @@ def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
   """
   entries = [_entry(entry, 'arms') for entry in config['arms']]
   if config['official'] is not None:
+    official = {'predictor': 'known', 'theta': config['official']}
     steps = tuple(range(1, config['steps'] + 1))
-    entries.append(
-      {'predictor': 'known', 'name': 'known_official', 'theta': config['official'], 'steps': steps}
-    )
+    entries += [
+      {
+        **official,
+        'name': f'known_official{f" {part}" if part else ""}',
+        'part': part,
+        'steps': steps,
+      }
+      for part in ('', *PARTS)
+    ]
   entries += [_entry(entry, 'ablations') for entry in config['ablations']]
   found: list[Arm] = []
   for entry in entries:
@@ -219,7 +233,12 @@ def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
     batch_norm=entry.get('batch_norm', 'keep'),
     theta=entry.get('theta'),
     lr_scale=float(entry.get('lr_scale', 1.0)),
+    part=entry.get('part', ''),
+    order=entry.get('order', ''),
   )
+  for what, value, known in (('part', arm.part, PARTS), ('order', arm.order, HISTORIES)):
+    if value and value not in known:
+      raise unknown_name(f'{what} of an arm', value, known)
   if arm.batch_norm not in BATCH_NORM_POLICIES:
     raise unknown_name('BatchNorm policy', arm.batch_norm, BATCH_NORM_POLICIES)
   if not 0 < arm.lr_scale < math.inf:
@@ -228,7 +247,7 @@ def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
     if kind not in KINDS:
       raise unknown_name('kind', kind, KINDS)
   if predictor in UNPREDICTED:
-    if extra := sorted({'steps', 'options', 'kinds', 'theta', 'batch_norm'} & set(entry)):
+    if extra := sorted(_OF_PREDICTORS & set(entry)):
       raise UserError(f'arm {predictor!r} has {extra[0]}, which only predictors take.')
     steps: Sequence[int] = (0,)
   else:
@@ -291,6 +310,10 @@ def _name(arm: Arm, config: Mapping[str, Any]) -> str:
     parts.append(arm.option)
   if arm.kinds:
     parts.append(f'{" and ".join(arm.kinds)} only')
+  if arm.part:
+    parts.append(f'{arm.part} part')
+  if arm.order:
+    parts.append(f'{arm.order} history')
   if arm.history != config['history']:
     parts.append(f'S={arm.history}')
   if arm.rate != config['source']['rate']:

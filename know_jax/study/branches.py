@@ -120,7 +120,7 @@ def measure(
   """Trains one Theta^0 and its branches.
 
   Returns:
-    `start`: the test accuracy of Theta^0; `branches`: kind -> the mean test accuracy of its
+    `start`: the test accuracy of Theta^0; `reached`: kind -> the mean test accuracy of its
     branches; `cosines`; `along`: direction -> test accuracy at each of `STRENGTHS`.
   """
   rng, n = np.random.default_rng(seed), config['examples']
@@ -160,7 +160,7 @@ def measure(
 
   return {
     'start': trainer.score(start, test, whole)['accuracy'],
-    'branches': {kind: statistics.mean(values) for kind, values in reached.items()},
+    'reached': {kind: statistics.mean(values) for kind, values in reached.items()},
     'cosines': cosines(moves),
     'along': {
       name: [accuracy(strength * vector) for strength in STRENGTHS]
@@ -243,7 +243,7 @@ def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
     [
       f'trained on: {kind}',
       *(
-        _mean_text([100 * (r['branches'][kind] - r['start']) for r in group], '+.2f')
+        _mean_text([100 * (r['reached'][kind] - r['start']) for r in group], '+.2f')
         for group in groups.values()
       ),
     ]

@@ -19,6 +19,7 @@ from know_jax.nowcast import api
 from know_jax.runs.workdir import finished_record, restore_stage
 from know_jax.seeds import named_key
 from know_jax.study.arms import Arm, can_predict, theta_of
+from know_jax.study.parts import HISTORIES, PARTS
 from know_jax.tasks import load_task
 from know_jax.training import loop
 from know_jax.training.batch_norm import settled
@@ -181,7 +182,9 @@ class Run:
       del leaf
       return kinds[path] if kinds[path] in (arm.kinds or kinds_.KINDS) else kinds_.KEEP
 
-    return api.predict(
+    if arm.order:
+      history = HISTORIES[arm.order](history)
+    predicted = api.predict(
       history,
       arm.step,
       predictor=arm.predictor,
@@ -191,6 +194,7 @@ class Run:
       on_bad='ignore',  # Predictors are compared as they are.
       **dict(arm.options),
     )
+    return PARTS[arm.part](history[-1], jax.device_get(predicted)) if arm.part else predicted
 
   def scores(self, arm: Arm, variables: Any) -> dict[str, Any]:
     """What is known of a start before it is transferred.

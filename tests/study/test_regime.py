@@ -9,7 +9,7 @@ import pytest
 from know_jax.errors import UserError
 from know_jax.io.journal import read_lines
 from know_jax.predictors import known, parameters
-from know_jax.study import regime, regime_report, trainer
+from know_jax.study import parts, regime, regime_report, trainer
 from know_jax.trees import named_leaves
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +23,8 @@ def tree(rng):
 def test_parts_of_a_prediction_are_its_projections():
   rng = np.random.default_rng(0)
   newest, predicted = tree(rng), tree(rng)
-  radial, rest = regime.radial(newest, predicted), regime.tangential(newest, predicted)
-  scaled = regime.at_norms_of(newest, predicted)
+  radial, rest = parts.radial(newest, predicted), parts.tangential(newest, predicted)
+  scaled = parts.at_norms_of(newest, predicted)
   for name in ('kernel', 'bias'):
     w, p, r, t, s = (
       np.float64(x['conv'][name]).ravel() for x in (newest, predicted, radial, rest, scaled)
@@ -44,7 +44,7 @@ def test_biases_in_scaled_units_are_the_network_of_scaled_histories():
   rng = np.random.default_rng(1)
   history = [tree(rng) for _ in range(5)]
   theta = known.init_theta(jax.random.key(0))
-  result = regime.scaled_biases(history, 1, theta)['conv']['bias']
+  result = parts.scaled_biases(history, 1, theta)['conv']['bias']
   values = np.stack([stage['conv']['bias'] for stage in history], -1)
   unit = 2 * (values.max(-1) - values.min(-1) + 1e-5)
   seen = (values - values[:, :1]) / unit[:, None]
@@ -90,11 +90,11 @@ def test_a_run_learns_and_resumes(config, tmp_path, monkeypatch):
 
 def test_a_warm_up_moves_the_head_and_batch_norm_alone(config):
   with np.load(config.arrays) as file:
-    parts = [
+    everything = [
       np.concatenate([file[f'{name}_{what}'] for name in ('source', 'target', 'test')])
       for what in ('images', 'labels')
     ]
-  training = trainer.Trainer(config, *parts)
+  training = trainer.Trainer(config, *everything)
   task = trainer.Task(np.arange(32), np.zeros((8, 8, 1), np.float32), 3)
   before = training.fresh(jax.random.key(0), 3)
   after, _ = training.train(

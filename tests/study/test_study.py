@@ -28,7 +28,7 @@ from know_jax.nowcast.api import PREDICTORS
 from know_jax.predictors import parameters
 from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
-from know_jax.study import analysis, arms, design, report, results, runner, summary, tables
+from know_jax.study import analysis, arms, design, parts, report, results, runner, summary, tables
 from know_jax.study import sources as study_sources
 from know_jax.study.results import COLUMNS, TIMING_COLUMNS
 from know_jax.tasks import load_task
@@ -542,9 +542,41 @@ def test_the_authors_weights_are_an_arm_where_they_are_given(known_file):
   config.arms = ('persistence', 'known_leaf')
   config.official = str(known_file)
   found = arms.arms_of(config_dict(config), batch_norm=True)
-  assert [(a.name, a.step, a.theta) for a in found if a.name == 'known_official'] == [
-    ('known_official', n, str(known_file)) for n in (1, 2, 3)
+  # And so are the parts of their prediction, which tell where a gain comes from.
+  official = [(a.name, a.part, a.step) for a in found if a.theta == str(known_file)]
+  assert official == [
+    (f'known_official {part}'.strip(), part, n)
+    for part in ('', 'radial', 'tangential', 'norms')
+    for n in (1, 2, 3)
   ]
+
+
+def test_an_arm_may_transfer_a_part_of_its_prediction_or_read_another_order(study, source_run):
+  base = arm_of(study, 'task_vector', 1)
+  newest, whole = (jax.device_get(x) for x in (source_run.stages[-1], source_run.start(base)[0]))
+  for part, reference in parts.PARTS.items():
+    start = source_run.start(dataclasses.replace(base, part=part))[0]
+    assert_same_bits(start, reference(newest, whole))
+  # task_vector adds what came after the stage that is read: in another order, another one.
+  turned = source_run.start(dataclasses.replace(base, order='reversed'))[0]
+  older = source_run.stages[-base.history]
+  expected = jax.tree.map(lambda new, old: 2 * np.float64(new) - old, newest, older)
+  for (path, leaf), value, new in zip(
+    trees.named_leaves(turned).items(),
+    jax.tree.leaves(expected),
+    jax.tree.leaves(newest),
+    strict=True,
+  ):
+    kept = kinds_.leaf_kinds(newest)[path] == kinds_.KEEP
+    np.testing.assert_allclose(leaf, new if kept else value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(('field', 'value'), [('part', 'radia'), ('order', 'forward')])
+def test_parts_and_orders_are_known(field, value):
+  config = design.default_config()
+  config.arms = ('persistence', {'predictor': 'known', field: value})
+  with pytest.raises(UserError, match=f"{field} of an arm '{value}'"):
+    arms.arms_of(config_dict(config), batch_norm=True)
 
 
 def test_standard_ablations_are_arms():
