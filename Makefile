@@ -10,7 +10,7 @@ DEMO ?= demo
   types clean
 
 help:
-	@echo 'make demo   forget, nowcast and transfer on the embedded digits (about 2 minutes)'
+	@echo 'make demo   forget, nowcast and transfer on generated glyphs (under 2 minutes)'
 	@echo 'make test   lint, type check, the fast test suite and the smoke study'
 	@echo 'make test-newest, make test-oldest'
 	@echo '            the same, and the fast test suite alone, on the versions that .ci/*.txt pin'
@@ -28,10 +28,10 @@ $(VENV)/stamp: pyproject.toml $(CONSTRAINTS)
 venv: $(VENV)/stamp
 
 demo: venv
-	$(BIN)/python bin/forget.py --workdir=$(DEMO) --config=configs/forget_digits.py
+	$(BIN)/python bin/forget.py --workdir=$(DEMO) --config=configs/forget_glyphs.py
 	$(BIN)/python bin/nowcast.py --workdir=$(DEMO) --steps=3 \
 	  --predictor=known_leaf,known_leaf_history_free,shrink,average,task_vector,linear_fit,log_fit,tsv
-	$(BIN)/python bin/transfer.py --workdir=$(DEMO) --config=configs/transfer_digits.py
+	$(BIN)/python bin/transfer.py --workdir=$(DEMO) --config=configs/transfer_glyphs.py
 
 lint: venv
 	$(BIN)/ruff check .

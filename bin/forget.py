@@ -2,7 +2,7 @@
 
     python bin/forget.py --workdir=W --config=configs/fashion_mnist_cnn.py --config.lr=2e-3
 
-Without --workdir, ./workdir is used; without --config, configs/forget_digits.py. The same command
+Without --workdir, ./workdir is used; without --config, configs/forget_glyphs.py. The same command
 runs on after a kill. Several processes, on one machine or on many that share the workdir, train one
 run if each is started with
 
@@ -19,7 +19,7 @@ from know_jax.system import processes
 
 cli.define_workdir()
 cli.define_processes()
-_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'forget_digits.py')
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'forget_glyphs.py')
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Draws test accuracy over the plane of a trajectory, with the predictions on it.
 
-    python bin/landscape.py --workdir=W --config=configs/landscape_digits.py
+    python bin/landscape.py --workdir=W --config=configs/landscape_glyphs.py
 
 W is the workdir of a finished run of bin/forget.py; without --workdir, ./workdir. Writes
 landscape/landscape.json and landscape/landscape.png there.
@@ -12,7 +12,7 @@ from know_jax import landscape
 from know_jax.runs import cli
 
 cli.define_workdir()
-_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'landscape_digits.py')
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'landscape_glyphs.py')
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python bin/transfer.py --workdir=W --config=configs/transfer_mnist.py
 
 Without --workdir, ./workdir is used, as by bin/forget.py and bin/nowcast.py; without --config,
-configs/transfer_digits.py. The same command runs on after a kill.
+configs/transfer_glyphs.py. The same command runs on after a kill.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from know_jax import transfer
 from know_jax.runs import cli
 
 cli.define_workdir()
-_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'transfer_digits.py')
+_CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'transfer_glyphs.py')
 _PREDICTOR = flags.DEFINE_list('predictor', '', 'Predictors to transfer; all found in the workdir.')
 
 

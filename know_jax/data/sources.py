@@ -1,4 +1,4 @@
-"""Image-classification data as uint8 arrays: TFDS data sets by name, and the embedded digits.
+"""Image-classification data as uint8 arrays, by name: TFDS data sets, and some that need no files.
 
 TFDS is only read here, through its random-access sources, which needs no TensorFlow.
 """
@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from know_jax.data.base import Batch
 from know_jax.data.folders import is_folder, load_folder
+from know_jax.data.glyphs import GLYPHS, load_glyphs
 from know_jax.errors import UserError, unknown_name
 from know_jax.io.files import write_atomic
 
@@ -96,6 +97,9 @@ def load_dataset(
 
   A path, which has a `/`, is a folder with a folder of pictures for each class: see `load_folder`.
 
+  `'glyphs'` and `'new_glyphs'` are drawn, ten classes each, from strokes that they share: see
+  `know_jax.data.glyphs`.
+
   Any other name is a TFDS data set that lies prepared in `data_dir`, as array_record files:
   `'cifar10'`, or in full `'name/config:1.0.0'`; without a version the newest one is taken. Images
   are decoded once a process, and once a machine: the result is kept in `$KNOW_JAX_CACHE` (default
@@ -122,8 +126,8 @@ def load_dataset(
   ):
     raise UserError(f'image_size is {image_size!r}; wanted (H, W), two whole numbers of pixels.')
   size = None if image_size is None else (image_size[0], image_size[1])
-  if name == DIGITS:
-    images, labels, class_names = _load_digits(split, size)
+  if name in _WITHOUT_FILES:
+    images, labels, class_names = _WITHOUT_FILES[name](split, size)
   elif is_folder(name):
     images, labels, class_names = load_folder(name, split, size)
   else:
@@ -226,6 +230,13 @@ def _load_digits(
   return images, labels, tuple(str(digit) for digit in range(10))
 
 
+_WITHOUT_FILES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray, tuple[str, ...]]]] = {
+  DIGITS: _load_digits,
+  **{name: functools.partial(load_glyphs, name) for name in GLYPHS},
+}
+"""Name -> a function of split and image size that gives images, labels and class names."""
+
+
 # --- TFDS ------------------------------------------------------------------------------------
 
 
@@ -250,7 +261,7 @@ def _prepared(base: Path, name: str = '*') -> dict[str, dict[str, Path]]:
 def _find_prepared(name: str, base: Path) -> Path:
   match = _NAME.fullmatch(name)
   if not match:
-    raise unknown_name('data set', name, [*_prepared(base), DIGITS])
+    raise unknown_name('data set', name, [*_prepared(base), *_WITHOUT_FILES])
   prepared = _prepared(base, match['set'])
   wanted = name.removesuffix(f':{match["version"]}')
   if wanted not in prepared:
@@ -283,8 +294,8 @@ def _missing(base_name: str, wanted: str, base: Path) -> UserError:
     )
   prepared = _prepared(base)
   message = (
-    f'{unknown_name("data set", wanted, [*prepared, DIGITS])} These are the embedded digits and '
-    f'what is prepared in {base}.'
+    f'{unknown_name("data set", wanted, [*prepared, *_WITHOUT_FILES])} These need no files, or '
+    f'are prepared in {base}.'
   )
   near = difflib.get_close_matches(base_name, offered, n=3, cutoff=0.7)
   if near := [name for name in near if name not in prepared]:

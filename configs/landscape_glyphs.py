@@ -1,7 +1,7 @@
-"""The accuracy landscape around a forgetting run on the digits.
+"""The accuracy landscape around a forgetting run on the glyphs.
 
-Command:   python bin/landscape.py --workdir=W --config=configs/landscape_digits.py
-After:     python bin/forget.py --workdir=W --config=configs/forget_digits.py
+Command:   python bin/landscape.py --workdir=W --config=configs/landscape_glyphs.py
+After:     python bin/forget.py --workdir=W --config=configs/forget_glyphs.py
 Hardware:  2 CPU cores, half a minute
 Paper:     figure 3 (principal components of the stages and noisy neighbours, accuracy surface)
 """
