@@ -28,10 +28,7 @@ $(VENV)/stamp: pyproject.toml $(CONSTRAINTS)
 venv: $(VENV)/stamp
 
 demo: venv
-	$(BIN)/python bin/forget.py --workdir=$(DEMO) --config=configs/forget_glyphs.py
-	$(BIN)/python bin/nowcast.py --workdir=$(DEMO) --steps=3 \
-	  --predictor=known_leaf,known_leaf_history_free,shrink,average,task_vector,linear_fit,log_fit,tsv
-	$(BIN)/python bin/transfer.py --workdir=$(DEMO) --config=configs/transfer_glyphs.py
+	$(BIN)/python -m know_jax demo --workdir=$(DEMO)
 
 lint: venv
 	$(BIN)/ruff check .

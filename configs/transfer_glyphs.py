@@ -1,7 +1,7 @@
 """Transfer to ten other glyphs, with 16 labels a class: the demo.
 
 Command:   python bin/transfer.py --config=configs/transfer_glyphs.py
-Hardware:  2 CPU cores, 1 minute for 26 arms x 5 seeds
+Hardware:  2 CPU cores, 1 minute for 20 arms x 5 seeds
 Result:
 Paper:     section 4.2 (new head, warm-up, fine-tuning), shrunk
 

@@ -24,6 +24,7 @@ ROWS = (
   ('forgetting', 'user_loop'),
   ('nowcast/*',),
   ('transfer', 'landscape', 'meta/*', 'study/*', 'benchmark/*'),
+  ('__main__',),
 )
 ORDER = {name: place for place, name in enumerate(itertools.chain.from_iterable(ROWS))}
 # The package itself gathers the public names: it may import everything, nothing may import it.

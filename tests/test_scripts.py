@@ -45,7 +45,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert [row[:3] for row in rows] == [
     [str(s['stage']), str(s['examples']), f'{s["test_accuracy"]:.2%}'] for s in record['stages']
   ]
-  assert [int(row[1]) for row in rows] == record['subset_sizes'] == [723, 362, 181, 91, 46]
+  assert [int(row[1]) for row in rows] == record['subset_sizes'] == [1600, 800, 400, 200, 100]
   assert record['environment']['devices'] == 1
   assert f'{record["parameters"]:,} parameters; 5 stages in workdir' in out.splitlines()[-1]
   assert re.search(r'stage 4: 100%.*epoch/s', err)  # The bar, with its rate.
@@ -67,7 +67,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   about = [checkpoints.read_metadata(workdir / 'predictions' / 'known_leaf' / n) for n in '123']
   assert [accuracy for _, _, accuracy in rows[1:]] == [f'{a["test_accuracy"]:.2%}' for a in about]
   restored = checkpoints.restore(workdir / 'predictions' / 'known_leaf' / '3')
-  assert restored['params']['head']['kernel'].shape == (8 * 4, 5)
+  assert restored['params']['head']['kernel'].shape == (8 * 4, 10)
   assert (workdir / 'predictions' / 'nowcast.png').is_file()
 
   code, out, err = scripts.run('transfer.py', *QUICK)

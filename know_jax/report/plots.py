@@ -69,6 +69,7 @@ def plot_nowcast(
     start += len(group)
     left.plot(*ahead.T, '--', color=colors[name], linewidth=1)
     left.plot(*ahead[1:].T, MARKERS[i % len(MARKERS)], color=colors[name], label=name)
+  left.margins(0.1)  # So that the labels of the ends stay within.
   left.set_xlabel(f'first principal component ({shares[0]:.0%} of variance)')
   left.set_ylabel(f'second principal component ({shares[1]:.0%})')
   left.set_title('Predicted leaves of the network, in the plane that shows most of them')

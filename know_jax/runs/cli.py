@@ -193,6 +193,7 @@ def _parse(argv: list[str]) -> list[str]:
   values = flags.FLAGS
   # ml_collections reports unknown fields by errors of many types; so they are looked for first.
   for name, default in _config_defaults.items():
+    argv = _with_shipped_config(name, default, argv)
     _check_config(name, default, argv)
   try:
     with warnings.catch_warnings():
@@ -212,6 +213,22 @@ def _parse(argv: list[str]) -> list[str]:
     # Warnings and errors; left as it is, absl would choose INFO.
     values.verbosity = -1  # type: ignore[assignment]
   return rest
+
+
+def _with_shipped_config(name: str, default: str, argv: Sequence[str]) -> list[str]:
+  """A command line in which the name of a shipped config is its path; files come before names."""
+  found = list(argv)
+  for i, arg in enumerate(argv):
+    if (match := re.fullmatch(rf'(--?{name}=)([\w/]*?(\w+)(?:\.py)?)(:.*)?', arg)) and i:
+      shipped = Path(default).with_name(f'{match[3]}.py')
+      if not Path(match[2]).is_file() and match[2] in _names(shipped) and shipped.is_file():
+        found[i] = f'{match[1]}{shipped}{match[4] or ""}'
+  return found
+
+
+def _names(config: Path) -> tuple[str, ...]:
+  """What a shipped config may be called."""
+  return config.stem, config.name, f'configs/{config.name}'
 
 
 def _check_config(name: str, default: str, argv: Sequence[str]) -> None:
