@@ -409,8 +409,8 @@ def test_an_output_is_of_one_call(tmp_path, files):
   run(files, output)  # Another predictor has a folder of its own.
   with pytest.raises(UserError, match=r'the history .* lies in .*known, which is written to'):
     run([*files[:2], *(output / 'known' / n for n in '123')], output)
-  (tmp_path / 'mine' / 'known_leaf').mkdir(parents=True)
-  (tmp_path / 'mine' / 'known_leaf' / 'thesis.txt').write_text('all of it')
+  (tmp_path / 'mine' / 'known').mkdir(parents=True)
+  (tmp_path / 'mine' / 'known' / 'thesis.txt').write_text('all of it')
   with pytest.raises(UserError, match=r'known holds something else'):
     run(files, tmp_path / 'mine')
 
