@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from know_jax import trees
 from know_jax.nowcast import health as health_
 from know_jax.nowcast.compiled import leaf_coefficients, predict_blocks
 from know_jax.nowcast.compiled import predict_leaves as predict_whole
 from know_jax.nowcast.job import Job
-from know_jax.predictors.base import Elementwise, Leaf, WholeLeaf
+from know_jax.nowcast.pieces import Facts, Piece, largest, largest_of
+from know_jax.predictors.base import Elementwise, WholeLeaf
 from know_jax.system.machine import give_back_memory, processors
 
 _T = TypeVar('_T')
@@ -40,81 +40,7 @@ CHUNK = 1 << 14
 LEAST_ROW = 8192
 """Weights for which it does not pay to have another thread."""
 
-STRETCH = 1 << 20
-"""Weights of a leaf in files that are held at a time; a multiple of `ROW`."""
-
 _Parts = list[tuple[int, int, int, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """A stretch of one leaf's weights.
-
-  Attributes:
-    leaf: its path and kind.
-    stages: all stages `[N]`, oldest first, in their own dtype.
-    out: `[len(steps), N]`, to be filled, in the dtype that is written.
-    shape: of the leaf, where this is all of it; None where any stretch will do.
-  """
-
-  leaf: Leaf
-  stages: Sequence[np.ndarray]
-  out: np.ndarray
-  shape: tuple[int, ...] | None = None
-
-  @property
-  def size(self) -> int:
-    """N."""
-    return self.stages[-1].size
-
-  @property
-  def width(self) -> np.dtype:
-    """The dtype to compute in."""
-    return np.dtype(trees.wide(self.stages[-1].dtype))
-
-
-@dataclasses.dataclass
-class Facts:
-  """What is seen of weights while they are predicted: maxima, which of pieces make those of a leaf.
-
-  Attributes:
-    still: whether all stages are equal.
-    movement: from the newest stage, at each step.
-    residual: up to each step.
-    scale: of the newest stage.
-    outside: how many times it is what the parameters saw.
-  """
-
-  movement: np.ndarray
-  residual: np.ndarray
-  still: bool = True
-  scale: float = 0.0
-  outside: float = 0.0
-
-  @classmethod
-  def none(cls, steps: int) -> 'Facts':
-    """Those of no weights."""
-    return cls(np.zeros(steps), np.zeros(steps))
-
-  def add(self, other: 'Facts') -> None:
-    """Takes in what was seen of other weights of the same leaf."""
-    self.movement = np.maximum(self.movement, other.movement)
-    self.residual = np.maximum(self.residual, other.residual)
-    self.still = self.still and other.still
-    self.scale = max(self.scale, other.scale)
-    self.outside = max(self.outside, other.outside)
-
-  def health(self, largest: Callable[[], float]) -> np.ndarray:
-    """The health of the leaf `[steps, FIELDS]`; `largest()` reads its largest weight of all."""
-    if self.still:
-      return np.zeros((len(self.movement), health_.FIELDS))
-    scale = self.scale
-    # Older stages are read only where they make a difference.
-    if not (self.movement <= health_.MAX_MOVEMENT * max(scale, health_.FLOOR)).all():
-      scale = max(scale, largest())
-    rows = [self.movement, self.residual]
-    rows += [np.full_like(self.movement, value) for value in (scale, self.outside)]
-    return np.stack(rows, -1)
 
 
 # --- leaves in memory -----------------------------------------------------------------------------
@@ -151,16 +77,6 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64
   return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def largest(pieces: Iterable[Piece]) -> float:
-  """The largest weight at any stage."""
-  found = 0.0
-  for piece in pieces:
-    for stage in piece.stages:
-      for start in range(0, stage.size, ROW):
-        found = max(found, _largest(stage[start : start + ROW].astype(piece.width)))
-  return found
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -391,13 +307,9 @@ def _combine(
         out[:] = moved
       if is_watched:
         np.subtract(out, newest, out=moved)
-        facts.movement[step] = np.maximum(facts.movement[step], _largest(moved))
+        facts.movement[step] = np.maximum(facts.movement[step], largest_of(moved))
   if is_watched:
-    facts.scale = max(facts.scale, _largest(newest))
-
-
-def _largest(values: np.ndarray) -> float:
-  return float(np.maximum(values.max(), -values.min()))
+    facts.scale = max(facts.scale, largest_of(newest))
 
 
 # --- elementwise ----------------------------------------------------------------------------------
@@ -438,7 +350,7 @@ def _elementwise(
         if saturates:
           facts.residual = _residuals(newest, part)[wanted]
         if limits is not None:
-          weights, moves = _largest(row[:, here]), _largest(np.diff(row[:, here], axis=0))
+          weights, moves = largest_of(row[:, here]), largest_of(np.diff(row[:, here], axis=0))
           facts.outside = max(weights / limits[0], moves / limits[1])
       found.append((i, facts))
     return found
@@ -469,8 +381,8 @@ def _facts(piece: Piece, start: int, stop: int, newest: np.ndarray, job: Job) ->
   )
   if job.is_watched and newest.size:
     for step, values in enumerate(piece.out[:, start:stop]):
-      facts.movement[step] = _largest(values.astype(newest.dtype) - newest)
-    facts.scale = _largest(newest)
+      facts.movement[step] = largest_of(values.astype(newest.dtype) - newest)
+    facts.scale = largest_of(newest)
   return facts
 
 
@@ -488,7 +400,7 @@ def _whole(
 
 def _residuals(newest: np.ndarray, predicted: np.ndarray) -> np.ndarray:
   """The largest residual up to each step, `[steps]`, of weights `[N]` and `[steps, N]`."""
-  found = [_largest(b - a) for a, b in itertools.pairwise((newest, *predicted))]
+  found = [largest_of(b - a) for a, b in itertools.pairwise((newest, *predicted))]
   return np.maximum.accumulate(found)
 
 

@@ -39,7 +39,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.sealed import write_sealed
 from know_jax.io.weights import Leaf, Reader, Shard, Sink, Weights
 from know_jax.jsonable import digest
-from know_jax.nowcast import api, cards, chunks
+from know_jax.nowcast import api, cards, chunks, pieces
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.job import Job as EngineJob
@@ -668,14 +668,14 @@ class _LeafHistory:
     for start in range(0, self.written.size, size):
       yield start, min(start + size, self.written.size)
 
-  def pieces(self, steps: int, *, whole: bool = False) -> Iterator[chunks.Piece]:
+  def pieces(self, steps: int, *, whole: bool = False) -> Iterator[pieces.Piece]:
     """All weights, a stretch at a time or as a whole, and room for the predictions of each."""
-    for start, stop in self.slices(max(self.written.size, 1) if whole else chunks.STRETCH):
+    for start, stop in self.slices(max(self.written.size, 1) if whole else pieces.STRETCH):
       stages = [reader.read(start, stop) for reader in self.readers]
       for number, stage in enumerate(stages):
         self._check(stage, number, start)
       out = np.empty((steps, stop - start), self.written.dtype)
-      yield chunks.Piece(self.leaf, stages, out, self.written.shape if whole else None)
+      yield pieces.Piece(self.leaf, stages, out, self.written.shape if whole else None)
 
   def _check(self, stage: np.ndarray, number: int, start: int) -> None:
     finite = np.isfinite(stage)
@@ -698,7 +698,7 @@ def _history(job: Job, path: str, scratch: Path) -> Iterator[_LeafHistory]:
 
 
 def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) -> None:
-  for start, stop in history.slices(chunks.STRETCH):
+  for start, stop in history.slices(pieces.STRETCH):
     newest = history.readers[-1].read(start, stop)
     if newest.dtype != history.written.dtype:
       newest = newest.astype(history.written.dtype)
@@ -716,20 +716,20 @@ def _predict_leaf(
   whole = _is_whole(engine.predictor, history.leaf.path, history.written, history.leaf.kind)
   passes = 2 if getattr(engine.predictor, 'needs_moments', False) else 1
 
-  def counted() -> Iterator[chunks.Piece]:
+  def counted() -> Iterator[pieces.Piece]:
     for piece in history.pieces(job.steps, whole=whole):
       yield piece
       bar.update(piece.size / passes)
 
   coefficients, outside = chunks.leaf_coefficients_of(size, counted, run.theta, engine, steps)
-  facts = chunks.Facts.none(job.steps)
+  facts = pieces.Facts.none(job.steps)
   marks = [sink.mark() for sink in sinks]
   for piece in counted():
     (seen,) = chunks.predict([piece], run.theta, engine, steps, coefficients, outside)
     facts.add(seen)
     for sink, values in zip(sinks, piece.out, strict=True):
       sink.write(values)
-  health = facts.health(lambda: chunks.largest(history.pieces(job.steps)))
+  health = facts.health(lambda: pieces.largest(history.pieces(job.steps)))
   bad = _is_bad(health) if engine.is_watched else np.zeros(job.steps, bool)
   if bad.any() and job.on_bad == 'raise':
     health_.report(

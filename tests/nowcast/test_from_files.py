@@ -33,7 +33,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.safetensors import DTYPES
 from know_jax.io.sealed import read_sealed
 from know_jax.io.weights import Reader, Sink
-from know_jax.nowcast import chunks, from_files, health
+from know_jax.nowcast import from_files, health, pieces
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -49,7 +49,7 @@ SHAPES = {
 
 def narrow_slices(monkeypatch):
   """So that small leaves have several slices."""
-  monkeypatch.setattr(chunks, 'STRETCH', 1 << 13)
+  monkeypatch.setattr(pieces, 'STRETCH', 1 << 13)
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +202,7 @@ def test_no_more_than_a_slice_is_read_at_once(tmp_path, monkeypatch):
   read = Reader.read
   monkeypatch.setattr(Reader, 'read', lambda self, a, b: reads.append(b - a) or read(self, a, b))
   run(save_all(tmp_path, make_history()), tmp_path / 'out', predictors=['known_leaf', 'log_fit'])
-  assert max(reads) == chunks.STRETCH < 250 * 40
+  assert max(reads) == pieces.STRETCH < 250 * 40
 
 
 def test_tsv_sees_matrices_whole_and_those_of_pytorch_alike(tmp_path):
@@ -281,9 +281,9 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_bytes(tmp_path, files, who
 DRIVER = """
 import json, os, runpy, signal, sys
 from know_jax.io.weights import Sink
-from know_jax.nowcast import chunks, from_files
+from know_jax.nowcast import from_files, pieces
 from know_jax.runs import cli
-chunks.STRETCH = 1 << 13
+pieces.STRETCH = 1 << 13
 write, writes = Sink.write, 0
 cli._CACHE_SECONDS = 0.0
 for line in sys.stdin:
