@@ -1,0 +1,72 @@
+"""Domain generalisation: classification, trained on some domains and tested on all of another."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from know_jax.data.augmentation import Augmentation
+from know_jax.data.base import Arrays
+from know_jax.data.sources import Dataset, load_dataset
+from know_jax.errors import UserError
+from know_jax.tasks.base import Task
+from know_jax.tasks.classification import network_of, task
+
+
+def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
+  """The task that a config names.
+
+  Args:
+    config: as of classification; each domain is a split. `train_split` joins several by '+', as
+      'art_painting+cartoon+photo'; `test_split` is another, such as 'sketch'.
+    network: as of classification.
+
+  Raises:
+    UserError: a domain is missing, twice there, or tested on as well as trained on.
+  """
+  domains, tested = config['train_split'].split('+'), config['test_split']
+  if len({*domains, tested}) <= len(domains):
+    raise UserError(
+      f'train_split is {config["train_split"]!r} and test_split {tested!r}; expected each domain '
+      'once.'
+    )
+  *train, test = (
+    load_dataset(
+      config['dataset'],
+      split,
+      data_dir=config['data_dir'],
+      classes=tuple(config['classes']),
+      image_size=tuple(config['image_size']) or None,
+    )
+    for split in (*domains, tested)
+  )
+  return task(
+    network_of(network, test.num_classes),
+    joined(train),
+    test,
+    augmentation=Augmentation(**config['augmentation']),
+    head=network['head'],
+    name=f'{test.name} images {test.images.shape[1:]}',
+    about={'class_names': list(test.class_names), 'domains': domains},
+  )
+
+
+def joined(domains: Sequence[Dataset]) -> Arrays:
+  """The examples of several domains, one after the other; strata are pairs of domain and class.
+
+  Raises:
+    UserError: images differ in size.
+  """
+  first = domains[0]
+  for other in domains[1:]:
+    if other.images.shape[1:] != first.images.shape[1:]:
+      raise UserError(
+        f'images of {other.split} have shape {other.images.shape[1:]}, those of {first.split} '
+        f'{first.images.shape[1:]}; expected one shape, as image_size gives it.'
+      )
+  strata = [i * first.num_classes + domain.labels for i, domain in enumerate(domains)]
+  arrays = {
+    'image': np.concatenate([domain.images for domain in domains]),
+    'label': np.concatenate([domain.labels for domain in domains]),
+  }
+  return Arrays(arrays, np.concatenate(strata))
