@@ -228,8 +228,11 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 
 
 def _mean_text(values: Sequence[float], form: str) -> str:
+  mean = f'{statistics.mean(values):{form}}'
+  if len(values) == 1:
+    return f'{mean} (one seed)'
   low, high = intervals.t_interval(values)
-  return f'{statistics.mean(values):{form}} ({low:{form}} to {high:{form}})'
+  return f'{mean} ({low:{form}} to {high:{form}})'
 
 
 def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
@@ -271,7 +274,8 @@ def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
       'From one trained Theta^0, branches are trained on a random half of its images, the other '
       'half, the same images, and twice as many. tau = Theta^0 - half is forgetting reversed, '
       'more = twice - Theta^0, further = same - Theta^0: all as means of the branches where not '
-      f'said otherwise. Means over seeds with 95 % t-intervals; {len(rows)} Theta^0 in all. '
+      f'said otherwise. Means over seeds with 95 % t-intervals; {len(rows)} Theta^0 in all, whose '
+      'training is not finished: further training helps, so that all branches share it. '
       f'Theta^0 reaches: {starts}. Sizes: {sizes}; Adam, cosine, no augmentation.',
       table(['cosine', *groups], angles),
       'The contrast same - half takes further training out of tau, as twice - same takes it out of '
