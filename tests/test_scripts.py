@@ -62,11 +62,11 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert 'BatchNorm after prediction: keep' in out
   rows = re.findall(r'^(known|persistence) +x(\d) +([\d.]+%) .*%\)', out, re.MULTILINE)
   assert [(name, multiple) for name, multiple, _ in rows] == [
-    ('persistence', '1'), ('known_leaf', '2'), ('known_leaf', '4'), ('known_leaf', '8'),
+    ('persistence', '1'), ('known', '2'), ('known', '4'), ('known', '8'),
   ]  # fmt: skip
-  about = [checkpoints.read_metadata(workdir / 'predictions' / 'known_leaf' / n) for n in '123']
+  about = [checkpoints.read_metadata(workdir / 'predictions' / 'known' / n) for n in '123']
   assert [accuracy for _, _, accuracy in rows[1:]] == [f'{a["test_accuracy"]:.2%}' for a in about]
-  restored = checkpoints.restore(workdir / 'predictions' / 'known_leaf' / '3')
+  restored = checkpoints.restore(workdir / 'predictions' / 'known' / '3')
   assert restored['params']['head']['kernel'].shape == (8 * 4, 10)
   assert (workdir / 'predictions' / 'nowcast.png').is_file()
 
@@ -76,7 +76,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   table = [line for line in out.splitlines() if line.startswith('|')]
   assert [line.split('|')[1].strip() for line in table] == [
     'predictor', table[1].split('|')[1], 'scratch (no pre-training)', 'persistence (naive)',
-    'known_leaf',
+    'known',
   ]  # fmt: skip
   assert [cell.strip() for cell in table[0].split('|')[2:-1]] == [
     f'{part} x{m}' for part in ('as is', 'transfer') for m in (1, 2, 4, 8)
