@@ -212,7 +212,9 @@ def _moved(variables: Any, vector: np.ndarray) -> Any:
 
 def write(workdir: str | Path, path: str | Path) -> Path:
   """Writes a page of the rows in a workdir, and a picture beside it (.png)."""
-  path, rows = Path(path), read_lines(Path(workdir) / 'rows.jsonl')
+  path, lines = Path(path), read_lines(Path(workdir) / 'rows.jsonl')
+  # Two processes may have trained the same: the first line of a key counts, as in the journal.
+  rows = list({row['key']: row for row in lines[::-1]}.values())[::-1]
   if not rows:
     raise UserError(f'{workdir} has no rows yet; run the study first.')
   write_atomic(path, page(rows, path.with_suffix('.png').name).encode())
