@@ -23,6 +23,13 @@ def scripts(tmp_path_factory):
 
 # `runs.small_config`, as flags.
 SMALL = (
+  '--config.dataset=digits',
+  '--config.classes=(0,1,2,3,4)',
+  '--config.stage_epochs=2',
+  '--config.augmentation.rotation=0.0',
+  '--config.augmentation.shift=0.0',
+  '--config.augmentation.zoom=0.0',
+  '--config.stage_lr=0.01',
   '--config.train_examples=625',
   '--config.rate=0.4',
   '--config.model=cnn_bn',
@@ -36,7 +43,9 @@ QUICK = ('--config.seeds=2', '--config.warmup_epochs=1', '--config.epochs=1')
 
 def test_a_newcomer_needs_no_flags(scripts, known_file):
   said = f'No --workdir is given: {scripts.folder / "workdir"} is used.\n'
-  code, out, err = scripts.run('forget.py', '--config.epochs=1', '--config.width=4')
+  code, out, err = scripts.run(
+    'forget.py', '--config.epochs=1', '--config.stage_epochs=1', '--config.width=4'
+  )
   assert code == 0, err
   assert out.startswith(said)
   workdir = scripts.folder / 'workdir'

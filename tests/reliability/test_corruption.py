@@ -185,6 +185,9 @@ def test_a_run_under_another_number_is_refused(tmp_path):
 SMALL = (
   '--config.train_examples=625', '--config.rate=0.4', '--config.model=cnn_bn', '--config.width=2',
   '--config.epochs=2', '--config.batch_size=16', '--config.lr=0.01',
+  '--config.dataset=digits', '--config.classes=(0,1,2,3,4)', '--config.stage_epochs=2',
+  '--config.stage_lr=0.01', '--config.augmentation.rotation=0.0',
+  '--config.augmentation.shift=0.0', '--config.augmentation.zoom=0.0',
 )  # fmt: skip
 
 NOWCAST = ('--steps=2', '--predictor=shrink,linear_fit')

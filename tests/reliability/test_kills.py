@@ -46,6 +46,9 @@ COMMANDS = {
     '--workdir={folder}', '--config.train_examples=625', '--config.rate=0.4', '--config.stages=3',
     '--config.model=cnn_bn', '--config.width=2', '--config.epochs=2', '--config.batch_size=100',
     '--config.lr=0.01', '--config.save_every_seconds=0',
+    '--config.dataset=digits', '--config.classes=(0,1,2,3,4)', '--config.stage_epochs=2',
+    '--config.stage_lr=0.01', '--config.augmentation.rotation=0.0',
+    '--config.augmentation.shift=0.0', '--config.augmentation.zoom=0.0',
   ),
   'collect.py': (
     '--output={folder}', '--config.runs=2', '--config.datasets=("digits",)',
