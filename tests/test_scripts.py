@@ -57,7 +57,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert [int(row[1]) for row in rows] == record['subset_sizes'] == [1600, 800, 400, 200, 100]
   assert record['environment']['devices'] == 1
   assert f'{record["parameters"]:,} parameters; 5 stages in workdir' in out.splitlines()[-1]
-  assert re.search(r'stage 4: 100%.*epoch/s', err)  # The bar, with its rate.
+  assert re.search(r'stage 4: 100%.*(epoch/s|s/ epoch)', err)  # The bar, with its rate.
 
   shipped = [] if parameters.SHIPPED['known_leaf'].is_file() else [f'--known={known_file}']
   code, out, err = scripts.run('nowcast.py', '--steps', '3', *shipped)
