@@ -16,7 +16,7 @@ from absl import flags
 
 from know_jax import kinds as kinds_
 from know_jax.io.files import local_path
-from know_jax.nowcast import from_files, from_run
+from know_jax.nowcast import file_job, from_files, from_run
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.nowcast.health import ON_BAD
 from know_jax.runs import cli
@@ -66,16 +66,16 @@ def main() -> None:
   if _HISTORY.value is not None:
     cli.refuse('workdir', 'batch_norm', 'recalibration_batches', because='--history is given')
     output = local_path(cli.require('output', because='--history is given'), '--output')
-    job = from_files.prepare(
+    job = file_job.prepare(
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
       kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
-      on_bad=_ON_BAD.value, options=from_files.parse_options(_OPTION.value), only=_ONLY.value,
+      on_bad=_ON_BAD.value, options=file_job.parse_options(_OPTION.value), only=_ONLY.value,
       skip=_SKIP.value, stacked=_STACKED.value, format=_FORMAT.value, dtype=_DTYPE.value,
     )  # fmt: skip
     print('\n'.join(f'stage {i}: {stage.path}' for i, stage in enumerate(job.stages)))
     print(kinds_.kinds_table(job.leaves, job.kinds))
     if _DRY_RUN.value:
-      print(from_files.plan(job, output))
+      print(file_job.plan(job, output))
       return
     from_files.write(job, output)
     return

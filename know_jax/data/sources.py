@@ -6,14 +6,11 @@ TFDS is only read here, through its random-access sources, which needs no Tensor
 import dataclasses
 import difflib
 import functools
-import hashlib
 import importlib.util
 import io
-import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ import numpy as np
 from know_jax.data.base import Batch
 from know_jax.data.folders import is_folder, load_folder
 from know_jax.data.glyphs import GLYPHS, load_glyphs
+from know_jax.data.image_cache import cache_dir, cache_key, read_cache, write_cache
 from know_jax.errors import UserError, unknown_name
-from know_jax.io.files import write_atomic
 
 DIGITS = 'digits'
 """The name of scikit-learn's embedded digits, which need no data directory."""
@@ -34,8 +31,6 @@ DIGITS = 'digits'
 _NAME = re.compile(r'(?P<set>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?')
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # What Pillow calls images of so many channels.
-_CACHE_FORMAT = 'know_jax decoded images 1'
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -360,14 +355,14 @@ def _load_prepared(
   if split not in builder.info.splits:
     raise unknown_name(f'split of {name!r}', split, builder.info.splits)
   try:
-    key = _cache_key(builder, split, image_key, label_key, image_size)
+    key = cache_key(builder, split, image_key, label_key, image_size)
   except OSError as error:
     raise UserError(f'data set {name!r} in {folder} is not complete: {error}.') from error
-  path = _cache_dir() / f'{builder.info.name}-{split}-{key.hex()[:16]}.images'
-  decoded = _read_cache(path, key)
+  path = cache_dir() / f'{builder.info.name}-{split}-{key.hex()[:16]}.images'
+  decoded = read_cache(path, key)
   if decoded is None:
     decoded = _decode(tfds, name, builder, split, image_key, label_key, image_size)
-    _write_cache(path, key, *decoded)
+    write_cache(path, key, *decoded)
   return *decoded, tuple(builder.info.features[label_key].names)
 
 
@@ -461,57 +456,3 @@ def _pixels(image: Any, channels: int, image_size: tuple[int, int] | None) -> np
   if image_size is not None:
     image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
   return np.asarray(image).reshape(image.height, image.width, channels)
-
-
-# --- the cache of decoded images -------------------------------------------------------------
-
-
-def _cache_dir() -> Path:
-  return Path(os.environ.get('KNOW_JAX_CACHE') or '~/.cache/know_jax').expanduser()
-
-
-def _cache_key(
-  builder: Any, split: str, image_key: str, label_key: str, image_size: tuple[int, int] | None
-) -> bytes:
-  """A checksum of everything that decoded images depend on, the content of the files included."""
-  import PIL
-
-  key = hashlib.sha256()
-  words = [_CACHE_FORMAT, PIL.__version__, split, image_key, label_key, image_size]
-  key.update(json.dumps(words).encode())
-  folder = Path(builder.data_dir)
-  shards = (Path(path) for path in builder.info.splits[split].filepaths)
-  for path in (folder / 'dataset_info.json', folder / 'features.json', *shards):
-    with path.open('rb') as file:
-      key.update(hashlib.file_digest(file, 'sha256').digest())
-  return key.digest()
-
-
-def _read_cache(path: Path, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
-  """Decoded images and labels from a file; None if there is none or it is damaged."""
-  try:
-    content = path.read_bytes()
-  except FileNotFoundError:
-    return None
-  except OSError as error:
-    warnings.warn(f'cannot read decoded images: {error}; decoding anew.', stacklevel=2)
-    return None
-  body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-  if hashlib.sha256(key + body).digest() != digest:
-    warnings.warn(f'{path} is damaged; decoding anew.', stacklevel=2)
-    return None
-  file = io.BytesIO(body)
-  return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-
-
-def _write_cache(path: Path, key: bytes, images: np.ndarray, labels: np.ndarray) -> None:
-  file = io.BytesIO()
-  for array in (images, labels):
-    np.save(file, array, allow_pickle=False)
-  body = file.getvalue()
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, body + hashlib.sha256(key + body).digest())
-  except (OSError, UserError) as error:
-    # The images are at hand; only the next process will have to decode them again.
-    warnings.warn(f'cannot keep decoded images: {error} ($KNOW_JAX_CACHE)', stacklevel=2)

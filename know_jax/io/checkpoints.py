@@ -1,6 +1,8 @@
 """Checkpoints: an Orbax checkpoint with a checksum of every leaf and file, replaced atomically.
 
-The only module that knows Orbax. A checkpoint is a directory with
+The format that runs of know_jax write for themselves; checkpoints of plain Orbax are read in
+`io/orbax.py`. Longer than other files, because saving, sealing, checking and restoring share one
+manifest, and the order of their steps is what survives a kill. A checkpoint is a directory with
 
 ```
 weights/        a plain Orbax checkpoint: ocp.StandardCheckpointer().restore(path / 'weights')

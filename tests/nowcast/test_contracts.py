@@ -20,7 +20,7 @@ import safetensors.numpy
 import know_jax
 from know_jax import UserError, trees
 from know_jax.kinds import KINDS
-from know_jax.nowcast import from_files
+from know_jax.nowcast import file_job, from_files
 from know_jax.predictors import known
 from know_jax.predictors.base import Elementwise
 from know_jax.predictors.registry import REGISTRY, resolve
@@ -118,7 +118,7 @@ def from_file(history, row, folder):
   for number, stage in enumerate(history):
     files.append(folder / f'{number}.safetensors')
     safetensors.numpy.save_file({p.replace('/', '.'): leaf for p, leaf in stage.items()}, files[-1])
-  job = from_files.prepare(files, predictors=[ROWS[row]], steps=2)
+  job = file_job.prepare(files, predictors=[ROWS[row]], steps=2)
   *_, last = from_files.write(job, folder / 'out', show_progress=False)
   (file,) = last.glob('*.safetensors')
   return {p.replace('.', '/'): leaf for p, leaf in safetensors.numpy.load_file(file).items()}
@@ -326,7 +326,7 @@ def test_a_predictor_of_ones_own_module_from_files_and_in_memory(own_module, tmp
     files.append(tmp_path / f'{number}.safetensors')
     safetensors.numpy.save_file({p.replace('/', '.'): leaf for p, leaf in stage.items()}, files[-1])
   predictors = ['my_predictors:grow', 'my_predictors:Grow']
-  job = from_files.prepare(files, predictors=predictors, steps=1)
+  job = file_job.prepare(files, predictors=predictors, steps=1)
   folders = from_files.write(job, tmp_path / 'out', show_progress=False)
   assert [folder.parent.name for folder in folders] == ['grow', 'Grow']
   for folder, factor in zip(folders, (1.25, 1.5), strict=True):
@@ -334,7 +334,7 @@ def test_a_predictor_of_ones_own_module_from_files_and_in_memory(own_module, tmp
     written = safetensors.numpy.load_file(file)['head.kernel']
     np.testing.assert_allclose(written, factor * history[-1]['head/kernel'], rtol=1e-6)
   with pytest.raises(UserError, match="two predictors are called 'grow'"):
-    from_files.prepare(files, predictors=[predictors[0], type('grow', (Median,), {})()], steps=1)
+    file_job.prepare(files, predictors=[predictors[0], type('grow', (Median,), {})()], steps=1)
 
 
 def test_a_predictor_of_ones_own_module_is_an_arm_of_a_study(own_module):

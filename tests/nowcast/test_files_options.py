@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import know_jax
 from know_jax.errors import PredictionWarning, UserError
-from know_jax.nowcast import from_files
+from know_jax.nowcast import file_job, from_files
 
 SHAPES = {
   'conv/kernel': (3, 3, 2, 4),
@@ -47,7 +47,7 @@ def save(folder, history, **more):
 
 def run(paths, output, name='2.safetensors', **options):
   options = {'predictors': ['task_vector'], 'steps': 1, **options}
-  (folder,) = from_files.write(from_files.prepare(paths, **options), output, show_progress=False)
+  (folder,) = from_files.write(file_job.prepare(paths, **options), output, show_progress=False)
   return load(folder / name)
 
 
@@ -91,14 +91,14 @@ def test_some_leaves_only(tmp_path):
 def test_options_of_predictors(tmp_path):
   history = make_history()
   paths = save(tmp_path, history)
-  options = from_files.parse_options(['lam=0.3'])
+  options = file_job.parse_options(['lam=0.3'])
   found = run(paths, tmp_path / 'out', options=options)
   for path, leaf in know_jax.predict(history, 1, predictor='task_vector', lam=0.3).items():
     assert equal(found[path], leaf)
-  assert from_files.parse_options(['a=true', 'b=x', 'c=-1e-3']) == {'a': True, 'b': 'x', 'c': -1e-3}
+  assert file_job.parse_options(['a=true', 'b=x', 'c=-1e-3']) == {'a': True, 'b': 'x', 'c': -1e-3}
   for text in ('lam', '=3', 'a b=3'):
     with pytest.raises(UserError, match=r"option: found '.*'; expected 'name=value', as in 'lam"):
-      from_files.parse_options([text])
+      file_job.parse_options([text])
   with pytest.raises(UserError, match='lamb'):
     run(paths, tmp_path / 'wrong', options={'lamb': 0.3})
   assert not (tmp_path / 'wrong').exists()
@@ -159,7 +159,7 @@ def test_what_can_only_be_kept_is_copied_as_bytes(tmp_path):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, 'little') + text + body + b'\1\2\3\4\5')
   with pytest.warns(PredictionWarning, match='not predicted, and copied: packed, scale8'):
-    job = from_files.prepare(paths, predictors=['task_vector'], steps=1, skip='wave')
+    job = file_job.prepare(paths, predictors=['task_vector'], steps=1, skip='wave')
   (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
   before, after = paths[-1].read_bytes(), (folder / '2.safetensors').read_bytes()
   length = 8 + int.from_bytes(after[:8], 'little')
@@ -174,9 +174,7 @@ def test_what_can_only_be_kept_is_copied_as_bytes(tmp_path):
     pytest.raises(UserError, match=r"leaf 'packed' has dtype .*V1, which safetensors cannot be"),
     pytest.warns(),
   ):
-    from_files.prepare(
-      paths, predictors=['task_vector'], steps=1, skip='wave', format='safetensors'
-    )
+    file_job.prepare(paths, predictors=['task_vector'], steps=1, skip='wave', format='safetensors')
 
 
 def test_numbers_in_another_order_of_bytes_are_copied_and_told(tmp_path):
@@ -184,7 +182,7 @@ def test_numbers_in_another_order_of_bytes_are_copied_and_told(tmp_path):
   for number, stage in enumerate(history):
     np.savez(tmp_path / f'{number}.npz', **stage, other=(np.arange(3) + number).astype('>f4'))
   with pytest.warns(PredictionWarning, match='of a dtype that is not predicted, and copied: other'):
-    job = from_files.prepare(
+    job = file_job.prepare(
       [tmp_path / f'{n}.npz' for n in range(3)], predictors=['task_vector'], steps=1
     )
   (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
@@ -198,7 +196,7 @@ def test_the_card(tmp_path):
   history = make_history()
   more = {f'layer/lora_{x}/weight': np.ones((2, 5), np.float32) for x in 'AB'}
   paths = save(tmp_path, history, **more)
-  job = from_files.prepare(
+  job = file_job.prepare(
     paths, predictors=['task_vector'], steps=1, kinds={'lora_.*/weight': 'fc'}, options={'lam': 0.4}
   )
   (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
@@ -223,8 +221,8 @@ def test_the_card(tmp_path):
 
 def test_what_would_be_done(tmp_path):
   paths = save(tmp_path, make_history())
-  job = from_files.prepare(paths, predictors=['task_vector', 'log_fit'], steps=2)
-  text = from_files.plan(job, tmp_path / 'a' / 'b')
+  job = file_job.prepare(paths, predictors=['task_vector', 'log_fit'], steps=2)
+  text = file_job.plan(job, tmp_path / 'a' / 'b')
   assert 'weights: 72 conv, 210 fc, 11 bias, 0 keep' in text
   # 293 weights of four bytes, three stages.
   assert 'reads 0.0 MB; writes 2 x 2 checkpoints of 0.0 MB (safetensors)' in text
@@ -249,9 +247,7 @@ def test_tensors_of_torch_that_share_or_permute_their_numbers(tmp_path):
   with pytest.warns(
     PredictionWarning, match="'lm_head.weight' shares the numbers of 'embed.weight'"
   ):
-    job = from_files.prepare(
-      paths, predictors=['task_vector'], steps=1, kinds={'embed/weight': 'fc'}
-    )
+    job = file_job.prepare(paths, predictors=['task_vector'], steps=1, kinds={'embed/weight': 'fc'})
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)

@@ -33,7 +33,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.safetensors import DTYPES
 from know_jax.io.sealed import read_sealed
 from know_jax.io.weights import Reader, Sink
-from know_jax.nowcast import from_files, health, pieces
+from know_jax.nowcast import file_job, from_files, health, pieces
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -125,7 +125,7 @@ def load(folder):
 
 
 def run(history, output, *, shard_bytes=1 << 14, format='safetensors', **options):
-  job = from_files.prepare(history, format=format, **options)
+  job = file_job.prepare(history, format=format, **options)
   return from_files.write(job, output, shard_bytes=shard_bytes, show_progress=False)
 
 
@@ -281,7 +281,7 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_bytes(tmp_path, files, who
 DRIVER = """
 import json, os, runpy, signal, sys
 from know_jax.io.weights import Sink
-from know_jax.nowcast import from_files, pieces
+from know_jax.nowcast import file_job, from_files, pieces
 from know_jax.runs import cli
 pieces.STRETCH = 1 << 13
 write, writes = Sink.write, 0

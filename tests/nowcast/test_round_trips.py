@@ -18,7 +18,7 @@ import know_jax
 from know_jax.errors import PredictionWarning, UserError
 from know_jax.io import checkpoints
 from know_jax.io.weights import Sink
-from know_jax.nowcast import from_files
+from know_jax.nowcast import file_job, from_files
 
 SHAPES = {
   'conv/kernel': (3, 3, 2, 4),
@@ -307,7 +307,7 @@ FORMATS = (
 
 def run(history, output, **options):
   options = {'predictors': ['log_fit'], 'steps': 2, **options}
-  return from_files.write(from_files.prepare(history, **options), output, show_progress=False)
+  return from_files.write(file_job.prepare(history, **options), output, show_progress=False)
 
 
 def save_all(form, folder, history):
@@ -367,7 +367,7 @@ def test_a_model_of_keras_is_loaded_and_runs(tmp_path, monkeypatch):
       model.save_weights(path) if 'weights' in name else model.save(path)
     paths = [tmp_path / name / str(number) / name for number in range(3)]
     newest = model.get_weights()
-    job = from_files.prepare(
+    job = file_job.prepare(
       paths, predictors=['task_vector'], steps=1, kinds={'gamma|beta|moving': 'keep'}
     )
     kinds = sorted(job.kinds.values())
@@ -420,7 +420,7 @@ def test_a_nnx_model_is_updated_from_what_comes_out(tmp_path):
     paths.append(tmp_path / str(seed))
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(paths[-1], states[-1])
-  job = from_files.prepare(paths, predictors=['task_vector'], steps=1)
+  job = file_job.prepare(paths, predictors=['task_vector'], steps=1)
   assert sorted(job.kinds.values()) == ['bias', 'fc']
   (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
   with ocp.StandardCheckpointer() as checkpointer:

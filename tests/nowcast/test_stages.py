@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from know_jax.errors import PredictionWarning, UserError
 from know_jax.io import checkpoints
-from know_jax.nowcast import from_files, stages
+from know_jax.nowcast import file_job, from_files, stages
 
 
 def save(path, seed=0, **more):
@@ -28,7 +28,7 @@ def trainer(folder, step, seed=None):
 
 
 def prepare(history, **options):
-  return from_files.prepare(history, **{'predictors': ['log_fit'], **options})
+  return file_job.prepare(history, **{'predictors': ['log_fit'], **options})
 
 
 def names(paths):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import know_jax
 from know_jax import kinds
 from know_jax.errors import KindsWarning
-from know_jax.nowcast import from_files
+from know_jax.nowcast import file_job, from_files
 
 CONV, FC, BIAS = 'conv', 'fc', 'bias'
 NORM = 'norm'  # Kept, and nothing need be said: normalisation, statistics.
@@ -562,7 +562,7 @@ def test_real_names_through_predict_and_files(family, tmp_path, thorough, tally)
       save_file(stage, files[-1])
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always')
-      job = from_files.prepare(files, predictors=['linear_fit'], steps=1)
+      job = file_job.prepare(files, predictors=['linear_fit'], steps=1)
       (folder,) = from_files.write(job, tmp_path / f'out{number}', show_progress=False)
     assert job.kinds == {name.replace('.', '/'): kind for name, kind in kinds_of(layout).items()}
     written = {}
