@@ -108,11 +108,11 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   """Runs all stages, or what is left of them, and returns the record.
 
   Several processes (`processes.start`) train one run together: all call this with the same
-  arguments. It may be run on with other numbers of devices and processes.
+  arguments. It may resume with other numbers of devices and processes.
 
   Args:
     config: the fields of `default_config`.
-    workdir: where everything is written; a workdir of the same config is run on. All processes must
+    workdir: where everything is written; a workdir of the same config resumes. All processes must
       see it; process 0 writes to it.
     show_progress: whether each stage shows its progress bar (in process 0).
 

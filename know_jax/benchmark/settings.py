@@ -38,7 +38,7 @@ class Settings:
     predicted: networks whose weights are predicted, the one that goals are judged by last.
     plain_chunk: weights that the plain vmap takes at a time: 64 features of four layers in two
       streams, in float32, are about 2 KB a weight.
-    keras_batches: batch sizes of Keras' predict, of which the fastest is taken.
+    keras_batches: batch sizes of Keras' predict; the fastest is taken.
     product: rows and columns of the large matrices whose product is timed.
     linear: weights of the history that linear predictors read, and how often each does.
     leaves: how many leaves, and the weights of each, where there are many.

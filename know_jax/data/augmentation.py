@@ -160,7 +160,7 @@ def warp(images: jax.Array, distortion: Distortion, **options: Any) -> jax.Array
 
   Args:
     images: [B, H, W, C].
-    distortion: one for each image; `flip` is not looked at.
+    distortion: one for each image; `flip` is ignored.
     **options: of `map_coordinates`, in place of bilinear interpolation and the nearest place.
 
   Returns:

@@ -31,7 +31,7 @@ def load_folder(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
   """Reads the pictures of a split.
 
-  Either `PATH/<split>/<class>/*.png`, or `PATH/<class>/*.png`, of which one picture in five of each
+  Either `PATH/<split>/<class>/*.png`, or `PATH/<class>/*.png`, where one picture in five of each
   class, drawn by the names of the files, is in the split 'test' and the others in 'train'. Classes
   are numbered in the order of their names. Pictures are turned as EXIF says; all are grey if those
   of the whole folder are, else all are colour; what is transparent is laid on white.
@@ -150,7 +150,7 @@ def _read(
 
 
 def _open(path: str) -> Any:
-  """A Pillow image, of which only the header is read."""
+  """A Pillow image; only its header is read."""
   try:
     from PIL import Image
   except ImportError as error:

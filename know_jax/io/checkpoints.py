@@ -187,7 +187,7 @@ def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-  """The metadata given to `save`, from the verified manifest; the weights are not looked at.
+  """The metadata given to `save`, from the verified manifest; the weights are not read.
 
   Raises:
     UserError: as in `restore`, as far as the manifest goes.
@@ -201,7 +201,7 @@ def weights_digest(path: str | os.PathLike) -> str:
   """Identifies the weights of a checkpoint: equal for equal names, shapes, dtypes and bits.
 
   Returns:
-    64 hexadecimal digits, from the verified manifest; the weights are not looked at.
+    64 hexadecimal digits, from the verified manifest; the weights are not read.
 
   Raises:
     UserError: as in `restore`, as far as the manifest goes.

@@ -43,7 +43,7 @@ def read_arrays(path: Path, names: Sequence[str], *, limit: int, sort: str) -> d
     path: the file.
     names: of the data sets; of those in groups, keys joined by `/`.
     limit: more numbers in a data set, or a chunk of it, are refused unread.
-    sort: what sort of file is wanted, as errors say it.
+    sort: what sort of file is expected, as errors say it.
 
   Returns:
     Name -> data set.

@@ -40,7 +40,7 @@ def main(path: str, limit: int, names: list[str]) -> None:
   limit_memory()
   try:
     with h5py.File(path, 'r') as file:
-      # Everything is looked at before anything is read: shapes may be chosen to fill the memory.
+      # Everything is checked before anything is read: shapes may be chosen to fill the memory.
       found = [_dataset(file, name, limit) for name in names]
       about = [[d.dtype.str, list(d.shape), sorted(map(str, d.attrs))] for d in found]
       arrays = [np.ascontiguousarray(data[()]) for data in found]

@@ -3,7 +3,7 @@
 Three splits. `run`: the predictors were fitted on other runs of the same families and data sets.
 `family`, `dataset`: their parameters were neither trained on nor chosen by any run of the test
 run's family, or data set (the recipe, which is in the config, may have been). All three report the
-same test runs, which nothing else looks at.
+same test runs, which nothing else reads.
 
 Errors are those of all weights of a kind of leaf in a run, over both windows of its seven stages,
 divided by the error of copying the newest weight: 1 is no better than doing nothing. Means and
@@ -271,7 +271,7 @@ def _about(split: str, left_out: str, about: Mapping[str, Any]) -> dict[str, Any
 
 
 def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dict[str, np.ndarray]:
-  """The weights that an arm predicts from five stages of a run, of which `start` is the oldest.
+  """The weights that an arm predicts from five stages of a run; `start` is the oldest.
 
   Returns:
     path -> leaf; leaves that are kept are those of the newest of the five.

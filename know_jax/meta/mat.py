@@ -13,7 +13,7 @@ never does: its kernel axes are at one end and its stages at the other. Its shap
 for the whole file, and a file that says to be MATLAB's (by its header or by `MATLAB_class`
 attributes) where that shape says otherwise is refused rather than guessed at.
 
-The hyper-parameters are in the file's name, of which those are kept that can be told there (see
+The hyper-parameters are in the file's name; those that can be told there are kept (see
 `name_fields`). The sampling rate must be: predictors depend on it. Reference: the paper, section
 4.1.
 """

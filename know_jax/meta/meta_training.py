@@ -143,7 +143,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   Args:
     config: the fields of `default_config`.
     data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
-    workdir: where everything is written; a workdir of the same config is run on.
+    workdir: where everything is written; a workdir of the same config resumes.
 
   Returns:
     The record, with the runs of each part and the error against copying on the validation runs.

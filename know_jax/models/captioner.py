@@ -200,7 +200,7 @@ def search(
     logits = decode(features, jnp.asarray(tokens.reshape(batch * beams, length)))[:, t - 1]
     steps = np.asarray(jax.nn.log_softmax(logits), np.float64).reshape(batch, beams, -1)
     done = (tokens == end).any(-1)
-    # A finished caption goes on with padding, at no cost.
+    # A finished caption continues with padding, at no cost.
     only_padding = np.where(np.arange(steps.shape[-1]) == PADDING, 0.0, -np.inf)
     total = scores[..., None] + np.where(done[..., None], only_padding, steps)
     flat = total.reshape(batch, -1)

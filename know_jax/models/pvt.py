@@ -1,4 +1,4 @@
-"""PVTv2: a pyramid of transformer stages whose attention looks at a reduced map.
+"""PVTv2: a pyramid of transformer stages whose attention reads a reduced map.
 
 References:
   Wang et al., PVT v2: Improved Baselines with Pyramid Vision Transformer, 2022; names, padding and

@@ -58,7 +58,7 @@ def predict(
     stacked: a regular expression for the paths of leaves that hold layers, or copies for devices,
       on their first axis: `'layers/'`. Each is predicted as if it were a leaf of its own.
     on_bad: what becomes of a bad leaf: 'keep' (it keeps its newest weights, and a
-      `health.PredictionWarning` says so and why), 'raise', or 'ignore' (nothing is looked at, and
+      `health.PredictionWarning` says so and why), 'raise', or 'ignore' (nothing is checked, and
       no warning given). The same under a transformation, where the warning comes, and the error is
       raised, when the computation runs.
     **options: the predictor's own options: `regressor` (linear_fit), `lam` and `variant`

@@ -442,7 +442,7 @@ def _row_program() -> Callable[..., Any]:
 def _predict_row(
   predictor: Elementwise, steps: tuple[int, ...], rate: float, row: Any, count: Any, params: Any
 ) -> jax.Array:
-  """Predictions `[len(steps), N]` of a row `[S, N]`, of which the first `count` weights matter.
+  """Predictions `[len(steps), N]` of a row `[S, N]`; only its first `count` weights matter.
 
   What comes after them may be any number that a weight can be.
   """

@@ -344,7 +344,7 @@ def _check_memory(job: Job, predictor: str, memory: int) -> None:
       if needed > memory:
         raise UserError(
           f'leaf {path!r} of {stage.path} is stored in chunks of '
-          f'{stage.leaves[path].chunk_bytes} bytes, of which one at a time must be held: about '
+          f'{stage.leaves[path].chunk_bytes} bytes, one of them held at a time: about '
           f'{needed} bytes are needed, at most {memory} are allowed. Allow more, or save it in '
           'smaller chunks (chunk_byte_size of orbax.checkpoint.SaveArgs).'
         )

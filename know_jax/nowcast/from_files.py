@@ -1,6 +1,6 @@
 """Predicts histories in files that are larger than memory, leaf by leaf and slice by slice.
 
-What is written for every predictor, and what a killed run goes on from:
+What is written for every predictor, and what a killed run resumes from:
 
 ```
 <output>/<predictor>/record.json   the run: options, digests of the history, finished shards

@@ -24,7 +24,7 @@ import numpy as np
 from know_jax.errors import PredictionWarning, UserError, unknown_name
 
 ON_BAD = ('keep', 'raise', 'ignore')
-"""What becomes of a bad leaf: it keeps its newest weights, it is an error, or nothing is looked at.
+"""What becomes of a bad leaf: it keeps its newest weights, it is an error, or nothing is checked.
 """
 
 MAX_MOVEMENT = 10.0

@@ -42,7 +42,7 @@ _LOG_LEAST = -12.0
 class ConditionedKNOWN(nn.Module):
   """The network that gives a leaf's coefficients, for a history of S stages.
 
-  1,798 parameters for S = 5, of which 32 are constants of the meta-dataset.
+  1,798 parameters for S = 5; 32 of them are constants of the meta-dataset.
 
   Attributes:
     history_length: S.

@@ -78,7 +78,7 @@ def load_known(path: str | Path | None = None, *, shipped: str = 'known') -> dic
   if path is None:
     if shipped not in SHIPPED:
       raise unknown_name('shipped KNOWN', shipped, SHIPPED)
-    return jax.tree.map(lambda leaf: leaf, _shipped(shipped))  # the cached dicts stay ours
+    return jax.tree.map(lambda leaf: leaf, _shipped(shipped))  # callers may change their own dicts
   path = Path(path).expanduser()
   if path.is_dir():
     return _load_keras(path)

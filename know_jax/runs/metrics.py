@@ -31,7 +31,7 @@ class MetricsLog:
 
     Args:
       workdir: an existing directory.
-      resume_step: the step of the state that the run goes on from; later lines, and one that was
+      resume_step: the step of the state that the run resumes from; later lines, and one that was
         cut off, are dropped. None: the run begins, and all lines are dropped.
 
     Raises:

@@ -118,9 +118,9 @@ class RunRecord:
     kind: str,
     flag: str = '--workdir',
   ) -> 'RunRecord':
-    """Begins a run in a workdir, or goes on with the one that is there.
+    """Begins a run in a workdir, or resumes the one that is there.
 
-    Where a run goes on in another environment (a new version, another device), that is added to
+    Where a run resumes in another environment (a new version, another device), that is added to
     the record under `resumed_in`. Of several processes all call this and what changes the record,
     with the same values; process 0 writes, and its record is that of all.
 
