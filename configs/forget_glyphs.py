@@ -7,7 +7,7 @@ Paper:     section 3 (S = 5 stages, r = 1/2), on a task small enough for any mac
 
 The task (know_jax/data/glyphs.py), its rates and epochs were chosen so that test accuracy falls at
 every stage by more than its noise and naive transfer beats training from scratch. The rate of the
-stages was 1.5e-2 by that rule alone; after a look at the whole table it was lowered to the lowest
+stages was 1.5e-2 by that rule alone; after the whole table was seen it was lowered to the lowest
 tried (2e-3, 5e-3, 1e-2, 1.5e-2) at which every fall exceeds the standard error of an accuracy, 0.6
 points. That rule reads no predictor, but the table had been seen: read it as a demonstration.
 """
