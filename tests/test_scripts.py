@@ -91,7 +91,7 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
     f'{part} x{m}' for part in ('as is', 'transfer') for m in (1, 2, 4, 8)
   ]
   assert re.fullmatch(r'\d+\.\d ± \d+\.\d', table[-1].split('|')[-2].strip())
-  (path,) = workdir.glob('transfer/digits-*/results.jsonl')
+  (path,) = workdir.glob('transfer/new_glyphs-*/results.jsonl')
   assert len(read_lines(path)) == 5 * 2
 
 
@@ -128,7 +128,10 @@ MISTAKES = [
   (('forget.py', '--config.dataset=digitz'), "unknown data set 'digitz'. Did you mean 'digits'"),
   (('forget.py', '--config.model=cnn_nb'), "unknown model 'cnn_nb'. Did you mean 'cnn_bn'"),
   (('forget.py', '--config.epoch=3'), "unknown config field 'epoch'. Did you mean 'epochs'"),
-  (('forget.py', '--config.batch_size=64'), 'stage 4 (0 is the whole set) has 46 examples; wanted'),
+  (
+    ('forget.py', '--config.batch_size=128'),
+    'stage 4 (0 is the whole set) has 100 examples; wanted',
+  ),
   (
     ('forget.py', '--config.rate=0.1', '--config.stages=3', '--config.batch_size=1',
      '--config.stratified=False', '--config.train_examples=300'),

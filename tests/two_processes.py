@@ -115,7 +115,7 @@ def predict_where_the_weights_are():
       part = np.asarray(wanted[path])[shard.index]
       np.testing.assert_allclose(shard.data, part, rtol=1e-5, atol=1e-6, err_msg=path)
   plan = plan_of(arrays, 1, 'known_leaf', None, 0.5, None, 'keep', {})
-  leaves = [plan.history.leaves[i] for i in plan.predicted]
+  leaves = plan.history.leaves
   hlo = compiled.predict_leaves.lower(leaves, plan.theta, plan.job, (1,)).compile().as_text()
   assert 'num_partitions=4' in hlo
   assert re.search('all-reduce', hlo)  # Of moments; but of weights none leaves its device.

@@ -71,7 +71,10 @@ def resolve(predictor: Any, options: Mapping[str, Any] | None = None) -> tuple[s
   )
   if is_object:
     check_predictor(predictor, 'predictor')
-    name = predictor.__name__ if isinstance(predictor, type) else type(predictor).__name__
+    kind = predictor if isinstance(predictor, type) else type(predictor)
+    # What is registered keeps its name, also where it is handed on as an object.
+    names = [name for name, entry in REGISTRY.items() if entry is predictor or entry is kind]
+    name = names[0] if names else kind.__name__
     return name, make(name, predictor, options or {})
   name, entry = REGISTRY.find(predictor)
   return name, make(name, entry, options or {})

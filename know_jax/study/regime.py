@@ -291,7 +291,7 @@ class _Study:
     """The variables of a source's stages, oldest (smallest subset) first."""
     from flax.traverse_util import unflatten_dict
 
-    with np.load(self._path(seed)) as file:
+    with np.load(self._path(seed), allow_pickle=False) as file:
       flat: list[dict[str, Any]] = [{} for _ in range(STAGES)]
       for name in file.files:
         stage, _, path = name.partition('/')
@@ -350,7 +350,7 @@ def _arrays(config: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
   """Images and labels of the source's training set, the target's, and its test set."""
   if config['arrays']:
     try:
-      with np.load(config['arrays']) as file:
+      with np.load(config['arrays'], allow_pickle=False) as file:
         return [(file[f'{name}_images'], file[f'{name}_labels']) for name in _ARRAYS]
     except (OSError, ValueError, KeyError) as error:
       raise UserError(f'cannot read {config["arrays"]}: {error}.') from error

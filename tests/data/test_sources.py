@@ -467,9 +467,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 def test_reading_prints_nothing_and_needs_no_tensorflow(tmp_path):
   prepare(tmp_path, {'train': some_examples()[1]})
   code = (
-    'import sys, know_jax, know_jax.data\n'
+    'import sys, know_jax, know_jax.data.sources\n'
     "assert 'tensorflow_datasets' not in sys.modules\n"
-    f"found = know_jax.data.load_dataset('tiny', 'train', data_dir={str(tmp_path)!r})\n"
+    f"found = know_jax.data.sources.load_dataset('tiny', 'train', data_dir={str(tmp_path)!r})\n"
     "assert len(found.labels) == 6 and 'tensorflow' not in sys.modules\n"
   )
   run = subprocess.run(

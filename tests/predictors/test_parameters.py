@@ -86,7 +86,7 @@ def test_a_path_may_start_at_home(theta, tmp_path, monkeypatch):
 def as_shipped(theta, tmp_path, monkeypatch):
   path = tmp_path / 'shipped.safetensors'
   parameters.save_known(path, theta, CARD)
-  monkeypatch.setitem(parameters.SHIPPED, 'known_leaf', path)
+  monkeypatch.setitem(parameters.SHIPPED, 'known', path)
   parameters._shipped.cache_clear()
   yield path
   parameters._shipped.cache_clear()

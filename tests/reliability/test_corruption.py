@@ -165,7 +165,7 @@ def test_weights_of_before_there_were_checksums_are_read(tmp_path):
   assert metadata.pop('sha256')
   tensors = safetensors.numpy.load_file(path)
   safetensors.numpy.save_file(tensors, tmp_path / 'old.safetensors', metadata)
-  assert_same_bits(load_known(tmp_path / 'old.safetensors'), load_known())
+  assert_same_bits(load_known(tmp_path / 'old.safetensors'), load_known(shipped='known_leaf'))
   safetensors.numpy.save_file(tensors, tmp_path / 'x.safetensors', metadata | {'sha25v': '0'})
   with pytest.raises(UserError, match=r"x\.safetensors: is damaged: 'sha25v' in the header"):
     load_known(tmp_path / 'x.safetensors')
