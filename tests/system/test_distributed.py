@@ -21,7 +21,7 @@ from know_jax.io import checkpoints
 from know_jax.io.journal import read_lines
 from know_jax.runs import workdir as workdirs
 from know_jax.system import processes
-from know_jax.training import loop
+from know_jax.training import steps
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240
@@ -79,9 +79,9 @@ def run_both(folder, *commands, **variables):
 
 @functools.cache
 def compiled_for(devices):
-  """The attributes of `training` that compile, anew: for so many of this process's devices."""
-  names = ('train_step', 'eval_step', '_identity')
-  return {name: functools.cache(getattr(loop, name).__wrapped__) for name in names}
+  """What `training.steps` compiles, anew: for so many of the devices of this process."""
+  names = ('_train_step', '_eval_step', '_identity', 'count_wishes')
+  return {name: functools.cache(getattr(steps, name).__wrapped__) for name in names}
 
 
 def forget_on(devices, workdir):
@@ -91,7 +91,7 @@ def forget_on(devices, workdir):
     for name in ('device_count', 'local_device_count'):
       patch.setattr(jax, name, lambda: devices)
     for name, compiled in compiled_for(devices).items():
-      patch.setattr(loop, name, compiled)
+      patch.setattr(steps, name, compiled)
     forget(workdir, **FEW_STEPS)
   return workdir
 
