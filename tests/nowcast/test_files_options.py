@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from complex_files import mark_complex
 
 import know_jax
 from know_jax.errors import PredictionWarning, UserError
@@ -145,7 +146,10 @@ def test_8_bit_floats_are_predicted_in_float32(tmp_path, dtype):
 def test_what_can_only_be_kept_is_copied_as_bytes(tmp_path):
   history = make_history()
   waves = np.arange(4, dtype=np.complex64)
-  paths = save(tmp_path, history, wave=waves, flags=np.array([True, False]), big=np.uint16([7]))
+  parts = waves.view(np.float32)
+  paths = save(tmp_path, history, wave=parts, flags=np.array([True, False]), big=np.uint16([7]))
+  for path in paths:
+    mark_complex(path, 'wave')
   with pytest.raises(UserError, match=r"leaf 'wave' has dtype complex64, .*--skip='\^wave\$'"):
     run(paths, tmp_path / 'wrong')
   # Numbers of four bits, and scales of eight, which NumPy does not have.
