@@ -14,6 +14,7 @@ from know_jax.predictors.controls import history_free
 from know_jax.predictors.known import KNOWN
 from know_jax.predictors.parameters import load_known
 from know_jax.predictors.registry import register_predictor
+from know_jax.recommendation import Recommendation, Start, recommend
 from know_jax.trajectory import Trajectory
 from know_jax.user_loop import forget, nested_subsets
 from know_jax.version import __version__
@@ -23,6 +24,8 @@ __all__ = [
   'PREDICTORS',
   'Elementwise',
   'Linear',
+  'Recommendation',
+  'Start',
   'Trajectory',
   'UserError',
   'WholeLeaf',
@@ -33,5 +36,6 @@ __all__ = [
   'load_known',
   'nested_subsets',
   'predict',
+  'recommend',
   'register_predictor',
 ]

@@ -23,7 +23,15 @@ ROWS = (
   ('report/*',),
   ('forgetting', 'user_loop'),
   ('nowcast/*',),
-  ('transfer', 'landscape', 'meta/*', 'study/*', 'benchmark/*'),
+  (
+    'transfer',
+    'recommendation',
+    'transfer_starts',
+    'landscape',
+    'meta/*',
+    'study/*',
+    'benchmark/*',
+  ),
   ('__main__',),
 )
 ORDER = {name: place for place, name in enumerate(itertools.chain.from_iterable(ROWS))}
