@@ -24,6 +24,7 @@ _PREDICTOR = flags.DEFINE_list(
 _STEPS = flags.DEFINE_list('steps', '1,2,3', 'With --predictor: the steps to try.')
 _RATES = flags.DEFINE_list('rates', '0.5,1,2,4', "Multiples of the config's lr to try.")
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Seeds that decide.')
+_SEED = flags.DEFINE_integer('labels_seed', 0, "Which of the transfer's seeds draws the labels.")
 _VALIDATION = flags.DEFINE_float('validation', 0.2, 'Part of the labelled images to judge by.')
 
 
@@ -46,6 +47,7 @@ def main() -> None:
     rates=_numbers(_RATES, float),
     repeats=_REPEATS.value,
     validation=_VALIDATION.value,
+    labels_seed=_SEED.value,
   )
   print(found)
 

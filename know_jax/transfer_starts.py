@@ -44,11 +44,12 @@ def run(
   rates: Sequence[float] = RATES,
   repeats: int = 5,
   validation: float = 0.2,
+  labels_seed: int = 0,
 ) -> Recommendation:
   """`recommend` for a finished forgetting run and the task of a transfer.
 
-  The labelled examples are those of the transfer's seed 0. Each seed of the search holds out its
-  own part of them for validation, and decides the head and the order; the test set is not used.
+  The labelled examples are those of one of the transfer's seeds. Each seed of the search holds out
+  its own part of them for validation, and decides head and order; the test set is not used.
   Scores are kept in `recommend/<dataset>-<digest>/trials.jsonl`, the answer in a record beside it.
 
   Args:
@@ -58,6 +59,7 @@ def run(
     rates: multiples of the config's `lr` to try.
     repeats: how many seeds decide.
     validation: the part of the labelled examples that is held out.
+    labels_seed: which of the transfer's seeds draws the labelled examples.
 
   Returns:
     The recommendation.
@@ -77,8 +79,9 @@ def run(
     )
   task = load_task(settings, source)
   transfer.check_fits(task, [trajectory.newest])
-  score = task_score(task, settings, validation)
+  score = task_score(task, settings, validation, labels_seed)
   asked = {
+    'labels_seed': labels_seed,
     'rates': list(rates), 'repeats': repeats, 'validation': validation,
     'starts': [str(start) for start in starts],
   }  # fmt: skip
@@ -111,7 +114,7 @@ def run(
 
 
 def task_score(
-  task: Task, config: Mapping[str, Any], validation: float = 0.2
+  task: Task, config: Mapping[str, Any], validation: float = 0.2, labels_seed: int = 0
 ) -> Callable[[Any, float, float, int], float]:
   """The `score` of `recommend` for a task, on held-out parts of its labelled training examples.
 
@@ -119,13 +122,14 @@ def task_score(
     task: the target; its test set is not used.
     config: the fields of `transfer.default_config`.
     validation: the part of the labelled examples that is held out, anew by each seed.
+    labels_seed: draws the labelled examples, as a transfer's seed does.
 
   Raises:
     UserError: too few labelled examples for a batch and a validation set.
   """
   if not 0 < validation < 1:
     raise UserError(f'validation is {validation}; expected a part between 0 and 1.')
-  labelled = transfer.labelled_subset(task, config['labels_per_class'], 0)
+  labelled = transfer.labelled_subset(task, config['labels_per_class'], labels_seed)
   strata = None if task.train.strata is None else np.asarray(task.train.strata)[labelled]
   train = Data(task.train, task.prepare)
   size = math.floor((1 - validation) * len(labelled) + 0.5)
