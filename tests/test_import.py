@@ -133,6 +133,57 @@ def test_the_shipped_weights_work_with_core_dependencies_only():
   assert run(core_only() + HISTORY + source) == 'done\n'
 
 
+# Windows, as far as Python shows it: calls and modules that only Unix has are missing. For what is
+# the package's own; other packages are imported before.
+WINDOWS = """
+import jax, orbax.checkpoint, absl.app, ml_collections.config_flags, multiprocessing.shared_memory
+import os, types
+for name in ('fcntl', 'resource'):
+  sys.modules.pop(name, None)
+unix = 'preadv pwrite posix_fallocate sched_getaffinity O_DIRECTORY O_CLOEXEC'
+for name in unix.split():
+  delattr(os, name)
+sys.modules['msvcrt'] = msvcrt = types.ModuleType('msvcrt')
+locks = []
+msvcrt.LK_NBLCK, msvcrt.locking = 2, lambda *args: locks.append(args)
+"""
+
+
+def test_files_are_predicted_where_the_system_is_not_unix_and_tfds_is_missing(tmp_path):
+  blocked = ['fcntl', 'resource', 'array_record', 'tensorflow_datasets']
+  out = run(
+    f'import sys\n{WINDOWS}{BLOCK.format(blocked=blocked)}{HISTORY}'
+    f"""
+from pathlib import Path
+import orbax.checkpoint as ocp
+import safetensors.numpy
+from know_jax import trees
+from know_jax.nowcast import file_job, from_files
+import know_jax.runs.cli, know_jax.forgetting, know_jax.data.sources
+folder = Path({str(tmp_path)!r})
+for i, stage in enumerate(history):
+  flat = {{path.replace('/', '.'): leaf for path, leaf in trees.named_leaves(stage).items()}}
+  safetensors.numpy.save_file(flat, folder / f'{{i}}.safetensors')
+  with ocp.StandardCheckpointer() as saver:
+    saver.save(folder / f'{{i}}.orbax', stage)
+for form in ('safetensors', 'orbax'):
+  files = [str(folder / f'{{i}}.{{form}}') for i in range(5)]
+  job = file_job.prepare(files, predictors=['task_vector'], steps=1)
+  from_files.write(job, folder / form, show_progress=False)
+(file,) = (folder / 'safetensors' / 'task_vector' / '1').glob('*.safetensors')
+results = [safetensors.numpy.load_file(file)['head.kernel']]
+with ocp.StandardCheckpointer() as saver:
+  results.append(saver.restore(folder / 'orbax' / 'task_vector' / '1')['head']['kernel'])
+before, newest = (stage['head']['kernel'] for stage in history[3:])
+for result in results:
+  np.testing.assert_allclose(result, 2 * newest - before, atol=1e-5)
+assert locks and all(args[1:] == (2, 1) for args in locks)
+print('done')
+"""
+  )
+  assert out.endswith('done\n')
+
+
 def test_reading_the_authors_files_without_h5py_says_what_to_install(tmp_path):
   for kind in ('Conv', 'FC', 'Bias'):
     (tmp_path / f'KNOWN_{kind}.h5').touch()

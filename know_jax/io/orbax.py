@@ -32,6 +32,7 @@ from know_jax.io.weights import (
   files_below,
   identify_files,
   raw_bytes,
+  write_at,
 )
 from know_jax.jsonable import digest
 
@@ -170,10 +171,7 @@ def _copy(file: int, data: np.ndarray, shape: tuple[int, ...], part: tuple[slice
   for index in np.ndindex(*data.shape[:lead]):
     where = sum((s.start + i) * step for s, i, step in zip(part, index, steps, strict=False))
     where += sum(s.start * step for s, step in zip(part[lead:], steps[lead:], strict=True))
-    run, place = rows[index].data, where * data.dtype.itemsize
-    while len(run):
-      count = os.pwrite(file, run, place)
-      run, place = run[count:], place + count
+    write_at(file, rows[index].data, where * data.dtype.itemsize)
 
 
 # --- writing --------------------------------------------------------------------------------------

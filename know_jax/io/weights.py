@@ -39,6 +39,18 @@ def _read_at(file: int, buffer: memoryview, place: int) -> int:
   return len(data)
 
 
+def write_at(file: int, data: memoryview, place: int) -> None:
+  """Writes bytes at a place of an open file."""
+  while len(data):
+    if hasattr(os, 'pwrite'):
+      count = os.pwrite(file, data, place)
+    else:
+      with _position:
+        os.lseek(file, place, os.SEEK_SET)
+        count = os.write(file, data)
+    data, place = data[count:], place + count
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
   """One leaf, open for reading.

@@ -289,7 +289,7 @@ def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord
 
 def _pretrain_loss(workdir: Path) -> dict[str, float]:
   """The training loss of the first epoch of pre-training, a fifth before its end, and the last."""
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text('utf-8').splitlines()]
   losses = [line['loss'] for line in lines if line['stage'] == 0]
   before = max(0, len(losses) - 1 - max(1, len(losses) // 5))
   return {'first': losses[0], 'before': losses[before], 'end': losses[-1]}

@@ -113,7 +113,7 @@ def _library(folder: Path) -> str:
     if (folder / name).is_file():
       return library
   try:
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_text('utf-8'))
   except (OSError, ValueError):
     return 'know_jax'
   if not isinstance(config, dict):

@@ -113,7 +113,7 @@ def _recorded(stage: Weights) -> tuple[tuple[str, Path | None], float]:
   folder = path if path.is_dir() else path.parent
   if stage.home is not None and (folder / 'trainer_state.json').is_file():
     try:
-      step = json.loads((folder / 'trainer_state.json').read_text())['global_step']
+      step = json.loads((folder / 'trainer_state.json').read_text('utf-8'))['global_step']
       if isinstance(step, int):
         return ('global_step', folder.resolve().parent), step
     except (OSError, ValueError, KeyError, TypeError):

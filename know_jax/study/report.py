@@ -65,7 +65,7 @@ def write(workdir: str | Path, path: str | Path) -> str:
       '## Plots',
       *(f'![{title}]({file})' for title, file in drawn.items()),
     ]
-    path.write_text('\n\n'.join(parts) + '\n')
+    path.write_text('\n\n'.join(parts) + '\n', 'utf-8')
   except OSError as error:
     raise UserError(f'cannot write {path}: {reason(error)}.') from error
   return answer

@@ -91,7 +91,7 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     *beyond_text(beyond),
   ]
   try:
-    path.write_text('\n\n'.join(parts) + '\n')
+    path.write_text('\n\n'.join(parts) + '\n', 'utf-8')
   except OSError as error:
     raise UserError(f'cannot write {path}: {reason(error)}.') from error
   return answer

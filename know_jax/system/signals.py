@@ -1,6 +1,7 @@
 """Stopping a run from outside: the exception of SIGTERM, and stretches that no signal breaks."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -45,7 +46,9 @@ def raise_again(unraisable: Any) -> None:
     return
   signal.signal(signal.SIGTERM, raise_terminated)
   # By another thread, because here it would be dropped as well.
-  again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+  # On Windows `os.kill` would end the process; elsewhere it wakes the main thread too.
+  send = signal.raise_signal if os.name == 'nt' else functools.partial(os.kill, os.getpid())
+  again = threading.Timer(_AGAIN_SECONDS, send, (signal.SIGTERM,))
   again.daemon = True
   again.start()
 
