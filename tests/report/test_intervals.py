@@ -189,3 +189,23 @@ def test_rank_correlation():
   )
   assert math.isnan(intervals.rank_correlation([1, 2], [1, 2]))
   assert math.isnan(intervals.rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+@pytest.mark.parametrize('sources', [2, 5, 10])
+def test_the_t_interval_covers_what_it_claims(sources):
+  """95 % of studies with a known truth; a bootstrap of as many sources covers fewer."""
+  rng, studies, truth = np.random.default_rng(sources), 2000, 0.3
+  # Three transfers from each source: sources differ by 1, transfers from one of them by 0.5.
+  means = truth + rng.normal(size=(studies, sources, 1))
+  values = means + 0.5 * rng.normal(size=(studies, sources, 3))
+  covered = {'t': 0, 'bootstrap': 0}
+  for groups in values:
+    for name, (low, high) in {
+      't': intervals.t_interval(intervals.source_means(groups)),
+      'bootstrap': intervals.bootstrap_interval(groups, resamples=200),
+    }.items():
+      covered[name] += low <= truth <= high
+  # The central 99.9 % of Binomial(2000, 0.95), by SciPy.
+  least, most = scipy.stats.binom.interval(0.999, studies, 0.95)
+  assert least <= covered['t'] <= most
+  assert covered['bootstrap'] < least
