@@ -6,11 +6,12 @@ CONSTRAINTS ?=
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: help venv demo test fast-tests test-newest test-oldest test-reliability study-smoke lint \
+.PHONY: help venv demo docs test fast-tests test-newest test-oldest test-reliability study-smoke lint \
   types clean
 
 help:
 	@echo 'make demo   forget, nowcast and transfer on generated glyphs (under 2 minutes)'
+	@echo 'make docs   the site, in site/: any warning fails, and the notebook is run'
 	@echo 'make test   lint, type check, the fast test suite and the smoke study'
 	@echo 'make test-newest, make test-oldest'
 	@echo '            the same, and the fast test suite alone, on the versions that .ci/*.txt pin'
@@ -29,6 +30,12 @@ venv: $(VENV)/stamp
 
 demo: venv
 	$(BIN)/python -m know_jax demo --workdir=$(DEMO)
+
+# In the same environment, with the extra `docs`: examples and notebook need all the rest too.
+docs: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev,docs]'
+	$(BIN)/python -m pytest tests/docs
+	$(BIN)/mkdocs build --strict
 
 lint: venv
 	$(BIN)/ruff check .
@@ -64,4 +71,4 @@ study-smoke: venv
 	rm -r $$folder
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest $(DEMO) workdir .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest $(DEMO) site workdir .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ registered, or as 'package.module:object', which is imported.
 
 import contextlib
 import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,23 @@ def load_object(path: str, what: str = 'object') -> Any:
       found = getattr(found, name)
     except AttributeError as error:
       raise UserError(f'{what} {path!r}: {module_name!r} has no {attributes!r}.') from error
+  return found
+
+
+def discover(package: str, table: str, *, skip: str = '') -> dict[str, Any]:
+  """What the modules of a package declare: their dicts of one name, joined.
+
+  So a new entry is one file: nothing else lists it.
+
+  Args:
+    package: its name; its modules are imported.
+    table: the name of the dict in each module that declares entries.
+    skip: the name of the module that asks, if it is one of them.
+  """
+  found: dict[str, Any] = {}
+  for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f'{package}.'):
+    if module.name != skip:
+      found |= getattr(importlib.import_module(module.name), table, {})
   return found
 
 

@@ -95,3 +95,6 @@ def _draw(strokes: np.ndarray, size: tuple[int, int], rng: np.random.Generator) 
   ink = np.maximum(1 - distance.min(axis=1) / 0.1, 0)  # [N, H, W]
   ink = rng.uniform(0.6, 1.0, (count, 1, 1)) * ink + rng.uniform(-0.3, 0.3, ink.shape)
   return np.round(255 * np.clip(ink, 0, 1)).astype(np.uint8)[..., None]
+
+
+DATASETS = {name: functools.partial(load_glyphs, name) for name in GLYPHS}

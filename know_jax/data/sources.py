@@ -21,12 +21,9 @@ import numpy as np
 
 from know_jax.data.base import Batch
 from know_jax.data.folders import is_folder, load_folder
-from know_jax.data.glyphs import GLYPHS, load_glyphs
 from know_jax.data.image_cache import cache_dir, cache_key, read_cache, write_cache
 from know_jax.errors import UserError, unknown_name
-
-DIGITS = 'digits'
-"""The name of scikit-learn's embedded digits, which need no data directory."""
+from know_jax.registry import discover, load_object
 
 _NAME = re.compile(r'(?P<set>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?')
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
@@ -86,14 +83,15 @@ def load_dataset(
 ) -> Dataset:
   """Loads one split of a data set.
 
-  `'digits'` are the 1,797 handwritten digits of scikit-learn, 8 x 8, with their values 0 to 16
-  scaled to 0 to 255. Every fifth example of each digit, in the order of scikit-learn, is in the
-  split `'test'` (355 in all), the others are in `'train'` (1,442).
+  `'digits'` are handwritten and need no files: see `know_jax.data.digits`.
 
   A path, which has a `/`, is a folder with a folder of pictures for each class: see `load_folder`.
 
   `'glyphs'` and `'new_glyphs'` are drawn, ten classes each, from strokes that they share: see
   `know_jax.data.glyphs`.
+
+  `'package.module:object'` is a function of one's own: `load(split, image_size)` gives images,
+  labels and class names, as `load_glyphs` does.
 
   Any other name is a TFDS data set that lies prepared in `data_dir`, as array_record files:
   `'cifar10'`, or in full `'name/config:1.0.0'`; without a version the newest one is taken. Images
@@ -121,10 +119,13 @@ def load_dataset(
   ):
     raise UserError(f'image_size is {image_size!r}; wanted (H, W), two whole numbers of pixels.')
   size = None if image_size is None else (image_size[0], image_size[1])
-  if name in _WITHOUT_FILES:
-    images, labels, class_names = _WITHOUT_FILES[name](split, size)
+  if name in _without_files():
+    images, labels, class_names = _without_files()[name](split, size)
   elif is_folder(name):
     images, labels, class_names = load_folder(name, split, size)
+  elif ':' in name and not _NAME.fullmatch(name):
+    load = load_object(name, 'data set')
+    images, labels, class_names = _checked(name, load(split, size))
   else:
     base = Path(data_dir or _default_data_dir()).expanduser()
     images, labels, class_names = _load_prepared(name, _find_prepared(name, base), split, size)
@@ -197,39 +198,37 @@ def _keep_classes(
   return images[keep], labels[keep], tuple(class_names[label] for label in classes)
 
 
-# --- the embedded digits ---------------------------------------------------------------------
-
-
 @functools.cache
-def _load_digits(
-  split: str, image_size: tuple[int, int] | None
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-  if split not in ('train', 'test'):
-    raise unknown_name(f'split of {DIGITS!r}', split, ('train', 'test'))
+def _without_files() -> dict[str, Callable[..., tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+  """Name -> a function of split and image size that gives images, labels and class names.
+
+  They are what the `DATASETS` of the modules beside this one declare.
+  """
+  return discover(__package__, 'DATASETS', skip=__name__)
+
+
+def _checked(name: str, found: Any) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  """What a function of the user's gave for a split, if it is images, labels and class names."""
   try:
-    from sklearn.datasets import load_digits
-  except ImportError as error:
-    raise UserError(_needs_extra(f'data set {DIGITS!r}', 'scikit-learn', error)) from error
-  raw = load_digits()
-  labels = raw.target.astype(np.int32)
-  images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
-  test = np.zeros(len(labels), bool)
-  for digit in range(10):
-    test[np.flatnonzero(labels == digit)[4::5]] = True
-  chosen = test if split == 'test' else ~test
-  images, labels = images[chosen], labels[chosen]
-  if image_size is not None:
-    from PIL import Image
-
-    images = np.stack([_pixels(Image.fromarray(x[..., 0]), 1, image_size) for x in images])
-  return images, labels, tuple(str(digit) for digit in range(10))
-
-
-_WITHOUT_FILES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray, tuple[str, ...]]]] = {
-  DIGITS: _load_digits,
-  **{name: functools.partial(load_glyphs, name) for name in GLYPHS},
-}
-"""Name -> a function of split and image size that gives images, labels and class names."""
+    images, labels, class_names = found
+    images, labels = np.asarray(images), np.asarray(labels)
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'data set {name!r} gave {type(found)}; expected images, labels and class names.'
+    ) from error
+  if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+    raise UserError(
+      f'data set {name!r} gave images of shape {images.shape} and dtype {images.dtype}; expected '
+      'uint8 [N, H, W, C], N > 0.'
+    )
+  names = tuple(map(str, class_names))
+  whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1]
+  if not whole or labels.min() < 0 or labels.max() >= len(names):
+    raise UserError(
+      f'data set {name!r} gave labels of shape {labels.shape} and dtype {labels.dtype}; expected '
+      f'[{len(images)}] whole numbers from 0 to {len(names) - 1}, one for each image.'
+    )
+  return images.copy(), labels.astype(np.int32), names
 
 
 # --- TFDS ------------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def _prepared(base: Path, name: str = '*') -> dict[str, dict[str, Path]]:
 def _find_prepared(name: str, base: Path) -> Path:
   match = _NAME.fullmatch(name)
   if not match:
-    raise unknown_name('data set', name, [*_prepared(base), *_WITHOUT_FILES])
+    raise unknown_name('data set', name, [*_prepared(base), *_without_files()])
   prepared = _prepared(base, match['set'])
   wanted = name.removesuffix(f':{match["version"]}')
   if wanted not in prepared:
@@ -289,7 +288,7 @@ def _missing(base_name: str, wanted: str, base: Path) -> UserError:
     )
   prepared = _prepared(base)
   message = (
-    f'{unknown_name("data set", wanted, [*prepared, *_WITHOUT_FILES])} These need no files, or '
+    f'{unknown_name("data set", wanted, [*prepared, *_without_files()])} These need no files, or '
     f'are prepared in {base}.'
   )
   near = difflib.get_close_matches(base_name, offered, n=3, cutoff=0.7)

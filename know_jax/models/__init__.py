@@ -2,24 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from know_jax.errors import UserError, unknown_name
-from know_jax.models.cnn import CNN
-from know_jax.models.common import HEAD, Classifier
+from know_jax.models.common import HEAD, Classifier, Family
 from know_jax.models.convert import convert_state_dict, load_pretrained, to_state_dict
-from know_jax.models.deeplab import DeepLabV3Plus
-from know_jax.models.densenet import DenseNet
-from know_jax.models.mobilenet import MobileNetV2
-from know_jax.models.pvt import PVTv2
-from know_jax.models.resnet import ResNet
-from know_jax.models.shufflenet import ShuffleNetV2
-from know_jax.models.vit import HEADS, ViT
+from know_jax.registry import discover
 
 __all__ = [
   'HEAD',
@@ -34,66 +26,8 @@ __all__ = [
 ]
 
 
-class Family(NamedTuple):
-  """An entry of the registry.
-
-  Attributes:
-    module: the Flax module.
-    fixed: the module's attributes that this name settles; those left are options.
-    width_multiple: what `width` must be a multiple of.
-  """
-
-  module: type[Classifier]
-  fixed: Mapping[str, Any] = {}
-  width_multiple: int = 1
-
-
-def _pvt_v2(first: int, depths: tuple[int, ...], *, mlp: int = 8, linear: bool = False) -> Family:
-  dims = tuple(first * times for times in (1, 2, 5, 8))
-  fixed = {
-    'embed_dims': dims,
-    'num_heads': (1, 2, 5, 8),
-    'depths': depths,
-    'sr_ratios': (8, 4, 2, 1),
-    'mlp_ratios': (mlp, mlp, 4, 4),
-    'linear': linear,
-  }
-  return Family(PVTv2, fixed)
-
-
-MODELS: dict[str, Family] = {
-  'cnn': Family(CNN, {'batch_norm': False}),
-  'cnn_bn': Family(CNN, {'batch_norm': True}),
-  # For 32 x 32 images, as in the paper's transfer experiments: no pooling after the stem.
-  'resnet18': Family(
-    ResNet,
-    {
-      'width': 64,
-      'strides': (1, 1, 2, 2),
-      'blocks': 2,
-      'stem_kernel': 7,
-      'stem_stride': 1,
-      'conv_bias': True,
-    },
-  ),
-  'resnet_small': Family(
-    ResNet, {'strides': (1, 2, 2), 'stem_kernel': 3, 'stem_stride': 2, 'conv_bias': False}
-  ),
-  'densenet': Family(DenseNet),
-  'shufflenetv2': Family(ShuffleNetV2),
-  'mobilenetv2': Family(MobileNetV2),
-  'vit': Family(ViT, width_multiple=HEADS),
-  'pvt_v2': Family(PVTv2),
-  'pvt_v2_b0': _pvt_v2(32, (2, 2, 2, 2)),
-  'pvt_v2_b1': _pvt_v2(64, (2, 2, 2, 2)),
-  'pvt_v2_b2': _pvt_v2(64, (3, 4, 6, 3)),
-  'pvt_v2_b2_li': _pvt_v2(64, (3, 4, 6, 3), linear=True),
-  'pvt_v2_b3': _pvt_v2(64, (3, 4, 18, 3)),
-  'pvt_v2_b4': _pvt_v2(64, (3, 8, 27, 3)),
-  'pvt_v2_b5': _pvt_v2(64, (3, 6, 40, 3), mlp=4),
-  'deeplabv3plus': Family(DeepLabV3Plus),
-}
-"""Name -> family. `build_model` makes the module."""
+MODELS: dict[str, Family] = discover(__name__, 'MODELS')
+"""Name -> family, as the `MODELS` of the modules declare them. `build_model` makes the module."""
 
 
 def model_options(name: str) -> dict[str, Any]:

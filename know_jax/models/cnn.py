@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from know_jax.models.common import Classifier, Layers, max_pool
+from know_jax.models.common import Classifier, Family, Layers, max_pool
 
 
 class CNN(Classifier):
@@ -39,3 +39,9 @@ class CNN(Classifier):
     """Images [B, H, W, C] to [B, 8 width]."""
     x = self.feature_map(x, layers).reshape(x.shape[0], -1)
     return nn.relu(layers.dense(8 * self.width, 'dense')(x))
+
+
+MODELS = {
+  'cnn': Family(CNN, {'batch_norm': False}),
+  'cnn_bn': Family(CNN, {'batch_norm': True}),
+}

@@ -6,6 +6,7 @@ scale would be another distribution of inputs. Parameters and BatchNorm statisti
 whatever the compute dtype.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -282,3 +283,17 @@ def _choose(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
 def global_average_pool(x: jax.Array) -> jax.Array:
   """[B, H, W, C] to [B, C]."""
   return x.mean(axis=(1, 2))
+
+
+class Family(NamedTuple):
+  """An entry of the registry.
+
+  Attributes:
+    module: the Flax module.
+    fixed: the module's attributes that this name settles; those left are options.
+    width_multiple: what `width` must be a multiple of.
+  """
+
+  module: type[Classifier]
+  fixed: Mapping[str, Any] = {}
+  width_multiple: int = 1

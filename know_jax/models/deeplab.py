@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from know_jax.errors import UserError
-from know_jax.models.common import HEAD, Classifier, Layers
+from know_jax.models.common import HEAD, Classifier, Family, Layers
 from know_jax.models.mobilenet import InvertedResidual
 
 LOW_LEVEL_CHANNELS = 48
@@ -167,3 +167,6 @@ def scaled(channels: int, width: float) -> int:
 def resize(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Enlarges [B, h, w, C] bilinearly to the height and width of `shape`, [B, H, W, any]."""
   return jax.image.resize(x, (*x.shape[:1], *shape[1:3], x.shape[-1]), 'bilinear')
+
+
+MODELS = {'deeplabv3plus': Family(DeepLabV3Plus)}

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from know_jax.models.common import Classifier, Layers, max_pool
+from know_jax.models.common import Classifier, Family, Layers, max_pool
 
 _BLOCKS = 3
 
@@ -66,3 +66,6 @@ class Transition(nn.Module):
     y = self.layers.conv(x.shape[-1] // 2, 1, 'conv')(y)
     # Images of 8 x 8 are down to one pixel at the last transition.
     return nn.avg_pool(y, (2, 2), strides=(2, 2)) if min(y.shape[1:3]) > 1 else y
+
+
+MODELS = {'densenet': Family(DenseNet)}

@@ -7,7 +7,7 @@ References:
 import flax.linen as nn
 import jax
 
-from know_jax.models.common import Classifier, Layers, Padding
+from know_jax.models.common import Classifier, Family, Layers, Padding
 
 _STAGES = 3
 
@@ -72,3 +72,6 @@ class InvertedResidual(nn.Module):
     y = nn.relu6(layers.norm('depthwise_norm')(y))
     y = layers.norm('project_norm')(layers.conv(self.features, 1, 'project')(y))
     return x + y if self.stride == 1 and x.shape == y.shape else y
+
+
+MODELS = {'mobilenetv2': Family(MobileNetV2)}

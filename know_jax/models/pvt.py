@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.errors import UserError
-from know_jax.models.common import Classifier, Layers
+from know_jax.models.common import Classifier, Family, Layers
 
 POOLED = 7
 """Height and width of the map that the "linear" kind attends to."""
@@ -195,3 +195,28 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
 
   rows, columns = (jnp.asarray(means(side), x.dtype) for side in x.shape[1:3])
   return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x)
+
+
+def _pvt_v2(first: int, depths: tuple[int, ...], *, mlp: int = 8, linear: bool = False) -> Family:
+  dims = tuple(first * times for times in (1, 2, 5, 8))
+  fixed = {
+    'embed_dims': dims,
+    'num_heads': (1, 2, 5, 8),
+    'depths': depths,
+    'sr_ratios': (8, 4, 2, 1),
+    'mlp_ratios': (mlp, mlp, 4, 4),
+    'linear': linear,
+  }
+  return Family(PVTv2, fixed)
+
+
+MODELS = {
+  'pvt_v2': Family(PVTv2),
+  'pvt_v2_b0': _pvt_v2(32, (2, 2, 2, 2)),
+  'pvt_v2_b1': _pvt_v2(64, (2, 2, 2, 2)),
+  'pvt_v2_b2': _pvt_v2(64, (3, 4, 6, 3)),
+  'pvt_v2_b2_li': _pvt_v2(64, (3, 4, 6, 3), linear=True),
+  'pvt_v2_b3': _pvt_v2(64, (3, 4, 18, 3)),
+  'pvt_v2_b4': _pvt_v2(64, (3, 8, 27, 3)),
+  'pvt_v2_b5': _pvt_v2(64, (3, 6, 40, 3), mlp=4),
+}

@@ -8,7 +8,7 @@ References:
 import flax.linen as nn
 import jax
 
-from know_jax.models.common import Classifier, Layers
+from know_jax.models.common import Classifier, Family, Layers
 
 
 class ResNet(Classifier):
@@ -68,3 +68,22 @@ class BasicBlock(nn.Module):
       x = layers.conv(self.features, 1, 'shortcut', stride=self.stride, bias=self.conv_bias)(x)
       x = layers.norm('shortcut_norm')(x)
     return nn.relu(x + y)
+
+
+MODELS = {
+  # For 32 x 32 images, as in the paper's transfer experiments: no pooling after the stem.
+  'resnet18': Family(
+    ResNet,
+    {
+      'width': 64,
+      'strides': (1, 1, 2, 2),
+      'blocks': 2,
+      'stem_kernel': 7,
+      'stem_stride': 1,
+      'conv_bias': True,
+    },
+  ),
+  'resnet_small': Family(
+    ResNet, {'strides': (1, 2, 2), 'stem_kernel': 3, 'stem_stride': 2, 'conv_bias': False}
+  ),
+}

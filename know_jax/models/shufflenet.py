@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from know_jax.models.common import Classifier, Layers
+from know_jax.models.common import Classifier, Family, Layers
 
 _STAGES = 3
 
@@ -72,3 +72,6 @@ def _branch(x: jax.Array, features: int, stride: int, layers: Layers) -> jax.Arr
 def shuffle(left: jax.Array, right: jax.Array) -> jax.Array:
   """Interleaves the channels of two [B, H, W, C]: left 0, right 0, left 1, ... [B, H, W, 2C]."""
   return jnp.stack([left, right], axis=-1).reshape(*left.shape[:-1], -1)
+
+
+MODELS = {'shufflenetv2': Family(ShuffleNetV2)}

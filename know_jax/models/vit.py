@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from know_jax.models.common import Classifier, Layers, glorot_uniform
+from know_jax.models.common import Classifier, Family, Layers, glorot_uniform
 
 HEADS = 4
 """Attention heads in every block; `width` must be a multiple of it."""
@@ -69,3 +69,6 @@ class Block(nn.Module):
     y = nn.LayerNorm(dtype=layers.dtype, name='norm2')(x)
     y = nn.gelu(layers.dense(2 * width, 'dense1')(y))
     return x + layers.dense(width, 'dense2')(y)
+
+
+MODELS = {'vit': Family(ViT, width_multiple=HEADS)}

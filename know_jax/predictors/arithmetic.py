@@ -94,3 +94,6 @@ class ConsensusTA(_LooksBack):
     deltas = [history[-i] - history[-i - 1] for i in range(1, steps + 1)]
     votes = sum((jnp.abs(d) > 0.4 * jnp.abs(total - d)).astype(jnp.int32) for d in deltas)
     return jnp.where(votes >= 2, total, 0)
+
+
+PREDICTORS = {'task_vector': TaskVector, 'magmax': MagMax, 'consensus_ta': ConsensusTA}

@@ -241,3 +241,11 @@ class _WholeCopies(_Copies, WholeLeaf):
 
 
 _WRAPPERS = {Linear: _LinearCopies, Elementwise: _ElementwiseCopies, WholeLeaf: _WholeCopies}
+
+
+PREDICTORS = {
+  'persistence': Persistence,
+  'shrink': Shrink,
+  'average': Average,
+  'least_squares': LeastSquares,
+}

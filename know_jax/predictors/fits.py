@@ -87,3 +87,6 @@ class ExpFit(Elementwise):
       moved = sum(float(c) * (log - logs[-1]) for c, log in zip(shares[:-1], logs, strict=False))
       found.append(jnp.sign(newest) * jnp.exp(logs[-1] + moved))
     return jnp.stack(found)
+
+
+PREDICTORS = {'linear_fit': LinearFit, 'log_fit': LogFit, 'exp_fit': ExpFit}

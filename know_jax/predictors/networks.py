@@ -12,6 +12,7 @@ from know_jax import trees
 from know_jax.errors import UserError
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.base import Elementwise, Linear, Predictor
+from know_jax.predictors.controls import history_free
 from know_jax.predictors.parameters import (
   SHIPPED,
   load_known,
@@ -96,3 +97,11 @@ class KnownLeaf(_Network, Linear):
 
   def outside(self, moments: Any, params: Any, rate: float) -> jax.Array:
     return known_leaf.outside(params, moments, rate)
+
+
+PREDICTORS = {
+  'known': Known,
+  'known_leaf': KnownLeaf,
+  'known_history_free': history_free(Known()),
+  'known_leaf_history_free': history_free(KnownLeaf()),
+}

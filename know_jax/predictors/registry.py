@@ -4,34 +4,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from know_jax.errors import UserError
-from know_jax.predictors.arithmetic import ConsensusTA, MagMax, TaskVector
 from know_jax.predictors.base import Predictor, check_predictor, make
-from know_jax.predictors.controls import Average, LeastSquares, Persistence, Shrink, history_free
-from know_jax.predictors.fits import ExpFit, LinearFit, LogFit
-from know_jax.predictors.networks import Known, KnownLeaf
-from know_jax.predictors.tsv import TSV
-from know_jax.registry import Registry
+from know_jax.registry import Registry, discover
 
 REGISTRY: Registry[Any] = Registry('predictor', check_predictor)
-"""Name -> a predictor, or a class of them whose options may be given beside the name."""
+"""Name -> a predictor, or a class of them whose options may be given beside the name.
 
-for _name, _entry in {
-  'persistence': Persistence,
-  'linear_fit': LinearFit,
-  'log_fit': LogFit,
-  'exp_fit': ExpFit,
-  'task_vector': TaskVector,
-  'magmax': MagMax,
-  'consensus_ta': ConsensusTA,
-  'tsv': TSV,
-  'shrink': Shrink,
-  'average': Average,
-  'least_squares': LeastSquares,
-  'known': Known,
-  'known_leaf': KnownLeaf,
-  'known_history_free': history_free(Known()),
-  'known_leaf_history_free': history_free(KnownLeaf()),
-}.items():
+Those of the package are what the `PREDICTORS` of its modules declare.
+"""
+
+for _name, _entry in discover(__package__, 'PREDICTORS', skip=__name__).items():
   REGISTRY.register(_name, _entry)
 
 RENAMED = {'known_paper': 'known', 'known_paper_history_free': 'known_history_free'}

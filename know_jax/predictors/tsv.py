@@ -46,3 +46,6 @@ class TSV(WholeLeaf):
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     low = jnp.matmul(u[:, :rank] * s[:rank], vt[:rank], precision=jax.lax.Precision.HIGHEST)
     return history[-1] + low.reshape(tau.shape)
+
+
+PREDICTORS = {'tsv': TSV}

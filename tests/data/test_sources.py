@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from real_data import cache_dir, packed, prepared_data_dir
 
+import know_jax
 from know_jax.data import sources
 from know_jax.data.sources import load_dataset, mean_image, to_device_input
 from know_jax.errors import UserError
@@ -192,6 +193,22 @@ def test_arrays_cannot_be_changed_by_accident():
 def test_bad_arguments(arguments, message):
   with pytest.raises(UserError, match=message):
     load_dataset('digits', **{'split': 'test', **arguments})
+
+
+@pytest.mark.parametrize(
+  ('gives', 'message'),
+  [
+    ((np.zeros((2, 3, 3, 1)), [0, 1], 'ab'), r'images of shape \(2, 3, 3, 1\) and dtype float64'),
+    ((np.zeros((2, 3, 3), np.uint8), [0, 1], 'ab'), r'expected uint8 \[N, H, W, C\]'),
+    ((np.zeros((2, 3, 3, 1), np.uint8), [0, 2], 'ab'), 'whole numbers from 0 to 1, one for each'),
+    ((np.zeros((2, 3, 3, 1), np.uint8), [0], 'ab'), r'expected \[2\] whole numbers'),
+    (3, "gave <class 'int'>; expected images, labels and class names"),
+  ],
+)
+def test_a_function_of_the_users_gives_images_labels_and_names(monkeypatch, gives, message):
+  monkeypatch.setattr(know_jax, 'some_data', lambda split, size: gives, raising=False)
+  with pytest.raises(UserError, match=message):
+    load_dataset('know_jax:some_data', 'train')
 
 
 # --- TFDS data sets --------------------------------------------------------------------------
