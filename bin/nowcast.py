@@ -15,6 +15,7 @@ weights replaced; the same command resumes what a kill left.
 from absl import flags
 
 from know_jax import kinds as kinds_
+from know_jax.io import formats
 from know_jax.io.files import local_path
 from know_jax.nowcast import file_job, from_files, from_run
 from know_jax.nowcast.api import PREDICTORS
@@ -57,8 +58,22 @@ _FORMAT = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_string(
   'dtype', None, 'With --history: float32, bfloat16 or float16 for what is written; else as it is.'
 )
+_READERS = flags.DEFINE_list(
+  'readers', [], 'With --history: formats of your own, as package.module with detect and open.'
+)
 _DRY_RUN = cli.define_dry_run('With --history: print what would be done, and write nothing.')
-_OF_FILES = ('output', 'rate', 'memory', 'only', 'skip', 'stacked', 'option', 'format', 'dtype')
+_OF_FILES = (
+  'output',
+  'rate',
+  'memory',
+  'only',
+  'skip',
+  'stacked',
+  'option',
+  'format',
+  'dtype',
+  'readers',
+)
 
 
 def main() -> None:
@@ -66,6 +81,8 @@ def main() -> None:
   if _HISTORY.value is not None:
     cli.refuse('workdir', 'batch_norm', 'recalibration_batches', because='--history is given')
     output = local_path(cli.require('output', because='--history is given'), '--output')
+    for reader in _READERS.value:
+      formats.register(reader)
     job = file_job.prepare(
       _HISTORY.value, predictors=predictors, steps=_STEPS.value, rate=_RATE.value,
       kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,

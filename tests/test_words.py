@@ -12,7 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
   path
-  for pattern in ('know_jax/**/*.py', 'bin/*.py', 'configs/*.py', '*.md', 'docs/**/*.md')
+  for pattern in (
+    'know_jax/**/*.py',
+    'bin/*.py',
+    'configs/*.py',
+    '*.md',
+    'docs/*.md',
+    'docs/models/*.md',
+    'docs/adding/*.md',
+  )
   for path in ROOT.glob(pattern)
 )
 WORST = re.compile(

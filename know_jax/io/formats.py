@@ -1,11 +1,14 @@
 """Which formats there are: one module each, and what is said of files of other formats.
 
-To add one, write a module with `detect(path) -> bool`, which judges by content, and
-`open(path) -> Weights`, and list it here.
+A format is a module with `detect(path) -> bool`, which judges by content, and
+`open(path) -> Weights`. Those of this folder are found; `register` adds one from elsewhere.
 """
 
+import functools
 import importlib
 import os
+import pkgutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from typing import Any
 from know_jax.errors import UserError, reason
 from know_jax.io.files import local_path
 from know_jax.io.weights import Weights
+from know_jax.registry import load_object
 
-FORMATS = ('orbax', 'safetensors', 'torch', 'keras', 'npz', 'msgpack')
-"""In the order in which they are asked."""
+REGISTERED: list[Any] = []
+"""The formats that `register` added."""
 
 _SAVE = 'save its tensors by safetensors.torch.save_file'
 _MAGIC = (
@@ -45,19 +49,56 @@ _SUFFIXES = {
 }
 
 
+@functools.cache
+def formats() -> dict[str, Any]:
+  """Name -> module of the formats of this folder, in the order in which they are asked.
+
+  A module with `LAST = True` is asked after the others: what it detects may be something else.
+  """
+  found = {}
+  for module in pkgutil.iter_modules(sys.modules[__package__].__path__):
+    # By its text, as some of the others need packages that not everybody has.
+    path = Path(module.module_finder.path, f'{module.name}.py')  # type: ignore[union-attr]
+    if module.name != 'formats' and '\ndef detect(' in path.read_text('utf-8'):
+      found[module.name] = importlib.import_module(f'{__package__}.{module.name}')
+  return dict(sorted(found.items(), key=lambda item: getattr(item[1], 'LAST', False)))
+
+
+def register(entry: Any) -> None:
+  """Adds a format of one's own, which is asked before those of the package.
+
+  Args:
+    entry: a module or an object with `detect` and `open`; or its path, 'package.module' or
+      'package.module:object', looked for in the current folder too.
+
+  Raises:
+    UserError: it cannot be imported, or lacks one of the two.
+  """
+  if isinstance(entry, str) and ':' in entry:
+    entry = load_object(entry, 'format')
+  elif isinstance(entry, str):
+    load_object(f'{entry}:open', 'format')
+    entry = sys.modules[entry]
+  for name in ('detect', 'open'):
+    if not callable(getattr(entry, name, None)):
+      raise UserError(f'format {entry!r} has no function {name!r}; expected detect and open.')
+  if entry not in REGISTERED:
+    REGISTERED.insert(0, entry)
+
+
 def detect(path: Path) -> Any:
   """The module of the format that a path is in, None if it is in none."""
   if not path.is_file() and not path.is_dir():
     return None  # A pipe would never end.
-  modules = (importlib.import_module(f'know_jax.io.{name}') for name in FORMATS)
-  return next((module for module in modules if module.detect(path)), None)
+  asked = (*REGISTERED, *formats().values())
+  return next((module for module in asked if module.detect(path)), None)
 
 
 def open_weights(path: str | os.PathLike) -> Weights:
   """Finds the leaves of a stage; reads headers and metadata, no weights.
 
   Args:
-    path: a file or folder of one of `FORMATS`.
+    path: a file or folder of one of `formats`.
 
   Raises:
     UserError: there is nothing of the kind, it is in another format, which is named with the way
@@ -120,6 +161,6 @@ def _no_weights(folder: Path) -> str:
     if other := describe(folder / name):
       return f'{folder} holds no weights that are read: {name} is {other[0]}; {other[1]}.'
   return (
-    f'{folder} holds no weights: found neither a file of {", ".join(FORMATS)}, nor an index of '
+    f'{folder} holds no weights: found neither a file of {", ".join(formats())}, nor an index of '
     'shards, nor an Orbax or know_jax checkpoint.'
   )

@@ -36,6 +36,8 @@ _NUMBERS = {
   0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8
 }  # fmt: skip
 
+LAST = True  # The first bytes of other formats may look like a map of names.
+
 
 def detect(path: Path) -> bool:
   """Whether a path is a file that begins with a map of names, or a folder with such a model."""

@@ -1,6 +1,6 @@
 """Weights in files, read and written a slice at a time: what all formats have in common.
 
-A format is a module of this folder with `detect(path)` and `open(path)`, listed in `formats.py`. A
+A format is a module of this folder with `detect(path)` and `open(path)`, see `formats.py`. A
 leaf is read by its offset in a file. Formats that do not have its bytes in one piece, such as
 compressed ones, first copy it to a nameless file. Files are read by `pread`, and nothing of them
 stays in memory. Headers are taken for hostile: nothing is read by an offset, a length or a file

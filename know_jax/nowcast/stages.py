@@ -32,7 +32,7 @@ def expand(history: Sequence[str | os.PathLike]) -> list[Path]:
   if len(paths) != 1 or not paths[0].is_dir():
     return paths
   whole = formats.detect(paths[0])
-  if whole is not None and whole.__name__.endswith('orbax'):
+  if whole is formats.formats()['orbax']:
     return paths  # The parts of such a folder look like checkpoints.
   series: dict[tuple[str, str], list[tuple[int, Path]]] = {}
   for path in paths[0].iterdir():

@@ -16,8 +16,10 @@ import pytest
 
 import know_jax
 from know_jax import __main__ as command_line
-from know_jax import data, models, predictors
+from know_jax import data, io, models, predictors
 from know_jax.data.sources import load_dataset
+from know_jax.errors import UserError
+from know_jax.io import formats
 from know_jax.models import MODELS
 from know_jax.predictors.registry import REGISTRY
 from know_jax.registry import discover
@@ -48,6 +50,7 @@ def blocks(page):
 def newcomer(tmp_path, monkeypatch):
   """An empty folder in which a user works; what is registered and imported there is forgotten."""
   registered, modules = {k: copy.copy(v) for k, v in vars(REGISTRY).items()}, set(sys.modules)
+  monkeypatch.setattr(formats, 'REGISTERED', [])
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
   yield tmp_path
@@ -153,3 +156,20 @@ def test_data_sets_by_path_are_what_the_function_gives(newcomer):
   striped = rows[:, ::2].mean(1) - rows[:, 1::2].mean(1) > 50
   assert (striped == (found.labels == 0)).all() and columns.shape == (120, 8)
   assert load_dataset('stripes:load', 'test', classes=(1,)).class_names == ('standing',)
+
+
+def test_a_format_of_the_package_is_one_file(tmp_path, monkeypatch):
+  (tmp_path / 'flat_of_the_page.py').write_text(file_of('format.md', 'flat.py'))
+  monkeypatch.setattr(io, '__path__', [*io.__path__, str(tmp_path)])
+  found = formats.formats.__wrapped__()
+  assert found.keys() - formats.formats().keys() == {'flat_of_the_page'}
+  assert next(reversed(found)) == 'msgpack'  # It is asked last, because it is vague.
+
+
+@pytest.mark.parametrize(
+  ('entry', 'message'),
+  [('no_such_format', "cannot import 'no_such_format'"), (jax, "has no function 'detect'")],
+)
+def test_what_is_no_format_is_not_registered(entry, message):
+  with pytest.raises(UserError, match=message):
+    formats.register(entry)
