@@ -216,8 +216,9 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:
-  """The recipe that `recipe_fields` describe."""
-  return Recipe(config['optimizer'], config['weight_decay'])
+  """The recipe that `recipe_fields` describe, and `epsilon` where a config has it."""
+  recipe = Recipe(config['optimizer'], config['weight_decay'])
+  return dataclasses.replace(recipe, epsilon=config.get('epsilon', recipe.epsilon))
 
 
 def _resume_path(workdir: Path) -> Path:

@@ -348,6 +348,29 @@ def leaf_kinds(
   return found
 
 
+def flatten(
+  variables: Any,
+  rule: Rules | None = None,
+  chosen: Callable[[str, str], bool] = lambda path, kind: kind != KEEP,
+) -> np.ndarray:
+  """The leaves that predictors move, or those that `chosen(path, kind)` picks, float64 `[d]`."""
+  kinds, named = leaf_kinds(variables, rule), named_leaves(jax.device_get(variables))
+  parts = [np.ravel(leaf) for path, leaf in named.items() if chosen(path, kinds[path])]
+  return np.concatenate([np.empty(0), *map(np.float64, parts)])
+
+
+def unflatten(vector: Any, like: Any, rule: Rules | None = None) -> Any:
+  """The inverse of `flatten`: the leaves that predictors do not move are those of `like`."""
+  kinds, start, leaves = leaf_kinds(like, rule), 0, []
+  for path, leaf in named_leaves(like).items():
+    if kinds[path] != KEEP:
+      stop = start + int(np.prod(np.shape(leaf)))
+      leaf = vector[start:stop].reshape(np.shape(leaf)).astype(leaf.dtype)
+      start = stop
+    leaves.append(leaf)
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
 def kinds_table(leaves: dict[str, Any], kinds: dict[str, str]) -> str:
   """A line for every leaf: path, kind and shape.
 

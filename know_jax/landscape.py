@@ -93,10 +93,7 @@ class Plane:
 
 
 def fit_plane(points: np.ndarray) -> Plane:
-  """The plane of the two first principal components.
-
-  Args:
-    points: `[n, d]`, n at least 3; d may be in the millions.
+  """The plane of the two first principal components of `[n, d]`; n > 2, d may be in millions.
 
   Raises:
     UserError: the points lie on a line.
@@ -111,27 +108,6 @@ def fit_plane(points: np.ndarray) -> Plane:
   return Plane(mean, axes, shares)
 
 
-def flatten(variables: Any, rule: kinds_.Rules | None = None) -> np.ndarray:
-  """The leaves that predictors move, by a task's `kinds`, as one float64 vector `[d]`."""
-  kinds, named = kinds_.leaf_kinds(variables, rule), trees.named_leaves(jax.device_get(variables))
-  parts = [
-    np.ravel(x).astype(np.float64) for path, x in named.items() if kinds[path] != kinds_.KEEP
-  ]
-  return np.concatenate(parts)
-
-
-def unflatten(vector: Any, like: Any, rule: kinds_.Rules | None = None) -> Any:
-  """The inverse of `flatten`: the leaves that predictors do not move are those of `like`."""
-  kinds, start, leaves = kinds_.leaf_kinds(like, rule), 0, []
-  for path, leaf in trees.named_leaves(like).items():
-    if kinds[path] != kinds_.KEEP:
-      stop = start + int(np.prod(np.shape(leaf)))
-      leaf = vector[start:stop].reshape(np.shape(leaf)).astype(leaf.dtype)
-      start = stop
-    leaves.append(leaf)
-  return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
 def neighbours(
   variables: Any,
   key: jax.Array,
@@ -139,17 +115,9 @@ def neighbours(
   noise: float,
   rule: kinds_.Rules | None = None,
 ) -> np.ndarray:
-  """Noisy neighbours of a stage.
+  """Noisy neighbours of a stage, as `kinds.flatten` gives them, `[count, d]`.
 
-  Args:
-    variables: the stage.
-    key: decides the noise.
-    count: how many.
-    noise: its standard deviation over the root mean square of the leaf.
-    rule: a task's `kinds`.
-
-  Returns:
-    Vectors as `flatten` gives them, `[count, d]`.
+  `noise` is its standard deviation over the root mean square of the leaf.
   """
   kinds, scales = kinds_.leaf_kinds(variables, rule), []
   for path, leaf in trees.named_leaves(jax.device_get(variables)).items():
@@ -158,7 +126,7 @@ def neighbours(
       scales.append(np.full(np.size(leaf), noise * size))
   scale = np.concatenate(scales)
   drawn = np.asarray(jax.random.normal(key, (count, scale.size)), np.float64)
-  return flatten(variables, rule) + scale * drawn
+  return kinds_.flatten(variables, rule) + scale * drawn
 
 
 def evaluate_points(
@@ -171,7 +139,7 @@ def evaluate_points(
   points_per_call: int,
   show_progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Loss and score of many weights in a plane; the weights are only ever made on the device.
+  """Loss and score of weights in a plane, float64 `[n]` each; they are only made on the device.
 
   Args:
     task: whose network and score it is.
@@ -181,9 +149,6 @@ def evaluate_points(
     examples: what is evaluated on.
     points_per_call: how many points a compiled call takes, vectorised.
     show_progress: whether a bar is shown.
-
-  Returns:
-    The task's loss and its score, float64 `[n]` each.
   """
   arrays = jax.device_put((plane.mean.astype(np.float32), plane.axes.astype(np.float32)))
   kinds = tuple(kinds_.leaf_kinds(like, task.kinds).items())
@@ -224,7 +189,7 @@ def _sums(
     origin, axes = arrays
     # Products in full precision: on accelerators the default would move every point.
     moved = jnp.matmul(place, axes, precision=jax.lax.Precision.HIGHEST)
-    variables = unflatten(origin + moved, like, lambda path, _: dict(kinds)[path])
+    variables = kinds_.unflatten(origin + moved, like, lambda path, _: dict(kinds)[path])
     outputs, _ = model.apply(variables, batch, train=False, key=None)
     return sums(outputs, batch, jnp.ones(len(jax.tree.leaves(batch)[0])))
 
@@ -287,7 +252,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   for name, forecast in forecasts.items():
     weights += [(name, n, jax.device_get(w)) for n, w in enumerate(forecast, start=1)]
   test = Data(tested, task.prepare)
-  vectors = np.stack([flatten(variables, task.kinds) for _, _, variables in weights])
+  vectors = np.stack([kinds_.flatten(variables, task.kinds) for _, _, variables in weights])
   places, distances = plane.coordinates(vectors), plane.distances(vectors)
   points = [
     {
@@ -341,7 +306,7 @@ def _cloud(
   """A stage and its neighbours."""
   key = named_key(config['seed'], 'neighbours', index)
   around = neighbours(stage, key, config['neighbours'], config['noise'], rule)
-  return np.concatenate([flatten(stage, rule)[None], around])
+  return np.concatenate([kinds_.flatten(stage, rule)[None], around])
 
 
 def _grid_lines(places: np.ndarray, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -273,6 +273,7 @@ def train_one(
   config: Mapping[str, Any],
   seed: int,
   curve_epochs: Sequence[int] = (),
+  also: Mapping[str, Data] | None = None,
 ) -> dict[str, Any]:
   """One transfer: new head, warm-up, fine-tuning, test.
 
@@ -284,10 +285,11 @@ def train_one(
     config: the fields of `default_config`.
     seed: decides head, order and augmentation.
     curve_epochs: fine-tuning epochs to test after as well; 0 is after the warm-up.
+    also: name -> data on which the trained network's score is told too.
 
   Returns:
-    The task's metrics on the test set, `seconds`, and `curve`, a pair (epoch, score) for each of
-    `curve_epochs`, ascending.
+    The task's metrics on the test set, `seconds`, `curve`, a pair (epoch, score) for each of
+    `curve_epochs`, ascending, and the score by each name in `also`.
 
   Raises:
     DivergedError: the training diverged.
@@ -324,7 +326,10 @@ def train_one(
       variables = state.variables
   if not curve or curve[-1][0] < config['epochs']:
     metrics.update(loop.evaluate(task, variables, data[1]))
-  return {**metrics, 'seconds': time.monotonic() - began, 'curve': curve}
+  others = {
+    name: loop.evaluate(task, variables, other)[task.score] for name, other in (also or {}).items()
+  }
+  return {**metrics, **others, 'seconds': time.monotonic() - began, 'curve': curve}
 
 
 def with_head(variables: Any, fresh: Any, head: Callable[[str], bool]) -> Any:

@@ -78,14 +78,14 @@ def test_points_on_a_line_span_no_plane(points):
 
 
 def test_flattening_and_back(stages):
-  vector = landscape.flatten(stages[0])
+  vector = kinds_.flatten(stages[0])
   kinds = kinds_.leaf_kinds(stages[0])
   moved = [path for path, kind in kinds.items() if kind != 'keep']
   named = trees.named_leaves(stages[0])
   assert vector.shape == (sum(named[path].size for path in moved),)
-  assert_same_bits(landscape.unflatten(vector, stages[0]), stages[0])
+  assert_same_bits(kinds_.unflatten(vector, stages[0]), stages[0])
   # Leaves that predictors keep are those of the other stage.
-  mixed = trees.named_leaves(landscape.unflatten(vector, stages[-1]))
+  mixed = trees.named_leaves(kinds_.unflatten(vector, stages[-1]))
   for path, leaf in trees.named_leaves(stages[-1]).items():
     wanted = named[path] if path in moved else leaf
     assert mixed[path].tobytes() == np.asarray(wanted).tobytes(), path
@@ -93,7 +93,7 @@ def test_flattening_and_back(stages):
 
 def test_neighbours_are_as_far_as_they_should_be(stages):
   found = landscape.neighbours(stages[-1], jax.random.key(3), 400, 0.2)
-  centre = landscape.flatten(stages[-1])
+  centre = kinds_.flatten(stages[-1])
   assert found.shape == (400, centre.size)
   offsets, start = found - centre, 0
   np.testing.assert_allclose(offsets.mean(), 0.0, atol=1e-3)
@@ -113,7 +113,7 @@ def test_neighbours_are_as_far_as_they_should_be(stages):
 
 @pytest.mark.parametrize('points_per_call', [1, 4])
 def test_the_surface_is_what_evaluation_gives(stages, task, points_per_call):
-  plane = landscape.fit_plane(np.stack([landscape.flatten(stage) for stage in stages]))
+  plane = landscape.fit_plane(np.stack([kinds_.flatten(stage) for stage in stages]))
   tested = part_of(task.test, np.arange(77))
   coordinates = np.random.default_rng(0).normal(size=(6, 2)) * 0.5
   loss, accuracy = landscape.evaluate_points(
@@ -121,7 +121,7 @@ def test_the_surface_is_what_evaluation_gives(stages, task, points_per_call):
   )  # fmt: skip
   data = Data(tested, task.prepare)
   for i, place in enumerate(coordinates):
-    variables = landscape.unflatten(plane.mean + place @ plane.axes, stages[-1])
+    variables = kinds_.unflatten(plane.mean + place @ plane.axes, stages[-1])
     wanted = loop.evaluate(task, variables, data)
     assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
     assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
@@ -131,8 +131,8 @@ def test_the_surface_is_what_evaluation_gives(stages, task, points_per_call):
 def test_three_stages_lie_on_their_own_plane(stages, task):
   """Without neighbours and at a place of its own, a stage scores as it is."""
   few = [dict(stage, batch_stats=stages[-1]['batch_stats']) for stage in stages[-3:]]
-  few = [landscape.unflatten(landscape.flatten(stage), stages[-1]) for stage in few]
-  vectors = np.stack([landscape.flatten(stage) for stage in few])
+  few = [kinds_.unflatten(kinds_.flatten(stage), stages[-1]) for stage in few]
+  vectors = np.stack([kinds_.flatten(stage) for stage in few])
   plane = landscape.fit_plane(vectors)
   assert plane.shares.sum() == pytest.approx(1.0)
   np.testing.assert_allclose(plane.distances(vectors), 0.0, atol=1e-9)
@@ -166,14 +166,14 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
   # The plane is that of stages and neighbours; the points' places are on it.
   cloud = [
     np.concatenate([
-      landscape.flatten(stage)[None],
+      kinds_.flatten(stage)[None],
       landscape.neighbours(stage, seeds.named_key(0, 'neighbours', i), 3, 0.05),
     ])
     for i, stage in enumerate(stages)
   ]  # fmt: skip
   plane = landscape.fit_plane(np.concatenate(cloud))
   assert found['shares'] == plane.shares.tolist()
-  vectors = np.stack([landscape.flatten(v) for v in (stages[0], stages[-1], shrunk)])
+  vectors = np.stack([kinds_.flatten(v) for v in (stages[0], stages[-1], shrunk)])
   places = [[found['points'][i][axis] for axis in 'xy'] for i in (0, 4, 8)]
   np.testing.assert_allclose(plane.coordinates(vectors), places, atol=1e-9)
   # The grid goes beyond all points, by the same length up and across.
@@ -184,7 +184,7 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
     assert line[0] < min(values) and max(values) < line[-1]
   assert x[-1] - x[0] == pytest.approx(y[-1] - y[0])
   # Row 2 and column 1 of the surface are y[2] and x[1].
-  variables = landscape.unflatten(plane.mean + np.array([x[1], y[2]]) @ plane.axes, stages[-1])
+  variables = kinds_.unflatten(plane.mean + np.array([x[1], y[2]]) @ plane.axes, stages[-1])
   wanted = loop.evaluate(task, variables, data)
   assert found['loss'][2][1] == pytest.approx(wanted['loss'], rel=1e-4)
   assert found['accuracy'][2][1] == pytest.approx(wanted['accuracy'])

@@ -31,11 +31,9 @@ def of_network(target: Target) -> History:
 
 
 def of_size(weights: int, leaves: int = 0) -> History:
-  """A history of exactly so many weights: a convolution (a third) and a dense layer, with biases.
+  """A history of exactly so many weights (100 or more): a convolution, a third, and a dense layer.
 
-  Args:
-    weights: at least 100.
-    leaves: instead of that, so many dense kernels of equal size; 0: not.
+  With `leaves`, instead, so many dense kernels of equal size.
   """
   if leaves:
     shapes: Any = {f'dense{i}': {'kernel': (weights // leaves, 1)} for i in range(leaves)}

@@ -39,9 +39,6 @@ class KerasKNOWN:
 
   To its advantage all leaves of a kind are predicted in one call, and the batch size is the fastest
   of several.
-
-  Attributes:
-    batch_size: that is used.
   """
 
   def __init__(self, theta: Any, windows: np.ndarray, batch_sizes: Sequence[int]):
@@ -112,13 +109,9 @@ def _fastest(call: Callable[[int], Any], choices: Sequence[int]) -> int:
 
 
 def cnn(params: Any, image: tuple[int, int, int], *, jit: bool, lr: float) -> Any:
-  """`models.cnn.CNN` without BatchNorm, with these parameters, compiled to be trained with Adam.
+  """`models.cnn.CNN` without BatchNorm, with our module's parameters, compiled to train with Adam.
 
-  Args:
-    params: of our module.
-    image: `(H, W, C)`.
-    jit: whether Keras has XLA compile the step.
-    lr: the learning rate.
+  `jit`: whether Keras has XLA compile the step.
   """
   keras = _import_keras()
   layers, names = [], [name for name in params if name.startswith('conv')]

@@ -114,14 +114,10 @@ def compilation(settings: Settings, *, show: bool = True) -> dict[str, Any]:
 
 
 def growth(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-  """The power of the number of weights that cost grows with: 1 is linear.
+  """The power of the size that cost grows with, by '<predictor>, <steps>': 1 is linear.
 
-  Args:
-    entries: of `measure`.
-
-  Returns:
-    `'<predictor>, <steps>'` -> the slope of log cost over log size, by least squares, over the
-    sizes from their median on: below, the call itself costs more than the work.
+  The slope of log cost over log size, by least squares, over the sizes from their median on: below,
+  the call itself costs more than the work.
   """
   found = {}
   for predictor, steps in dict.fromkeys((e['predictor'], e['steps']) for e in entries):
@@ -241,11 +237,7 @@ def watched(call: Callable[[History], Any], history: History) -> dict[str, Any]:
 
 
 def status(field: str, process: int | str = 'self') -> int:
-  """A number of bytes from what Linux says of a process.
-
-  Raises:
-    OSError: there is no such process, or it has ended.
-  """
+  """A number of bytes from what Linux says of a process; OSError where there is none."""
   path = Path(f'/proc/{process}/status')
   for line in path.read_text().splitlines():
     if line.startswith(f'{field}:'):

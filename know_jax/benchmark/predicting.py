@@ -179,11 +179,9 @@ def _predictor(history: History, name: str) -> Callable[[], Any]:
 
 
 def plain_vmap(theta: Any, chunk: int) -> Callable[[History], dict[str, jax.Array]]:
-  """The paper's module by `vmap`, leaf by leaf: a history -> path -> the predicted leaf.
+  """The paper's module by `vmap`, leaf by leaf, at most `chunk` weights of one at a time.
 
-  Args:
-    theta: its parameters.
-    chunk: weights of a leaf that it takes at a time.
+  Gives a function: a history -> path -> the predicted leaf.
   """
 
   def residual(params: Any, window: jax.Array) -> Any:
@@ -209,11 +207,7 @@ def largest_difference(found: dict[str, Any], reference: dict[str, Any]) -> floa
 
 
 def check_equal(name: str, difference: float, tolerance: float) -> float:
-  """The difference, if it is within the tolerance.
-
-  Raises:
-    ArithmeticError: it is not: what is compared in speed does not compute the same.
-  """
+  """The difference; ArithmeticError beyond the tolerance: the rival computes something else."""
   if not difference <= tolerance:
     raise ArithmeticError(f'{name} differs by {difference:.3g}; expected at most {tolerance:.3g}.')
   return difference

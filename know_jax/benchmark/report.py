@@ -21,12 +21,7 @@ _TITLES = {
 
 
 def markdown(found: Mapping[str, Any], picture: str | None) -> str:
-  """The report.
-
-  Args:
-    found: what `runner.run` measured.
-    picture: the file name of the plot beside it, None if there is none.
-  """
+  """The report of what `runner.run` measured; `picture` is the file name of the plot beside it."""
   parts = ['# Benchmark', _machine(found), '## Goals', goals_table(found)]
   if found['quick']:
     parts.insert(1, '**Measured with --quick: these numbers say nothing.**')
@@ -82,12 +77,7 @@ def _machine(found: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, section: Mapping[str, Any]) -> None:
-  """Draws cost and memory by the number of weights.
-
-  Args:
-    path: the PNG file to write.
-    section: `memory` of what was measured.
-  """
+  """Draws cost and memory by the number of weights, from the section `memory`."""
   figure = new_figure(12, 5)
   left, right = figure.subplots(1, 2)
   entries = section['entries']

@@ -49,15 +49,7 @@ def run(
 ) -> dict[str, Any]:
   """Measures, and writes a Markdown file, JSON and a plot of the same name beside it.
 
-  Args:
-    path: the Markdown file.
-    only: names in `SECTIONS`; none: all.
-    quick: whether all sizes are small, to see that it runs.
-    show_progress: whether bars are shown.
-
-  Returns:
-    What the JSON file holds (sealed: see `files.write_sealed`): `machine`, `quick`, `seconds`,
-    `load_average_after` and `sections`.
+  Gives what the JSON file holds: `machine`, `quick`, `seconds`, `load_average_after`, `sections`.
 
   Raises:
     UserError: before anything is measured, if a section is unknown or wants Linux, or `path` is no

@@ -10,14 +10,7 @@ Images = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A network.
-
-  Attributes:
-    model: a name in `MODELS`.
-    image: `(H, W, C)` of its input.
-    options: of `build_model`, beside the number of classes.
-    repetitions: how often it is measured.
-  """
+  """A network of `build_model`, its options, its input `(H, W, C)`, how often it is measured."""
 
   model: str
   image: Images

@@ -105,14 +105,7 @@ def copy_seconds(stages: Sequence[Path], target: Path) -> float:
 def write_history(folder: Path, weights: int, leaf: int, *, show: bool = True) -> int:
   """Writes random walks: for each stage a folder `0`, `1`, ... of shards with their index.
 
-  Args:
-    folder: where they are written.
-    weights: of each stage.
-    leaf: the most of one leaf; leaves are kernels of dense layers, a file each.
-    show: whether a bar is shown.
-
-  Returns:
-    How many leaves there are.
+  Leaves are kernels of dense layers of at most `leaf` weights, a file each; says how many.
   """
   sizes = [min(leaf, weights - start) for start in range(0, weights, leaf)]
   names = {f'dense{i}.kernel': f'model-{i:05}.safetensors' for i in range(len(sizes))}
@@ -139,14 +132,7 @@ def _walk(seed: int, size: int) -> Iterator[Any]:
 
 
 def call(command: Sequence[str], log: Path) -> dict[str, Any]:
-  """Runs a program on the host to its end.
-
-  Args:
-    command: the program and its arguments.
-    log: a file for what it prints.
-
-  Returns:
-    `seconds`; and `peak`, the bytes of resident memory at the peak.
+  """Runs a program on the host to its end; gives its `seconds` and, in bytes, memory's `peak`.
 
   Raises:
     RuntimeError: the program failed; what it printed is given.

@@ -24,16 +24,8 @@ def race(
 ) -> Times:
   """Times functions in turn, so that what slows the machine for a while slows all of them.
 
-  Each is called once before, to compile; each round then begins with another one.
-
-  Args:
-    contestants: name -> function; JAX arrays in what it gives are waited for.
-    repetitions: rounds.
-    what: what is timed, for the bar.
-    show: whether a bar is shown.
-
-  Returns:
-    Name -> seconds, one a round.
+  Each is called once before, to compile; each round then begins with another one. JAX arrays in
+  what they give are waited for. Gives name -> seconds, one a round.
   """
   names = list(contestants)
   times: Times = {name: [] for name in names}
@@ -72,14 +64,7 @@ def speedups(times: Times, of: str) -> dict[str, dict[str, float]]:
 def goal(
   what: str, found: float | None, *, least: float | None = None, most: float | None = None
 ) -> dict[str, Any]:
-  """A number that is asked for: `what`, `expected`, `found` and whether that is `met`.
-
-  Args:
-    what: the number.
-    found: what was measured; None where it was not, and then `met` is None too.
-    least: the least that is enough, or
-    most: the most that is.
-  """
+  """A number that is asked for: `what`, `expected`, `found` (None: unmeasured), and `met`."""
   expected = f'at most {most:g}' if least is None else f'at least {least:g}'
   met = None
   if found is not None:

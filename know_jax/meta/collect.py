@@ -94,12 +94,9 @@ def default_config() -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A finished run of the meta-dataset.
+  """A run of the meta-dataset: its number, its JSON file's content, and its weights.
 
-  Attributes:
-    number: which one.
-    about: the JSON file's content.
-    weights: path -> `[T, ...]`, oldest first; None if it diverged.
+  `weights`: path -> `[T, ...]`, oldest first; None if it diverged.
   """
 
   number: int
@@ -108,11 +105,7 @@ class Run:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-  """Checks the names and ranges of a collection.
-
-  Raises:
-    UserError: a name is unknown or a range is empty.
-  """
+  """Checks the names and ranges of a collection; raises UserError."""
   for name in config['families']:
     if name not in MODELS:
       raise unknown_name('model', name, MODELS)
@@ -194,15 +187,9 @@ def _log_between(ends: tuple[float, float], at: float) -> float:
 
 
 def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str:
-  """Collects the runs that the output folder still lacks.
+  """Collects the runs that the output folder still lacks, or only lists them; gives a summary.
 
-  Args:
-    config: the fields of `default_config`.
-    output: the folder; several processes and hosts may share it.
-    dry_run: only list the runs.
-
-  Returns:
-    A summary for the terminal.
+  Several processes and hosts may share the folder.
 
   Raises:
     UserError: a value does not fit, or the folder belongs to another config.

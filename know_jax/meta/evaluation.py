@@ -81,13 +81,7 @@ def default_config() -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """A predictor with its options.
-
-  Attributes:
-    name: what the table calls it.
-    predictor: a name in `PREDICTORS`.
-    options: arguments of `predict`.
-  """
+  """A predictor, a name in `PREDICTORS`, with arguments of `predict`, under the name of its row."""
 
   name: str
   predictor: str
@@ -95,11 +89,7 @@ class Arm:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-  """Checks the values of a benchmark.
-
-  Raises:
-    UserError: one does not fit.
-  """
+  """Checks the values of a benchmark; raises UserError."""
   for recipe, architecture in (('known_leaf', None), ('known', 'paper')):
     meta_training.check_config(config[recipe])
     if config[recipe]['leave_out']:
@@ -135,11 +125,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_unique(names: Sequence[str]) -> None:
-  """Checks that no two arms share a name.
-
-  Raises:
-    UserError: two do.
-  """
+  """Checks that no two arms share a name; raises UserError."""
   for name in names:
     if names.count(name) > 1:
       raise UserError(f'the arm {name!r} is there {names.count(name)} times; wanted it once.')
@@ -152,16 +138,13 @@ def run(
 
   Writes `training/<recipe>/<what is left out, or all>/` as bin/meta_train.py does,
   `retrodiction.csv`, `networks.csv`, `report.md`, and `known.md`, the card of the weights in
-  `training/<recipe>/all`. The same command runs on after a kill.
+  `training/<recipe>/all`. The same command resumes after a kill. Gives the report, Markdown.
 
   Args:
     config: the fields of `default_config`.
     data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
     workdir: where everything is written.
     official: a folder with the authors' three `.h5` files, to be evaluated too.
-
-  Returns:
-    The report, Markdown.
 
   Raises:
     UserError: before anything is trained, if a value does not fit, the meta-dataset is damaged or
@@ -271,11 +254,7 @@ def _about(split: str, left_out: str, about: Mapping[str, Any]) -> dict[str, Any
 
 
 def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dict[str, np.ndarray]:
-  """The weights that an arm predicts from five stages of a run; `start` is the oldest.
-
-  Returns:
-    path -> leaf; leaves that are kept are those of the newest of the five.
-  """
+  """What an arm predicts from five stages of a run, from `start`, the oldest: path -> leaf."""
   assert run.weights is not None
   stages = [
     {path: leaf[start + i] for path, leaf in run.weights.items()} for i in range(HISTORY_LENGTH)
@@ -294,14 +273,9 @@ def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dic
 
 
 def retrodict(run: collect.Run, arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
-  """The error of each arm in predicting a run's hidden weights, divided by that of copying.
+  """The error of each arm in predicting the hidden weights of a run of at least six stages.
 
-  Args:
-    run: a finished run with at least six stages.
-    arms: the predictors.
-
-  Returns:
-    arm -> kind of leaf, and 'overall' -> sum of absolute errors over that of copying.
+  Arm -> kind of leaf, and 'overall' -> the sum of absolute errors over that of copying.
   """
   assert run.weights is not None
   kinds = run.about['kinds']
@@ -362,22 +336,13 @@ def score_all(
 def score_networks(
   run: collect.Run, arms: Sequence[Arm], policies: Sequence[str]
 ) -> list[dict[str, Any]]:
-  """Loss and accuracy of predicted networks on the run's own test set.
+  """Loss and accuracy of predicted networks on the run's own test set, rows with `NETWORK_FIELDS`.
 
   Two questions: how close does a predicted newest stage come to the true one (`what` is
   'retrodicted', the change is against copying the stage before), and what does predicting beyond
   all data cost before any fine-tuning ('beyond', x2 with r = 1/2; the change is against the newest
-  stage). What is compared has its BatchNorm statistics by the same policy.
-
-  Args:
-    run: a finished run.
-    arms: the predictors.
-    policies: for BatchNorm's statistics, names in `BATCH_NORM_POLICIES`. Networks without
-      BatchNorm have the same rows under each.
-
-  Returns:
-    A row for each policy, question and arm, and the true and copied networks' own:
-    `NETWORK_FIELDS`.
+  stage). What is compared has its BatchNorm statistics by the same policy; networks without
+  BatchNorm have the same rows under each.
   """
   task = load_task(run.about['config'])
   test = Data(task.test, task.prepare)

@@ -30,13 +30,7 @@ _OURS = 'known_leaf'
 def report(
   rows: Sequence[Mapping[str, Any]], networks: Sequence[Mapping[str, Any]], resamples: int
 ) -> str:
-  """The benchmark's tables in Markdown.
-
-  Args:
-    rows: of `retrodiction.csv`, with `FIELDS`.
-    networks: of `networks.csv`, with `NETWORK_FIELDS`; may be empty.
-    resamples: of the bootstrap.
-  """
+  """The benchmark in Markdown, from the rows of `retrodiction.csv` and of `networks.csv`."""
   errors = pd.DataFrame(rows, columns=list(FIELDS))
   parts = [
     'Error in predicting the hidden weights divided by that of copying the newest weights: mean '
@@ -60,11 +54,7 @@ def report(
 def _cell(values: pd.Series, left_out: pd.Series, resamples: int, digits: int = 3) -> str:
   """Mean and interval of a value for each run, in the order of the runs' numbers.
 
-  Args:
-    values: by run.
-    left_out: what was left out for a run, by run: those of one group share a training; '' none.
-    resamples: of the bootstrap.
-    digits: after the point.
+  `left_out` says, by run, what was left out: runs of one group share a training; '': nothing.
   """
   values = values.sort_index().astype(float)
   if lost := int((~np.isfinite(values)).sum()):
@@ -135,12 +125,7 @@ def _network_tables(rows: pd.DataFrame, resamples: int) -> list[str]:
 
 
 def card_text(cards: Mapping[str, Mapping[str, Any]], benchmark: str) -> str:
-  """The card of trained weights as Markdown, to lie beside them.
-
-  Args:
-    cards: recipe -> what its safetensors file says of itself.
-    benchmark: the report.
-  """
+  """The card of trained weights as Markdown; cards: recipe -> what its file says of itself."""
   meta = next(iter(cards.values()))['meta_dataset']
   lines = ['# Weights of KNOWN', '']
   for recipe, card in cards.items():

@@ -73,17 +73,11 @@ _NAMES = {
 
 
 def read_mat(path: str | Path, *, number: int = 0, rate: float | None = None) -> collect.Run:
-  """Reads one run.
+  """Reads one run; the sampling rate is, without one, what the file's name says.
 
-  Args:
-    path: the `.mat` file.
-    number: what the run is to be called.
-    rate: the sampling rate r; None: as the file's name says.
-
-  Returns:
-    The run. Its weights are float32 (MATLAB's doubles are rounded to it): `ConvWeights`
-    `[7, 3, 3, N]`, `FCWeights` `[7, M]` and `Bias` `[7, K]`, oldest first. `about` has `kinds`,
-    `file`, and as `config` `stages` and what the file's name tells: see `name_fields`.
+  Its weights are float32 (MATLAB's doubles are rounded to it): `ConvWeights` `[7, 3, 3, N]`,
+  `FCWeights` `[7, M]` and `Bias` `[7, K]`, oldest first. `about` has `kinds`, `file`, and as
+  `config` `stages` and what the file's name tells: see `name_fields`.
 
   Raises:
     UserError: the file cannot be read, or a data set is missing, is a link or keeps its values
@@ -157,15 +151,10 @@ def read_any(folder: str | Path) -> Iterator[collect.Run]:
 
 
 def describe(folder: str | Path, runs: Sequence[collect.Run]) -> dict[str, Any]:
-  """What a meta-dataset of either sort is, for the card of what is trained on it.
+  """What a meta-dataset, whose runs are given, is, for the card of what is trained on it.
 
-  Args:
-    folder: the meta-dataset.
-    runs: all of its runs, as `read_any` gives them.
-
-  Returns:
-    JSON data: `config` (for `.mat` files their number and a digest of their names and sizes),
-    `summary` (lines of text) and `environment` (of the collection; empty for `.mat` files).
+  JSON data: `config` (for `.mat` files their number and a digest of their names and sizes),
+  `summary` (lines of text) and `environment` (of the collection; empty for `.mat` files).
 
   Raises:
     UserError: the record of the collection is missing or damaged.
@@ -185,17 +174,11 @@ def describe(folder: str | Path, runs: Sequence[collect.Run]) -> dict[str, Any]:
 
 
 def name_fields(stem: str) -> dict[str, Any]:
-  """The hyper-parameters that a file's name tells.
+  """The hyper-parameters that a file's name (without `.mat`) tells.
 
   Numbers follow a name that stands apart from others, with or without a sign between: `r0.5`,
-  `lr=1e-3`, `batch_128`.
-
-  Args:
-    stem: the name without `.mat`.
-
-  Returns:
-    `model` and `dataset`, 'unknown' where the name has none of those in the paper's section 4.1,
-    and of `rate`, `stage_lr`, `batch_size`, `stage_epochs` and `seed` those that it has.
+  `lr=1e-3`, `batch_128`. `model` and `dataset` are 'unknown' where the name has none of those in
+  the paper's section 4.1; of the other fields those are given that it has.
   """
   text = stem.lower()
   fields: dict[str, Any] = {}

@@ -91,8 +91,7 @@ class Architecture(NamedTuple):
 
   Attributes:
     init: key -> theta.
-    predict: (params of one kind, batch) -> the predicted weights `[N]`; a batch has `windows`
-      `[N, SPAN]`, `moments` `[N, S, S]` and `rate` `[N]`.
+    predict: (params of one kind, batch as of `draw_batch`) -> the predicted weights `[N]`.
     relative: whether errors are divided by the run's error of copying.
     penalty: params of one kind -> what is added to the loss.
   """
@@ -250,11 +249,7 @@ def group_names(about: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def check_split(config: Mapping[str, Any]) -> None:
-  """Checks the seed and the shares that split the runs.
-
-  Raises:
-    UserError: one does not fit.
-  """
+  """Checks the seed and the shares that split the runs; raises UserError."""
   shares = [config[name] for name in ('validation_share', 'test_share')]
   if not (min(shares) > 0 and sum(shares) < 1):
     raise UserError(
@@ -266,11 +261,7 @@ def check_split(config: Mapping[str, Any]) -> None:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-  """Checks the values of a meta-training.
-
-  Raises:
-    UserError: one does not fit.
-  """
+  """Checks the values of a meta-training; raises UserError."""
   if config['architecture'] not in ARCHITECTURES:
     raise unknown_name('architecture', config['architecture'], ARCHITECTURES)
   for name in ('weights_per_run', 'batch_size', 'steps', 'validate_every', 'patience'):

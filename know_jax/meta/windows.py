@@ -18,13 +18,12 @@ SPAN = HISTORY_LENGTH + 1
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Weights of several runs, every run with the same share.
+  """Weights of several runs (`numbers`), every run with the same share.
 
   Attributes:
-    numbers: the runs' numbers.
     weights: kind -> float32 `[runs, M, SPAN]`, oldest first, the hidden weight last.
     leaves: kind -> int32 `[runs, M]`, the row of `moments` of the leaf and window drawn from.
-    moments: kind -> float32 `[leaves and windows, S, S]`, as `conditioned.second_moments`, means.
+    moments: kind -> float32 `[leaves and windows, S, S]`, as `leaf_moments`.
     rates: float32 `[runs]`, r of each run.
   """
 
@@ -44,19 +43,11 @@ class Windows:
 def split_runs(
   abouts: Mapping[int, Mapping[str, Any]], seed: int, shares: tuple[float, float]
 ) -> tuple[list[int], list[int], list[int]]:
-  """Splits runs into training, validation and test.
+  """Splits runs (number -> JSON file) into training, validation and test: three ascending lists.
 
   Tested are the runs with the highest numbers: they were collected last, so that nothing decided
   while a collection was under way can have seen them. Of the others, validation and training get
-  like shares of every family and data set, at random.
-
-  Args:
-    abouts: number -> what a run's JSON file says of it.
-    seed: decides the split.
-    shares: of validation and test, in all runs.
-
-  Returns:
-    Three lists of numbers, ascending.
+  like shares of every family and data set, at random. `shares` are those of validation and test.
 
   Raises:
     UserError: a part would be empty.
@@ -89,12 +80,7 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
   """Draws the same number of weights from every run and, within a run, from every leaf of a kind.
 
   Equal shares keep large layers and large networks from drowning small ones. Each run of T stages
-  gives T - 5 windows (two for the paper's seven stages), drawn alike.
-
-  Args:
-    runs: finished runs; diverged ones are left out.
-    per_run: M, weights of each kind and run.
-    seed: decides which, together with the run's number.
+  gives T - 5 windows (two for the paper's seven stages), drawn alike. Diverged runs are left out.
 
   Raises:
     UserError: no run is left, or one lacks a kind of leaf, has too few stages or too large weights.
@@ -174,12 +160,8 @@ def _draw(
 def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
   """The linear step with the least squared error, relative to copying, the mean over runs.
 
-  Args:
-    windows: of the runs to fit on.
-
-  Returns:
-    kind -> the coefficients of the differences, oldest first, and of the newest weight, for
-    `least_squares`.
+  Kind -> the coefficients of the differences, oldest first, and of the newest weight, as
+  `least_squares` takes them.
   """
   found = {}
   for kind in KINDS:
@@ -195,11 +177,7 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
 
 
 def range_of(windows: Windows) -> dict[str, dict[str, float]]:
-  """The largest weight, and difference from one stage to the next, of what was trained on: by kind.
-
-  Args:
-    windows: of the runs trained on.
-  """
+  """By kind, the largest weight, and difference between stages, of what was trained on."""
   found = {}
   for kind, weights in windows.weights.items():
     largest = {'weight': weights, 'difference': np.diff(weights, axis=-1)}

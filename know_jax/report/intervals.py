@@ -39,16 +39,8 @@ def bootstrap_interval(
 
   Sources are drawn with replacement, then, within each, its values (Davison and Hinkley, Bootstrap
   methods and their application, 1997, section 3.8). With one source only its values are drawn: the
-  interval then says nothing of other sources.
-
-  Args:
-    groups: a sequence of values for each source; lengths may differ, none is empty.
-    level: the share of the resampled means inside.
-    resamples: how many.
-    seed: of NumPy's generator; the interval is a function of it.
-
-  Returns:
-    Lower and upper end.
+  interval then says nothing of other sources. `groups` are the values of each source, of any
+  length.
 
   Raises:
     UserError: there is no source, or one has no value.
@@ -76,11 +68,8 @@ def sign_flip_test(differences: ArrayLike) -> float:
   The share of the 2^n sign patterns whose mean is at least as far from zero as the one found
   (Fisher, The design of experiments, 1935). It is never below `smallest_p(n)`.
 
-  Args:
-    differences: paired differences, one a source seed, n from 1 to 20.
-
   Raises:
-    UserError: there are none, or too many to count all patterns.
+    UserError: there are no differences, or more than 20, too many to count all patterns.
   """
   values = np.asarray(differences, np.float64)
   if not 1 <= values.size <= _MOST_FLIPS:
@@ -118,15 +107,8 @@ def paired_t_test(differences: ArrayLike) -> float:
 def t_interval(means: ArrayLike, level: float = 0.95) -> tuple[float, float]:
   """Student's interval for the mean of source seeds' means; NaN for fewer than two.
 
-  With a handful of source seeds a bootstrap interval is too narrow; this one has its level if the
-  means are normal.
-
-  Args:
-    means: one a source seed.
-    level: the chance that it covers the true mean.
-
-  Returns:
-    Lower and upper end.
+  With a handful of source seeds a bootstrap interval is too narrow; this one covers the true mean
+  with chance `level` if the means are normal.
   """
   values = np.asarray(means, np.float64)
   if values.size < 2:

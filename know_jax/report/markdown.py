@@ -4,13 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[str]], *, pad: bool = True) -> str:
-  """A Markdown table of cells of text, all columns but the first to the right.
-
-  Args:
-    header: the names of the columns.
-    body: the cells of each row.
-    pad: whether cells are filled with blanks, so that columns are straight in the text too.
-  """
+  """A Markdown table, all columns but the first to the right; padded, it is straight in text."""
   rows = [list(header), *map(list, body)]
   rules = ['---', *['---:'] * (len(header) - 1)]
   if pad:

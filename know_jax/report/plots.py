@@ -1,14 +1,12 @@
 """Pictures. Matplotlib is imported where it draws, and draws to files only."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from know_jax import kinds as kinds_
-from know_jax import trees
 from know_jax.trajectory import Trajectory
 
 MARKERS = 'osD^vP*X<>hp'
@@ -35,19 +33,14 @@ def plot_nowcast(
 ) -> None:
   """Draws a trajectory with its predictions in a plane, and test loss against amount of data.
 
-  Args:
-    path: the PNG file to write.
-    trajectory: the history, oldest first.
-    predictions: predictor -> objects with `variables`, `multiple` and `loss`, nearest first;
-      weights with NaN or infinity have no place in the plane.
-    history_loss: test loss of the stages, all data first; empty where none is known, and then only
-      the trajectory is drawn.
-    rate: r.
-    kinds: the rule for the kinds of leaves; None: the default.
+  Predictions: predictor -> objects with `variables`, `multiple` and `loss`, nearest first; weights
+  with NaN or infinity have no place in the plane. `history_loss` is the test loss of the stages,
+  all data first; empty where none is known, and then only the trajectory is drawn.
   """
-  history = [_flat(stage, kinds) for stage in trajectory]
+  history = [kinds_.flatten(stage, kinds) for stage in trajectory]
   points = {
-    name: _finite(_flat(p.variables, kinds) for p in group) for name, group in predictions.items()
+    name: [v for p in group if np.isfinite(v := kinds_.flatten(p.variables, kinds)).all()]
+    for name, group in predictions.items()
   }
   everything = np.stack([*history, *(x for group in points.values() for x in group)])
   plane, shares = principal_plane(everything)
@@ -113,9 +106,7 @@ def _draw_losses(
 def plot_learning_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
   """Draws the curves of a meta-training: its loss, and the validation error of each kind of leaf.
 
-  Args:
-    path: the PNG file to write.
-    lines: of the metrics log, each with `step`, `loss` and `ratio_conv`, `ratio_fc`, `ratio_bias`.
+  Lines of the metrics log have `step`, `loss` and `ratio_conv`, `ratio_fc`, `ratio_bias`.
   """
   figure = new_figure(10, 4)
   left, right = figure.subplots(1, 2)
@@ -133,14 +124,11 @@ def plot_learning_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None
 
 
 def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Coordinates in the plane of the two first principal components.
+  """Coordinates of points `[n, d]`, n > 1, in the plane of the two first principal components.
 
-  Args:
-    points: `[n, d]`, n at least 2; d may be in the millions: only an n x n matrix is decomposed.
-
-  Returns:
-    Coordinates `[n, 2]` and the two components' shares of the variance, `[2]`. The sign of a
-    component is such that the last point of the first half lies on its positive side or at 0.
+  `d` may be in the millions: only an n x n matrix is decomposed. Gives coordinates `[n, 2]` and the
+  two components' shares of the variance, `[2]`. The sign of a component is such that the last point
+  of the first half lies on its positive side or at 0.
   """
   centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
   values, vectors = np.linalg.eigh(centred @ centred.T)
@@ -149,17 +137,3 @@ def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   middle = coordinates[(len(points) - 1) // 2]
   coordinates = coordinates * np.where(middle < 0, -1.0, 1.0)
   return coordinates, values[:2] / max(values.sum(), np.finfo(np.float64).tiny)
-
-
-def _finite(vectors: Iterable[np.ndarray]) -> list[np.ndarray]:
-  return [vector for vector in vectors if np.isfinite(vector).all()]
-
-
-def _flat(variables: Any, rule: kinds_.Rules | None) -> np.ndarray:
-  """The leaves that are predicted, as one vector."""
-  kinds = kinds_.leaf_kinds(variables, rule)
-  leaves = trees.named_leaves(jax.device_get(variables))
-  parts = [
-    np.ravel(leaf).astype(np.float32) for path, leaf in leaves.items() if kinds[path] != kinds_.KEEP
-  ]
-  return np.concatenate(parts)

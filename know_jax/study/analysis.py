@@ -20,15 +20,10 @@ _LINE = ['group', 'arm', 'predictor', 'step', 'amount']
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """All trainings of one arm at one step and amount of source data.
+  """All trainings of one arm, at one step n and one share (`amount`) of the source's data.
 
-  Attributes:
-    group: 'main' or that of an ablation.
-    arm: its name.
-    predictor: its predictor.
-    step: n.
-    amount: share of the source's data.
-    rows: those of results.csv, by source seed and transfer seed.
+  `group` is 'main' or that of an ablation; `rows` are those of results.csv, by source seed and
+  transfer seed.
   """
 
   group: str
@@ -113,18 +108,10 @@ def shrink_curve(line: Line, lines: Sequence[Line]) -> pd.Series:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """A paired difference in points, over source seeds and the transfers from each.
+  """A paired difference in points: the mean of the source seeds' means, with intervals and tests.
 
-  Attributes:
-    mean: the mean of the source seeds' means.
-    low: lower end of the 95 % bootstrap interval.
-    high: upper end.
-    t_low: lower end of Student's 95 % interval over source seeds; NaN for one.
-    t_high: upper end.
-    p_exact: of the sign-flip test over source seeds.
-    p_t: of the paired t-test over source seeds.
-    sources: how many source seeds.
-    pairs: how many pairs.
+  `low` and `high` end the 95 % bootstrap interval, `t_low` and `t_high` Student's over source seeds
+  (NaN for one); `p_exact` is of the sign-flip test, `p_t` of the paired t-test, over source seeds.
   """
 
   mean: float
@@ -182,13 +169,8 @@ def beyond_shrinking(
 ) -> list[tuple[Line, Comparison, Comparison]]:
   """What main arms that predict, but do not shrink, gain over naive transfer and over shrinking.
 
-  Args:
-    lines: all lines.
-    amount: of the arms.
-
-  Returns:
-    Line, comparison with naive transfer, and with the shrink sweep at the line's weight norm; lines
-    whose norm lies beyond the sweep's are left out.
+  The second is against the shrink sweep at the line's weight norm; lines whose norm lies beyond the
+  sweep's are left out.
   """
   naive, found = naive_line(lines, amount), []
   for line in lines:

@@ -116,11 +116,7 @@ def shrink_sweep(strengths: Sequence[float]) -> tuple[dict[str, Any], ...]:
 
 
 def standard_ablations(*, batch_norm: bool) -> tuple[dict[str, Any], ...]:
-  """History length, rate, kinds of leaf alone, BatchNorm policy, learning rate; few predictors.
-
-  Args:
-    batch_norm: whether the network has BatchNorm.
-  """
+  """History length, rate, kinds alone, BatchNorm policy (if there is one), rate; few predictors."""
   histories = [
     {'group': 'history', 'predictor': name, 'history': length}
     for length in (2, 3, 4)
@@ -153,10 +149,7 @@ def standard_ablations(*, batch_norm: bool) -> tuple[dict[str, Any], ...]:
 def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
   """All arms of a study, those of `config.ablations` after the main ones.
 
-  Args:
-    config: the fields of `know_jax.study.design.default_config`.
-    batch_norm: whether the network has BatchNorm; without it, arms that differ from others in its
-      policy alone are left out.
+  Without BatchNorm in the network, arms that differ from others in its policy alone are left out.
 
   Raises:
     UserError: an arm is not as described, or asks for what its predictor cannot do.

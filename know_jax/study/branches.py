@@ -21,19 +21,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import trees
-from know_jax.data.augmentation import Augmentation
-from know_jax.data.sources import load_dataset, mean_image
+from know_jax.data.sources import Dataset, load_dataset, mean_image
 from know_jax.errors import UserError
 from know_jax.io.files import write_atomic
 from know_jax.io.journal import Journal, read_lines
-from know_jax.kinds import KEEP, leaf_kinds
+from know_jax.kinds import flatten, unflatten
 from know_jax.report import intervals
 from know_jax.report.markdown import table
 from know_jax.report.plots import new_figure
 from know_jax.seeds import named_key
-from know_jax.study.trainer import Task, Trainer
-from know_jax.training.state import learning_rates
+from know_jax.tasks import classification
+from know_jax.training import loop
+from know_jax.training.state import Recipe
+from know_jax.training.steps import put_data
 
 STRENGTHS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
 """How far along each direction accuracy is measured."""
@@ -76,38 +76,32 @@ def default_config() -> ConfigDict:
 
 
 def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
-  """Trains what the journal `rows.jsonl` in the workdir lacks, a line for each network and seed.
+  """Trains what the journal `rows.jsonl` in the workdir lacks, a row for each network and seed.
 
-  Args:
-    config: the fields of `default_config`.
-    workdir: of the journal; runs on several data sets may share it.
-
-  Returns:
-    The rows so far.
+  Runs on several data sets may share a workdir. Gives all rows so far.
 
   Raises:
     UserError: too few images, or an odd number of branches.
   """
-  data = {
-    split: load_dataset(config['dataset'], split, data_dir=config['data_dir'])
+  train, test = (
+    load_dataset(config['dataset'], split, data_dir=config['data_dir'])
     for split in ('train', 'test')
-  }
-  if (have := len(data['train'].labels)) < 2 * config['examples']:
-    raise UserError(f'found {have} training images; expected at least {2 * config["examples"]}.')
+  )
+  if train.size < 2 * config['examples']:
+    raise UserError(
+      f'found {train.size} training images; expected at least {2 * config["examples"]}.'
+    )
   if config['branches'] < 2 or config['branches'] % 2:
     raise UserError(f'branches is {config["branches"]}; expected an even number, 2 or more.')
   Path(workdir).mkdir(parents=True, exist_ok=True)
   journal = Journal(Path(workdir) / 'rows.jsonl')
-  images = np.concatenate([data[split].images for split in data])
-  labels = np.concatenate([data[split].labels for split in data])
   for model, width in zip(config['models'], config['widths'], strict=True):
     settings = {**config, 'model': model, 'width': width, 'dtype': 'float32'}
-    trainer = Trainer(settings, images, labels, Augmentation())
     for seed in range(config['seeds']):
       key = f'{config["dataset"]} {model} {seed}'
       if journal.get(key) is None:
         began = time.monotonic()
-        values = measure(trainer, settings, seed, have)
+        values = measure(settings, train, test, seed)
         about = {name: settings[name] for name in ('dataset', 'model', 'width', *_SIZES)}
         journal.add(key, **about, seed=seed, **values, seconds=time.monotonic() - began)
         print(key, f'{time.monotonic() - began:.0f} s', flush=True)
@@ -115,7 +109,7 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def measure(
-  trainer: Trainer, config: Mapping[str, Any], seed: int, train_size: int
+  config: Mapping[str, Any], train_set: Dataset, test_set: Dataset, seed: int
 ) -> dict[str, Any]:
   """Trains one Theta^0 and its branches.
 
@@ -124,29 +118,34 @@ def measure(
     branches; `cosines`; `along`: direction -> test accuracy at each of `STRENGTHS`.
   """
   rng, n = np.random.default_rng(seed), config['examples']
-  order = rng.permutation(train_size)
+  order = rng.permutation(train_set.size).astype(np.int32)
   first, both = order[:n], order[: 2 * n]
-  test = np.arange(train_size, len(trainer.labels))
-  mean = mean_image(np.asarray(trainer.images[first]))
-  whole = Task(first, mean, trainer.outputs)
+  model = classification.network_of(config, train_set.num_classes)
+  task = classification.task(model, train_set, test_set, mean=mean_image(train_set.images[first]))
+  data, tested = put_data(task)
+  recipe = Recipe(epsilon=config['epsilon'])
 
   def train(variables: Any, subset: np.ndarray, epochs: int, *names: str | int) -> Any:
-    rates = learning_rates('cosine', config['lr'], epochs * (len(subset) // config['batch_size']))
-    return trainer.train(
-      variables, Task(subset, mean, trainer.outputs), rates, named_key(seed, *names)
-    )[0]
+    return loop.train(
+      task, variables, data, subset, recipe=recipe, epochs=epochs, lr=config['lr'],
+      batch_size=config['batch_size'], schedule='cosine', key=named_key(seed, *names),
+    )  # fmt: skip
 
-  start = train(trainer.fresh(named_key(seed, 'init'), trainer.outputs), first, config['epochs'])
+  def score(variables: Any) -> float:
+    return loop.evaluate(task, variables, tested)['accuracy']
+
+  fresh = jax.device_get(task.init(named_key(seed, 'init')))
+  start = train(fresh, first, config['epochs'], 'start')
   moves: dict[str, list[np.ndarray]] = collections.defaultdict(list)
   reached: dict[str, list[float]] = collections.defaultdict(list)
-  base = _flat(start)
+  base = flatten(start)
   for branch in range(config['branches']):
     shuffled = rng.permutation(first)
     subsets = (shuffled[: n // 2], shuffled[n // 2 :], first, both)
     for kind, subset in zip(_KINDS, subsets, strict=True):
       trained = train(start, subset, config['branch_epochs'], kind, branch)
-      moves[kind].append(_flat(trained) - base)
-      reached[kind].append(trainer.score(trained, test, whole)['accuracy'])
+      moves[kind].append(flatten(trained) - base)
+      reached[kind].append(score(trained))
   means = {kind: np.mean(vectors, axis=0) for kind, vectors in moves.items()}
   directions = {
     'tau': -means['half'],
@@ -155,15 +154,12 @@ def measure(
     'further': means['same'],
   }
 
-  def accuracy(vector: np.ndarray) -> float:
-    return trainer.score(_moved(start, vector), test, whole)['accuracy']
-
   return {
-    'start': trainer.score(start, test, whole)['accuracy'],
+    'start': score(start),
     'reached': {kind: statistics.mean(values) for kind, values in reached.items()},
     'cosines': cosines(moves),
     'along': {
-      name: [accuracy(strength * vector) for strength in STRENGTHS]
+      name: [score(unflatten(base + strength * vector, start)) for strength in STRENGTHS]
       for name, vector in directions.items()
     },
   }
@@ -186,28 +182,6 @@ def cosines(moves: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
   return float(a @ b / np.sqrt((a @ a) * (b @ b)))
-
-
-def _flat(variables: Any) -> np.ndarray:
-  """All weights that a predictor moves, the head's too, as one float64 vector."""
-  named, kinds = trees.named_leaves(variables['params']), leaf_kinds(variables['params'])
-  return np.concatenate([np.float64(named[p]).ravel() for p, k in kinds.items() if k != KEEP])
-
-
-def _moved(variables: Any, vector: np.ndarray) -> Any:
-  """Variables with a vector like `_flat`'s added."""
-  kinds, place = leaf_kinds(variables['params']), 0
-
-  def move(path: Any, leaf: np.ndarray) -> np.ndarray:
-    nonlocal place
-    if kinds[trees.path_string(path)] == KEEP:
-      return leaf
-    part = vector[place : place + leaf.size].reshape(leaf.shape)
-    place += leaf.size
-    return (leaf + part).astype(np.float32)
-
-  params = jax.tree_util.tree_map_with_path(move, variables['params'])
-  return {**variables, 'params': params}
 
 
 def write(workdir: str | Path, path: str | Path) -> Path:
@@ -240,28 +214,20 @@ def _mean_text(values: Sequence[float], form: str) -> str:
 def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
   """The page as Markdown."""
   groups = _groups(rows)
-  angles = [
-    [words, *(_mean_text([r['cosines'][name] for r in group], '+.2f') for group in groups.values())]
-    for name, words in _COSINES.items()
-  ]
-  gains = [
-    [
-      f'trained on: {kind}',
-      *(
-        _mean_text([100 * (r['reached'][kind] - r['start']) for r in group], '+.2f')
-        for group in groups.values()
-      ),
-    ]
-    for kind in _KINDS
-  ]
+
+  def line(words: str, *place: str | int, gain: bool = True) -> list[str]:
+    def value(row: Mapping[str, Any]) -> float:
+      reached: Any = row
+      for key in place:
+        reached = reached[key]
+      return 100 * (reached - row['start']) if gain else reached
+
+    return [words, *(_mean_text(list(map(value, group)), '+.2f') for group in groups.values())]
+
+  angles = [line(words, 'cosines', name, gain=False) for name, words in _COSINES.items()]
+  gains = [line(f'trained on: {kind}', 'reached', kind) for kind in _KINDS]
   gains += [
-    [
-      f'{words}, {strength:+g}',
-      *(
-        _mean_text([100 * (r['along'][name][i] - r['start']) for r in group], '+.2f')
-        for group in groups.values()
-      ),
-    ]
+    line(f'{words}, {strength:+g}', 'along', name, i)
     for name, words in _DIRECTIONS.items()
     for i, strength in enumerate(STRENGTHS)
   ]

@@ -69,11 +69,7 @@ def default_config() -> ConfigDict:
 class Study:
   """A checked config and what follows from it; nothing is trained or written.
 
-  Attributes:
-    config: as plain data.
-    arms: in the order of the config.
-    target: the task that is transferred to.
-    subsets: combined seed -> the labelled examples.
+  `target` is the task that is transferred to, `subsets` maps a combined seed to labelled examples.
 
   Raises:
     UserError: a value does not fit; it is named.

@@ -69,13 +69,7 @@ def _scale_x(axes: Any) -> None:
 
 
 def gains_by_step(path: Path, title: str, gains: Sequence[tuple[Line, Comparison]]) -> None:
-  """Draws gains over naive transfer with their intervals, in points, by multiple of the data.
-
-  Args:
-    path: the PNG file to write.
-    title: of the picture.
-    gains: lines with what they gain.
-  """
+  """Draws gains over naive transfer with their intervals, in points, by multiple of the data."""
   arms = list(dict.fromkeys(line.arm for line, _ in gains))
   with _axes(path, title, 'multiple of the data', 'points over naive transfer') as axes:
     for i, arm in enumerate(arms):
@@ -92,14 +86,7 @@ def gains_by_step(path: Path, title: str, gains: Sequence[tuple[Line, Comparison
 
 
 def accuracy_by_step(path: Path, title: str, lines: Sequence[Line], newest: Line) -> None:
-  """Draws accuracy (%) of predicted weights on the source task, from the newest weight's on.
-
-  Args:
-    path: the PNG file to write.
-    title: of the picture.
-    lines: of predictions.
-    newest: the line of naive transfer.
-  """
+  """Draws accuracy (%) of predicted weights on the source task, from the newest weight's on."""
   with _axes(path, title, 'multiple of the data', 'accuracy on the source task, %') as axes:
     for i, arm in enumerate(dict.fromkeys(line.arm for line in lines)):
       mine = [line for line in lines if line.arm == arm]
@@ -111,13 +98,7 @@ def accuracy_by_step(path: Path, title: str, lines: Sequence[Line], newest: Line
 
 
 def learning_curves(path: Path, title: str, curves: Mapping[str, pd.Series]) -> None:
-  """Draws mean accuracy by epoch of fine-tuning.
-
-  Args:
-    path: the PNG file to write.
-    title: of the picture.
-    curves: arm -> accuracy in [0, 1] by epoch.
-  """
+  """Draws mean accuracy by epoch of fine-tuning; curves: arm -> accuracy in [0, 1] by epoch."""
   with _axes(path, title, 'epoch of fine-tuning', 'accuracy on the target task, %') as axes:
     for i, (arm, curve) in enumerate(curves.items()):
       axes.plot(curve.index, 100 * curve, label=arm, **_style(i, arm))
@@ -128,13 +109,8 @@ def scatter(
 ) -> None:
   """Draws the gain of predictions against something else of theirs, positive, by its logarithm.
 
-  Args:
-    path: the PNG file to write.
-    title: of the picture.
-    points: `arm`, `x` and `gain` in points; the steps of an arm, nearest first, are joined by a
-      line.
-    x: what x is.
-    curve: (x, gain) of the shrink sweep, drawn as a line.
+  Points have `arm`, `x` and `gain` in points; the steps of an arm are joined, nearest first.
+  `curve` is (x, gain) of the shrink sweep.
   """
   with _axes(path, title, x, 'points over naive transfer') as axes:
     if curve:

@@ -1,9 +1,8 @@
 """Rate, reset or trajectory: the authors' ResNet18 with their networks as arms, on one GPU.
 
 From a share of CIFAR-100 to a share of CIFAR-10, with the authors' recipe and cut epochs: it
-answers where a gain comes from in such a regime, and is no reproduction of a published table. One
-compiled program trains everything, images stay on the device, and a journal has a line for each
-training, so that a later run continues.
+answers where a gain comes from in such a regime, and is no reproduction of a published table. A
+journal has a line for each training, so that a later run continues.
 
 What the result decides was fixed before the first run. A difference is one of test accuracy in
 points, paired by source, with the 95 % t-interval over sources; it *matters* if its mean is at
@@ -36,21 +35,24 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from know_jax import trees
-from know_jax.data.sources import load_dataset, mean_image
-from know_jax.data.subsets import nested_subsets
+from know_jax import transfer, trees
+from know_jax.data.augmentation import PAPER_AUGMENTATION
+from know_jax.data.base import part_of
+from know_jax.data.sources import Dataset, load_dataset
 from know_jax.errors import UserError
+from know_jax.forgetting import recipe_of
 from know_jax.io.journal import Journal, read_lines
 from know_jax.kinds import leaf_kinds
-from know_jax.models import HEAD
-from know_jax.models.adapters import linen
 from know_jax.nowcast import api
 from know_jax.predictors.parameters import load_known
 from know_jax.seeds import named_key
 from know_jax.study.parts import at_norms_of, radial, scaled_biases, tangential
-from know_jax.study.trainer import Task, Trainer
+from know_jax.tasks import classification
+from know_jax.tasks.base import Task
+from know_jax.training import loop
 from know_jax.training.batch_norm import apply_policy
-from know_jax.training.state import learning_rates
+from know_jax.training.steps import Data, put_data
+from know_jax.user_loop import forget, nested_subsets
 
 STAGES = 5
 SOURCE = 'source'  # The arm of the rows that tell of a source itself.
@@ -60,13 +62,9 @@ MATCHED = 'matched'
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """A start and a rate.
+  """A start ('scratch' or a key of `STARTS`) at so many times the fine-tuning rate, or `MATCHED`.
 
-  Attributes:
-    start: 'scratch', 'naive', or a key of `STARTS`.
-    times: times this the rate of fine-tuning, or `MATCHED`.
-    batch_norm: 'keep' or 'reset'.
-    core: whether it is run from every source, others only from the first few.
+  `core` arms are run from every source, others only from the first few.
   """
 
   start: str
@@ -118,7 +116,10 @@ def default_config() -> ConfigDict:
       'width': 64,
       'dtype': 'bfloat16',
       'batch_size': 128,
-      'epsilon': 1e-8,  # Adam's, as in the authors' scripts.
+      'optimizer': 'adam',
+      'epsilon': 1e-8,  # As in the authors' scripts.
+      'weight_decay': 0.0,
+      'schedule': 'cosine',
       'sources': 5,
       'extra_sources': 2,  # From how many the arms are run that are not core.
       'source_examples': 12500,
@@ -183,12 +184,7 @@ def geometry(newest: Any, start: Any) -> dict[str, float]:
 def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
   """Trains what the journal `rows.jsonl` in the workdir lacks, core arms of all sources first.
 
-  Args:
-    config: the fields of `default_config`.
-    workdir: for the journal and, as `source-SEED.npz`, the stages of each source.
-
-  Returns:
-    A row for each training done so far.
+  The stages of each source are kept in `source-SEED`. Gives a row for each training done so far.
 
   Raises:
     UserError: the data or the authors' networks cannot be read, or do not suffice.
@@ -197,14 +193,13 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
   workdir.mkdir(parents=True, exist_ok=True)
   if not config['official']:
     raise UserError("official is not set; expected a folder with the authors' three .h5 files.")
-  theta = load_known(config['official'])
-  study = _Study(config, workdir, theta)
+  study = _Study(dict(config), workdir, load_known(config['official']))
   plan = [(seed, arm) for seed in range(config['sources']) for arm in ARMS if arm.core]
   plan += [(s, arm) for s in range(config['extra_sources']) for arm in ARMS if not arm.core]
   for seed, arm in plan:
     if study.journal.get(f'{seed}: {arm.name}') is not None:
       continue
-    lacks_source = not study.has_source(seed)
+    lacks_source = study.journal.get(f'{seed}: {SOURCE}') is None
     spent = time.monotonic() - began
     needed = study.seconds(of_source=False) + lacks_source * study.seconds(of_source=True)
     if config['seconds'] and spent + 1.1 * needed > config['seconds']:
@@ -217,146 +212,131 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
 
 
 class _Study:
-  """The data, the trainer and the journal of one workdir."""
+  """The data, the target and the journal of one workdir."""
 
-  def __init__(self, config: Mapping[str, Any], workdir: Path, theta: Any):
+  def __init__(self, config: dict[str, Any], workdir: Path, theta: Any):
     self.config, self.workdir, self.theta = config, workdir, theta
     self.journal_path = workdir / 'rows.jsonl'
     self.journal = Journal(self.journal_path)
-    parts = _arrays(config)
-    sizes = np.cumsum([0, *(len(labels) for _, labels in parts)])
-    wanted = config['labels'] + config['validation']
-    for have, want, what in (
-      (sizes[1], config['source_examples'], 'source images'),
-      (sizes[2] - sizes[1], wanted, 'target images'),
+    self.images, target, test = _data(config)
+    used = config['labels'] + config['validation']
+    for found, least, what in (
+      (self.images.size, config['source_examples'] + 1, 'source images'),
+      (target.size, used, 'target images'),
     ):
-      if have < want:
-        raise UserError(f'found {have} {what}; expected at least {want}.')
-    labels = np.concatenate([labels for _, labels in parts])
-    self.trainer = Trainer(config, np.concatenate([images for images, _ in parts]), labels)
-    self.all_sources, self.test = np.arange(sizes[1]), np.arange(sizes[2], sizes[3])
-    drawn = np.random.default_rng(config['seed']).permutation(np.arange(sizes[1], sizes[2]))
-    chosen, self.validation = np.split(drawn[:wanted], [config['labels']])
-    images = np.asarray(self.trainer.images[np.sort(chosen)])
-    self.target = Task(np.sort(chosen), mean_image(images), int(parts[1][1].max()) + 1)
+      if found < least:
+        raise UserError(f'found {found} {what}; expected at least {least}.')
+    drawn = np.random.default_rng(config['seed']).permutation(target.size)[:used]
+    labelled, validation = np.split(drawn, [config['labels']])
+    self.target = self._task(target, np.sort(labelled), test)
+    self.data = put_data(self.target)
+    chosen_by = Data(part_of(target, validation), self.target.prepare)
+    self.also = {'training': self.data[0], 'validation': chosen_by}
+
+  def _task(self, images: Dataset, chosen: np.ndarray, test: Any) -> Task:
+    model = classification.network_of(self.config, images.num_classes)
+    return classification.task(
+      model, part_of(images, chosen), test, augmentation=PAPER_AUGMENTATION
+    )
 
   def seconds(self, *, of_source: bool) -> float:
     """How long the last training of this sort took; 0 where there was none."""
     lines = read_lines(self.journal_path)
     return next((x['seconds'] for x in lines[::-1] if (x['arm'] == SOURCE) == of_source), 0.0)
 
-  def has_source(self, seed: int) -> bool:
-    """Whether the stages of a source are trained."""
-    return self._path(seed).exists() and self.journal.get(f'{seed}: {SOURCE}') is not None
+  def _fresh(self, task: Task, *names: str | int) -> Any:
+    """New variables: convolutions he-normal, as the authors'."""
+    key, draw = named_key(self.config['seed'], *names), jax.nn.initializers.he_normal()
+    variables = jax.device_get(task.init(key))
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(variables['params']))))
+    params = jax.tree.map(
+      lambda leaf: np.asarray(draw(next(keys), leaf.shape)) if leaf.ndim == 4 else leaf,
+      variables['params'],
+    )
+    return {**variables, 'params': params}
 
-  def _path(self, seed: int) -> Path:
-    return self.workdir / f'source-{seed}.npz'
+  @functools.lru_cache(maxsize=1)  # noqa: B019 - one study a process.
+  def _source(self, seed: int) -> tuple[Task, list[Any]]:
+    """A source's task and stages, oldest (smallest subset) first; trains what it lacks."""
+    config = self.config
+    order = np.random.default_rng([config['seed'], seed]).permutation(self.images.size)
+    chosen, held = np.split(order, [config['source_examples']])
+    task = self._task(self.images, np.sort(chosen), part_of(self.images, held))
+    data = functools.cache(lambda: Data(task.train, task.prepare))
+
+    def train(variables: Any, indices: np.ndarray, stage: int, key: jax.Array) -> Any:
+      return loop.train(
+        task, variables, data(), indices, recipe=recipe_of(config), epochs=config['source_epochs'],
+        batch_size=config['batch_size'], lr=config['source_lr'], schedule=config['schedule'],
+        key=key,
+      )  # fmt: skip
+
+    subsets = nested_subsets(task.train.strata, config['rate'], STAGES, seed)
+    history = forget(
+      train, self._fresh(task, 'init', seed), subsets,
+      key=named_key(config['seed'], 'source', seed), workdir=self.workdir / f'source-{seed}',
+    )  # fmt: skip
+    return task, list(jax.device_get(history))
 
   def source(self, seed: int) -> dict[str, Any]:
-    """Trains the stages of a source, and keeps their parameters and the newest's statistics."""
-    began, config = time.monotonic(), self.config
-    rng = np.random.default_rng([config['seed'], seed])
-    order = rng.permutation(self.all_sources)
-    chosen, held = np.sort(order[: config['source_examples']]), order[config['source_examples'] :]
-    labels = np.asarray(self.trainer.labels)
-    mean = mean_image(np.asarray(self.trainer.images[chosen]))
-    whole = Task(chosen, mean, int(labels[self.all_sources].max()) + 1)
-    key = named_key(config['seed'], 'source', seed)
-    drawing = named_key(config['seed'], 'subsets', seed)
-    subsets = nested_subsets(drawing, labels[chosen], rate=config['rate'], phases=STAGES)
-    variables = self.trainer.fresh(named_key(config['seed'], 'init', seed), whole.classes)
-    stages, accuracies, training = [], [], []
-    for stage, subset in enumerate(subsets):
-      task = dataclasses.replace(whole, train=chosen[subset])
-      steps = config['source_epochs'] * (len(subset) // config['batch_size'])
-      rates = learning_rates('cosine', config['source_lr'], steps)
-      variables, hits = self.trainer.train(variables, task, rates, jax.random.fold_in(key, stage))
-      stages.append(variables)
-      training.append(hits)
-      accuracies.append(self.trainer.score(variables, held, whole)['accuracy'] if len(held) else 0)
-    arrays = {
-      f'{stage}/{path}': leaf
-      for stage, part in enumerate(stages)
-      for path, leaf in trees.named_leaves(part).items()
-    }
-    np.savez(self._path(seed), **arrays)
+    """Trains the stages of a source."""
+    began = time.monotonic()
+    task, stages = self._source(seed)
+    held, newest = Data(task.test, task.prepare), stages[-1]
+    accuracies = [loop.evaluate(task, stage, held)['accuracy'] for stage in stages[::-1]]
+    seen = loop.evaluate(task, newest, Data(task.train, task.prepare))
     return self.journal.add(
       f'{seed}: {SOURCE}', source=seed, arm=SOURCE, accuracy=accuracies[0], held_out=accuracies,
-      training=training[0], training_of_stages=training, seconds=time.monotonic() - began,
+      training=seen['accuracy'], seconds=time.monotonic() - began,
       device=jax.devices()[0].device_kind,
     )  # fmt: skip
 
-  @functools.lru_cache(maxsize=1)  # noqa: B019 - one study a process.
-  def _stages(self, seed: int) -> list[Any]:
-    """The variables of a source's stages, oldest (smallest subset) first."""
-    from flax.traverse_util import unflatten_dict
-
-    with np.load(self._path(seed), allow_pickle=False) as file:
-      flat: list[dict[str, Any]] = [{} for _ in range(STAGES)]
-      for name in file.files:
-        stage, _, path = name.partition('/')
-        flat[int(stage)][path] = file[name]
-    return [unflatten_dict(part, sep='/') for part in flat][::-1]
-
   def arm(self, seed: int, arm: Arm) -> dict[str, Any]:
     """Transfers one start at one rate."""
-    began, config, trainer, task = time.monotonic(), self.config, self.trainer, self.target
-    key = named_key(config['seed'], 'transfer', seed)
-    fresh = trainer.fresh(key, task.classes)
-    shape = {'norm': 1.0, 'radial': 0.0}
+    config, stages = self.config, self._source(seed)[-1]
+    history = [stage['params'] for stage in stages]
+    shape, lr = {'norm': 1.0, 'radial': 0.0}, config['lr']
     if arm.start == 'scratch':
-      variables = fresh
+      variables = self._fresh(self.target, 'scratch', seed)
+      config = {**config, 'warmup_epochs': 0, 'epochs': config['warmup_epochs'] + config['epochs']}
     else:
-      stages = self._stages(seed)
-      history = [stage['params'] for stage in stages]
       params = STARTS[arm.start](history, self.theta)
       shape = geometry(history[-1], params)
       # BatchNorm's scale and shift are no part of a prediction: they are those of the newest stage.
-      params = {**params, HEAD: fresh['params'][HEAD]}
       variables = apply_policy(
-        arm.batch_norm, linen(trainer.model), {**stages[-1], 'params': params},
+        arm.batch_norm, self.target.model, {**stages[-1], 'params': params},
         num_batches=1, batch_size=1,
       )  # fmt: skip
     if arm.times == MATCHED:
-      history = [stage['params'] for stage in self._stages(seed)]
       official = STARTS['official x8'](history, self.theta)
-      lr = config['lr'] / geometry(history[-1], official)['norm']
+      lr /= geometry(history[-1], official)['norm']
     else:
-      lr = config['lr'] * float(arm.times)
-    per_epoch = len(task.train) // config['batch_size']
-    warm = np.full(config['warmup_epochs'] * per_epoch, config['warmup_lr'], np.float32)
-    rates = learning_rates('cosine', lr, config['epochs'] * per_epoch)
-    if arm.start == 'scratch':
-      steps = (config['warmup_epochs'] + config['epochs']) * per_epoch
-      rates = learning_rates('cosine', lr, steps)
-    elif len(warm):
-      first = jax.random.fold_in(key, 0)
-      variables, _ = trainer.train(variables, task, warm, first, backbone=False)
-    variables, hits = trainer.train(variables, task, rates, jax.random.fold_in(key, 1))
-    tested = trainer.score(variables, self.test, task)
+      lr *= float(arm.times)
+    subset = np.arange(self.target.train.size, dtype=np.int32)
+    row = transfer.train_one(
+      self.target, variables, self.data, subset, {**config, 'lr': lr}, seed, also=self.also
+    )
+    del row['curve']
     return self.journal.add(
       f'{seed}: {arm.name}', source=seed, arm=arm.name, start=arm.start, times=arm.times, lr=lr,
-      batch_norm=arm.batch_norm, accuracy=tested['accuracy'], loss=tested['loss'],
-      validation=trainer.score(variables, self.validation, task)['accuracy'],
-      training=trainer.score(variables, task.train, task)['accuracy'], training_augmented=hits,
-      **shape, seconds=time.monotonic() - began, device=jax.devices()[0].device_kind,
+      batch_norm=arm.batch_norm, **row, **shape, device=jax.devices()[0].device_kind,
     )  # fmt: skip
 
 
-_ARRAYS = ('source', 'target', 'test')
+def _data(config: Mapping[str, Any]) -> list[Dataset]:
+  """The source's training set, the target's, and its test set."""
+  source, target, folder = (config[f] for f in ('source_dataset', 'target_dataset', 'data_dir'))
+  if not config['arrays']:
+    sets = ((source, 'train'), (target, 'train'), (target, 'test'))
+    return [load_dataset(name, split, data_dir=folder) for name, split in sets]
 
+  def read(name: str) -> Dataset:
+    images, labels = (np.asarray(file[f'{name}_{what}']) for what in ('images', 'labels'))
+    classes = tuple(map(str, range(labels.max() + 1)))
+    return Dataset(config['arrays'], name, images, labels.astype(np.int32), classes)
 
-def _arrays(config: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Images and labels of the source's training set, the target's, and its test set."""
-  if config['arrays']:
-    try:
-      with np.load(config['arrays'], allow_pickle=False) as file:
-        return [(file[f'{name}_images'], file[f'{name}_labels']) for name in _ARRAYS]
-    except (OSError, ValueError, KeyError) as error:
-      raise UserError(f'cannot read {config["arrays"]}: {error}.') from error
-  wanted = ((config['source_dataset'], 'train'), (config['target_dataset'], 'train'))
-  data = [
-    load_dataset(name, split, data_dir=config['data_dir'])
-    for name, split in (*wanted, (config['target_dataset'], 'test'))
-  ]
-  return [(entry.images, entry.labels) for entry in data]
+  try:
+    with np.load(config['arrays'], allow_pickle=False) as file:
+      return [read(name) for name in ('source', 'target', 'test')]
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f'cannot read {config["arrays"]}: {error}.') from error

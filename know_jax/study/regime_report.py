@@ -1,10 +1,12 @@
 """The page of `know_jax.study.regime`: every arm, and what the bounds fixed before decide."""
 
-import collections
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from know_jax.errors import UserError
 from know_jax.io.files import write_atomic
@@ -28,19 +30,11 @@ NAIVE, RESET, OFFICIAL, RADIAL, TANGENTIAL, MATCHED = (
   )
 )
 
-Scores = Mapping[str, Mapping[int, float]]
-"""Arm -> source -> accuracy in per cent."""
-
 
 class Difference(NamedTuple):
-  """Of two arms in points, paired by source.
+  """Of two arms in points: the mean over sources, paired, its 95 % t-interval, p of the t-test.
 
-  Attributes:
-    mean: over sources.
-    low: of the 95 % t-interval; NaN for fewer than two sources.
-    high: likewise.
-    sources: how many have both.
-    p: of the paired t-test.
+  The interval of fewer than two sources is NaN.
   """
 
   mean: float
@@ -58,22 +52,26 @@ class Difference(NamedTuple):
     return f'{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})'
 
 
-def difference(scores: Scores, arm: str, other: str) -> Difference:
-  """An arm minus another, over the sources that have both.
+def difference(scores: pd.DataFrame, arm: str, other: str) -> Difference:
+  """An arm minus another, over the sources that have both; scores as of `scores_of`.
 
   Raises:
     UserError: no source has both.
   """
-  both = sorted(set(scores.get(arm, {})) & set(scores.get(other, {})))
-  if not both:
+  if not {arm, other} <= set(scores) or not len(both := scores[[arm, other]].dropna()):
     raise UserError(f'no source has both {arm!r} and {other!r}; resume the study first.')
-  values = [scores[arm][seed] - scores[other][seed] for seed in both]
+  values = (both[arm] - both[other]).to_numpy()
   low, high = intervals.t_interval(values)
-  p = intervals.paired_t_test(values)
-  return Difference(statistics.mean(values), low, high, len(values), p)
+  return Difference(values.mean(), low, high, len(values), intervals.paired_t_test(values))
 
 
-def verdicts(scores: Scores) -> list[str]:
+def scores_of(rows: Sequence[Mapping[str, Any]], field: str) -> pd.DataFrame:
+  """A field of the rows in per cent: by source, a column for each arm."""
+  transfers = pd.DataFrame([row for row in rows if row['arm'] != SOURCE])
+  return 100 * transfers.pivot_table(field, 'source', 'arm', 'last')
+
+
+def verdicts(scores: pd.DataFrame) -> list[str]:
   """A sentence for each bound in `know_jax.study.regime`."""
 
   def of(arm: str, other: str) -> Difference:
@@ -106,12 +104,12 @@ def _is(found: bool) -> str:
   return 'yes' if found else 'no'
 
 
-def best_rate(rows: list[dict[str, Any]], start: str, batch_norm: str) -> tuple[str, bool]:
+def best_rate(rows: Sequence[Mapping[str, Any]], start: str, batch_norm: str) -> tuple[str, bool]:
   """The arm whose rate is best by validation images, and whether it is at the edge of its grid.
 
   Rates are compared by their mean gain over rate x1 from the same sources.
   """
-  validation = _by_arm(rows, 'validation')
+  validation = scores_of(rows, 'validation')
   base = Arm(start, 1.0, batch_norm).name
   grid = sorted(
     (arm for arm in ARMS if (arm.start, arm.batch_norm) == (start, batch_norm)
@@ -123,20 +121,8 @@ def best_rate(rows: list[dict[str, Any]], start: str, batch_norm: str) -> tuple[
   return grid[place].name, place in (0, len(grid) - 1)
 
 
-def _by_arm(rows: list[dict[str, Any]], field: str) -> dict[str, dict[int, float]]:
-  found: dict[str, dict[int, float]] = collections.defaultdict(dict)
-  for row in rows:
-    if row['arm'] != SOURCE:
-      found[row['arm']][row['source']] = 100 * row[field]
-  return found
-
-
 def write(workdir: Path, path: str | Path) -> Path:
-  """Writes the page of the rows in a workdir.
-
-  Args:
-    workdir: with `rows.jsonl`.
-    path: the Markdown file to write.
+  """Writes the page of `rows.jsonl` in a workdir.
 
   Raises:
     UserError: arms that the bounds need are missing.
@@ -146,29 +132,23 @@ def write(workdir: Path, path: str | Path) -> Path:
   return Path(path)
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
   """The page as Markdown."""
-  scores, training = _by_arm(rows, 'accuracy'), _by_arm(rows, 'training')
+  scores, training = scores_of(rows, 'accuracy'), scores_of(rows, 'training')
   names = [arm.name for arm in ARMS if arm.name in scores]
   to_naive = [difference(scores, name, NAIVE) for name in names]
-  rest = [name != NAIVE for name in names]
   adjusted = intervals.holm(
-    [found.p if is_rest else float('nan') for found, is_rest in zip(to_naive, rest, strict=True)]
+    [math.nan if n == NAIVE else gain.p for n, gain in zip(names, to_naive, strict=True)]
   )
   shapes = {row['arm']: row for row in rows}
   body = [
     [
-      name,
-      f'{statistics.mean(scores[name].values()):.2f}',
-      f'{statistics.mean(training[name].values()):.1f}',
-      str(found) if is_rest else '',
-      f'{p:.3f}' if is_rest else '',
-      f'{shapes[name]["lr"]:.2g}',
-      f'{shapes[name]["norm"]:.2f}',
-      str(found.sources),
+      name, f'{scores[name].mean():.2f}', f'{training[name].mean():.1f}',
+      *(('', '') if name == NAIVE else (str(gain), f'{p:.3f}')),
+      f'{shapes[name]["lr"]:.2g}', f'{shapes[name]["norm"]:.2f}', str(gain.sources),
     ]
-    for name, found, p, is_rest in zip(names, to_naive, adjusted, rest, strict=True)
-  ]
+    for name, gain, p in zip(names, to_naive, adjusted, strict=True)
+  ]  # fmt: skip
   head = ['arm', 'test, %', 'training, %', 'minus naive', 'p (Holm)', 'rate', 'norm', 'sources']
   tuned = [best_rate(rows, 'naive', 'keep'), best_rate(rows, 'official x8', 'reset')]
   edges = [name for name, at_edge in tuned if at_edge]

@@ -30,14 +30,7 @@ KNOWN = 'known_leaf'
 
 
 def write(workdir: str | Path, path: str | Path) -> str:
-  """Writes a report, and its plots beside it under the report's name.
-
-  Args:
-    workdir: of a study, finished or not.
-    path: the Markdown file.
-
-  Returns:
-    The first section, the answer.
+  """Writes a report of a study, finished or not, its plots beside it; gives its answer.
 
   Raises:
     UserError: there are no results, they lack naive transfer, or a file cannot be written.
@@ -105,15 +98,10 @@ def _title(rows: pd.DataFrame, naive: Line) -> str:
 
 
 def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
-  """KNOWN, its best step chosen by the other source seeds, against what it must beat.
+  """KNOWN against 'naive transfer', 'shrink' and 'equal compute', in the main lines of one amount.
 
-  Args:
-    main: the main lines of one amount.
-    naive: that of naive transfer among them.
-
-  Returns:
-    'naive transfer', 'shrink' (the best strength and step, chosen likewise) and 'equal compute' ->
-    the paired difference; what the study lacks is left out.
+  Its step, as the strength and step of shrink, is the best by the other source seeds; what the
+  study lacks is left out.
   """
   known = cross_chosen([line for line in main if line.arm == KNOWN])
   found = {
@@ -125,12 +113,7 @@ def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
 
 
 def answer_text(main: Sequence[Line], naive: Line) -> str:
-  """What KNOWN gains against naive transfer, shrink and equal compute, in a sentence each.
-
-  Args:
-    main: the main lines of one amount.
-    naive: that of naive transfer among them.
-  """
+  """What KNOWN gains against naive transfer, shrink and equal compute, in a sentence each."""
   found = against_rivals(main, naive)
   if not found:
     return f'The study has no `{KNOWN}` that never diverged among its main arms.'

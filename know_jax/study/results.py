@@ -67,9 +67,7 @@ TIMING_COLUMNS: dict[str, type] = {
 
 
 def write_table(path: Path, columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes rows as CSV, atomically; None, NaN and missing values are empty cells.
-
-  Numbers are written so that reading gives the same bits.
+  """Writes rows as CSV, atomically, so that reading gives the same bits; None and NaN are empty.
 
   Raises:
     UserError: the file cannot be written.

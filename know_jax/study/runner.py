@@ -51,15 +51,7 @@ _DIVERGED = {'accuracy': math.nan, 'loss': math.nan, 'seconds': math.nan, 'curve
 
 
 def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> str:
-  """Runs what is left of a study.
-
-  Args:
-    config: the fields of `default_config`.
-    workdir: where everything is written.
-    show_progress: whether bars are shown.
-
-  Returns:
-    What is done and where it is, in a line or two.
+  """Runs what is left of a study; says what is done and where it is.
 
   Raises:
     UserError: before anything is trained, if a value does not fit, or the workdir is of another
@@ -250,12 +242,7 @@ def _source_timings(study: Study, workdir: Path) -> Iterator[dict[str, Any]]:
 def plan(config: ConfigDict, workdir: str | Path) -> str:
   """What `run` would do: how much, how much of it is done, and the time for the rest.
 
-  Args:
-    config: the fields of `default_config`.
-    workdir: of the study; it need not exist.
-
-  Returns:
-    Some lines of text. Nothing is trained or written.
+  Nothing is trained or written; the workdir need not exist.
 
   Raises:
     UserError: a value does not fit.

@@ -23,7 +23,6 @@ from know_jax.study.parts import HISTORIES, PARTS
 from know_jax.tasks import load_task
 from know_jax.training import loop
 from know_jax.training.batch_norm import settled
-from know_jax.training.state import Checkpoint, create_state
 from know_jax.training.steps import Data, put_data
 
 RECALIBRATION = (10, 128)
@@ -32,13 +31,7 @@ RECALIBRATION = (10, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One forgetting run of a study.
-
-  Attributes:
-    amount: the share of the source's training examples that it has.
-    seed: its seed.
-    rate: r.
-  """
+  """One forgetting run: its share (`amount`) of the source's training examples, its seed, and r."""
 
   amount: float
   seed: int
@@ -51,13 +44,7 @@ class Source:
 
 
 def source_config(config: Mapping[str, Any], source: Source, examples: int) -> ConfigDict:
-  """The config of a source's forgetting run.
-
-  Args:
-    config: that of the study.
-    source: which run.
-    examples: how many the largest amount has; this run has the share `source.amount` of them.
-  """
+  """The config of a source's forgetting run, with its share of `examples`, the largest amount."""
   full = forgetting.default_config()
   full.update(config['source'])
   full.update(seed=source.seed, rate=source.rate)
@@ -69,9 +56,6 @@ def source_config(config: Mapping[str, Any], source: Source, examples: int) -> C
 def check_source(settings: ConfigDict) -> None:
   """Checks what `forgetting.run` would check, for runs that come later than the first.
 
-  Args:
-    settings: as `source_config` gives them.
-
   Raises:
     UserError: a stage could not be trained.
   """
@@ -81,13 +65,7 @@ def check_source(settings: ConfigDict) -> None:
 
 
 class Run:
-  """A finished forgetting run in memory, and what arms make of it.
-
-  Attributes:
-    workdir: of the run.
-    record: its record.
-    stages: the variables of all stages, oldest first, NumPy arrays.
-  """
+  """A finished forgetting run in memory, its stages oldest first, and what arms make of it."""
 
   def __init__(self, workdir: Path):
     self.workdir = workdir
@@ -161,19 +139,12 @@ class Run:
     return self._fit(self.stages[-1], indices, 1, lr, 'extra')
 
   def _fit(self, variables: Any, indices: Any, epochs: int, lr: float, *names: str | int) -> Any:
-    config, recipe = self.settings, forgetting.recipe_of(self.settings)
-    return loop.fit(
-      self._task,
-      Checkpoint(create_state(variables, recipe)),
-      self._data[0],
-      indices,
-      recipe=recipe,
-      epochs=epochs,
-      batch_size=config['batch_size'],
-      lr=lr,
-      schedule=config['schedule'],
+    config = self.settings
+    return loop.train(
+      self._task, variables, self._data[0], indices, recipe=forgetting.recipe_of(config),
+      epochs=epochs, batch_size=config['batch_size'], lr=lr, schedule=config['schedule'],
       key=named_key(config['seed'], *names),
-    ).variables
+    )  # fmt: skip
 
   def _predict(self, arm: Arm, history: Sequence[Any]) -> Any:
     kinds = kinds_.leaf_kinds(self.stages[-1], self._task.kinds)
@@ -199,14 +170,8 @@ class Run:
   def scores(self, arm: Arm, variables: Any) -> dict[str, Any]:
     """What is known of a start before it is transferred.
 
-    Args:
-      arm: what was transferred.
-      variables: as `start` gave them.
-
-    Returns:
-      `source_accuracy` and `source_loss` on the source's test set; `weight_norm`, that of the
-      predicted kinds of leaf below the head over that of Theta^0; `retrodiction`, by kind and for
-      all: see `retrodiction`.
+    `source_accuracy` and `source_loss` on the source's test set; `weight_norm`, that of the
+    predicted kinds of leaf below the head over that of Theta^0; `retrodiction`: see there.
     """
     metrics = loop.evaluate(self._task, variables, self._data[1])
     newest = self.stages[-1]
@@ -243,13 +208,8 @@ class Run:
 
   def _flat(self, variables: Any, kinds: Sequence[str]) -> np.ndarray:
     """The leaves of some kinds below the head as one float64 vector."""
-    found = kinds_.leaf_kinds(variables, self._task.kinds)
-    parts = [
-      np.ravel(leaf).astype(np.float64)
-      for path, leaf in trees.named_leaves(variables).items()
-      if found[path] in kinds and not self._task.head(path)
-    ]
-    return np.concatenate([np.empty(0), *parts])
+    chosen = lambda path, kind: kind in kinds and not self._task.head(path)  # noqa: E731
+    return kinds_.flatten(variables, self._task.kinds, chosen)
 
 
 def extra_steps(settings: Mapping[str, Any], sizes: Sequence[int], history: int) -> int:

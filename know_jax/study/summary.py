@@ -26,14 +26,9 @@ _RIVALS = {
 
 
 def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
-  """Writes one page over several studies, and beside it the report of each.
+  """Writes a page over several studies, and beside it the report of each, `<path's stem>_W.md`.
 
-  Args:
-    workdirs: of studies, finished or not; the report of `W` is `<path's stem>_W.md`.
-    path: the Markdown file.
-
-  Returns:
-    The first section, the answer.
+  Gives the answer, the first section.
 
   Raises:
     UserError: as `report.write` does; also where two workdirs have one name.
@@ -98,11 +93,7 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
 
 
 def answer_text(found: Mapping[str, Mapping[str, Comparison]]) -> str:
-  """The answer over several studies, in a sentence for each rival.
-
-  Args:
-    found: study -> what `report.against_rivals` found.
-  """
+  """The answer over studies (what `report.against_rivals` gave of each), a sentence a rival."""
   sentences = []
   for rival, start in _RIVALS.items():
     compared = [study[rival] for study in found.values() if rival in study]

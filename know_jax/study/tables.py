@@ -69,12 +69,7 @@ def interval(found: Comparison | None) -> str:
 
 
 def beyond_text(gains: Sequence[tuple[str, Comparison, Comparison]]) -> list[str]:
-  """Which predictions do more than shrink: a sentence, or none where there are no predictions.
-
-  Args:
-    gains: the name of a prediction, and its gains over naive transfer and over shrinking, as of
-      `analysis.beyond_shrinking`.
-  """
+  """Which predictions do more than shrink; gains: (name, gain over naive, gain over shrinking)."""
   if not gains:
     return []
   both = {
@@ -163,12 +158,7 @@ def comparisons(lines: Sequence[Line], amount: float) -> list[str]:
 
 
 def rivals(main: Sequence[Line], naive: Line) -> list[str]:
-  """Both networks against what their gain must be held against.
-
-  Args:
-    main: the main lines of one amount.
-    naive: that of naive transfer among them.
-  """
+  """Both networks against what their gain is held against, in the main lines of one amount."""
 
   def best(name: str, step: int | None = None) -> Line | None:
     of = [line for line in main if name in (line.arm, line.predictor)]

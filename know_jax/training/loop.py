@@ -21,6 +21,7 @@ from know_jax.training.state import (
   DivergedError,
   Recipe,
   TrainState,
+  create_state,
   learning_rates,
 )
 from know_jax.training.steps import Data, here, replicate, unreplicate
@@ -138,6 +139,14 @@ def fit(
   trained = unreplicate(state)
   check_finite(trained, lr)
   return trained
+
+
+def train(
+  task: Task, variables: Any, data: Data, indices: np.ndarray, *, recipe: Recipe, **options: Any
+) -> Any:
+  """The variables after `fit` from given ones with a fresh optimiser; options as of `fit`."""
+  start = Checkpoint(create_state(variables, recipe))
+  return fit(task, start, data, indices, recipe=recipe, **options).variables
 
 
 class _Wishes:

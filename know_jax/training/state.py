@@ -12,16 +12,13 @@ import optax
 from know_jax import trees
 from know_jax.errors import UserError, unknown_name
 
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
   # Without the learning rate, which the step multiplies in.
-  'adam': lambda weight_decay: _decayed(optax.scale_by_adam(eps=1e-7), 0.0, weight_decay),
-  'adamw': lambda weight_decay: _decayed(optax.scale_by_adam(eps=1e-7), weight_decay, 0.0),
-  'sgd': lambda weight_decay: _decayed(optax.trace(decay=0.9), 0.0, weight_decay),
+  'adam': lambda decay, epsilon: _decayed(optax.scale_by_adam(eps=epsilon), 0.0, decay),
+  'adamw': lambda decay, epsilon: _decayed(optax.scale_by_adam(eps=epsilon), decay, 0.0),
+  'sgd': lambda decay, epsilon: _decayed(optax.trace(decay=0.9), 0.0, decay),
 }
-"""Name -> weight decay -> transformation.
-
-Epsilon 1e-7 is the default of Keras, which the authors use; their released scripts set 1e-8.
-"""
+"""Name -> (weight decay, epsilon) -> transformation."""
 
 SCHEDULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'constant': np.ones_like,
@@ -64,11 +61,14 @@ class Recipe:
     optimizer: a name in `OPTIMIZERS`.
     weight_decay: L2 penalty for adam and sgd, decoupled for adamw; on kernels only.
     frozen: paths of the parameters that do not move.
+    epsilon: of Adam; the default is that of Keras, which the authors use, but their released
+      scripts set 1e-8.
   """
 
   optimizer: str = 'adam'
   weight_decay: float = 0.0
   frozen: frozenset[str] = frozenset()
+  epsilon: float = 1e-7
 
   def __post_init__(self) -> None:
     if self.optimizer not in OPTIMIZERS:
@@ -158,7 +158,7 @@ def _decayed(
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
   """The transformation of a recipe, without the learning rate, which the step multiplies in."""
-  moving = OPTIMIZERS[recipe.optimizer](recipe.weight_decay)
+  moving = OPTIMIZERS[recipe.optimizer](recipe.weight_decay, recipe.epsilon)
   if not recipe.frozen:
     return moving
 
