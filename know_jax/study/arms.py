@@ -26,6 +26,9 @@ TRAINED = ('incremental', 'extra')
 UNPREDICTED = ('scratch', *TRAINED)
 """Arms that no predictor makes."""
 
+ANSWER = 'known_leaf'
+"""The arm that reports answer about; it stands out in pictures."""
+
 STRENGTHS = (-0.2, -0.1, 0.1, 0.2, 0.35, 0.5, 0.7)
 """Of the shrink sweep; negative ones grow, as task vectors and fits do."""
 

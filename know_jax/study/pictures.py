@@ -9,6 +9,7 @@ import pandas as pd
 
 from know_jax.report.plots import MARKERS, new_figure
 from know_jax.study.analysis import Comparison, Line
+from know_jax.study.arms import ANSWER
 
 
 @contextlib.contextmanager
@@ -27,10 +28,10 @@ def _axes(path: Path, title: str, x: str, y: str) -> Iterator[Any]:
 
 
 def _style(i: int, arm: str) -> dict[str, Any]:
-  """KNOWN stands out; of the others no two look alike."""
+  """The arm of the answer stands out; of the others no two look alike."""
   from matplotlib import colormaps
 
-  if arm.partition(' ')[0] == 'known_leaf':
+  if arm.partition(' ')[0] == ANSWER:
     return {'color': 'black', 'marker': 'o', 'markersize': 6, 'linewidth': 2, 'zorder': 3}
   # Ten strong colours, then ten pale ones.
   color = colormaps['tab20'](2 * i % 20 + i // 10 % 2)

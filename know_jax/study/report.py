@@ -22,11 +22,8 @@ from know_jax.study.analysis import (
   naive_line,
   trainings,
 )
-from know_jax.study.arms import MAIN, UNPREDICTED
+from know_jax.study.arms import ANSWER, MAIN, UNPREDICTED
 from know_jax.study.results import COLUMNS, RESULTS, TIMING_COLUMNS, TIMINGS, read_table
-
-KNOWN = 'known_leaf'
-"""The arm that the answer is about."""
 
 
 def write(workdir: str | Path, path: str | Path) -> str:
@@ -103,7 +100,7 @@ def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
   Its step, as the strength and step of shrink, is the best by the other source seeds; what the
   study lacks is left out.
   """
-  known = cross_chosen([line for line in main if line.arm == KNOWN])
+  known = cross_chosen([line for line in main if line.arm == ANSWER])
   found = {
     'naive transfer': compare(known, naive),
     'shrink': compare(known, cross_chosen([line for line in main if line.predictor == 'shrink'])),
@@ -116,7 +113,7 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
   """What KNOWN gains against naive transfer, shrink and equal compute, in a sentence each."""
   found = against_rivals(main, naive)
   if not found:
-    return f'The study has no `{KNOWN}` that never diverged among its main arms.'
+    return f'The study has no `{ANSWER}` that never diverged among its main arms.'
   shrinks = sum(line.predictor == 'shrink' for line in main)
   names = {
     'naive transfer': 'naive transfer',
@@ -124,9 +121,9 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
     'equal compute': 'extra training of equal compute',
   }
   corrected = intervals.holm([comparison.p_exact for comparison in found.values()])
-  steps = ', '.join(line.title for line in main if line.arm == KNOWN)
+  steps = ', '.join(line.title for line in main if line.arm == ANSWER)
   lines = [
-    f'`{KNOWN}` below is the best of {steps}, for each source seed chosen by the other source '
+    f'`{ANSWER}` below is the best of {steps}, for each source seed chosen by the other source '
     'seeds.'
   ]
   for (name, comparison), holm in zip(found.items(), corrected, strict=True):

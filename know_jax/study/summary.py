@@ -14,11 +14,11 @@ from know_jax.study.analysis import (
   cross_chosen,
   trainings,
 )
-from know_jax.study.report import KNOWN
+from know_jax.study.arms import ANSWER
 from know_jax.study.tables import beyond_text, interval
 
 _RIVALS = {
-  'naive transfer': f'Against naive transfer, the best step of `{KNOWN}` changes accuracy',
+  'naive transfer': f'Against naive transfer, the best step of `{ANSWER}` changes accuracy',
   'shrink': 'Against the best shrinking of the newest weights, it changes accuracy',
   'equal compute': 'Against training the newest weights on for as long as forgetting took, it '
   'changes accuracy',
@@ -67,7 +67,7 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     )  # fmt: skip
   answer = answer_text(found)
   header = [
-    'study', 'seeds', 'naive, %', *(f'`{KNOWN}` to {rival}' for rival in _RIVALS),
+    'study', 'seeds', 'naive, %', *(f'`{ANSWER}` to {rival}' for rival in _RIVALS),
     'shrink to naive', 'scratch to naive', 'naive at its best other learning rate',
   ]  # fmt: skip
   total, begun = (sum(column) for column in zip(*counts, strict=True))
@@ -78,7 +78,7 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     f'{total:,} rows, of {begun:,} trainings: arms of equal weights share theirs. Differences of '
     'accuracy after transfer in points, paired, with 95 % bootstrap intervals over source seeds '
     'and the transfers from each. Seeds: source runs x transfers from each. Steps of '
-    f'`{KNOWN}` and strengths of shrink are chosen for each source seed by the other source '
+    f'`{ANSWER}` and strengths of shrink are chosen for each source seed by the other source '
     'seeds; the best other learning rate is not, so that its gain is flattered a little. Where '
     'scratch (no pre-training) beats naive transfer, pre-training does harm, and what undoes it '
     'helps. All arms, the tests with corrected p, ablations, times and plots are in the reports of '
