@@ -216,22 +216,14 @@ def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
     raise UserError(
       f'arm {predictor!r} has history {history}; wanted 2 to {source["stages"]}, source.stages.'
     )
-  options = entry.get('options', {})
-  arm = Arm(
-    group=entry.get('group', MAIN),
-    name='',
-    predictor=predictor,
-    step=0,
-    history=history,
-    rate=entry.get('rate', source['rate']),
-    options=tuple((key, _hashable(value)) for key, value in sorted(options.items())),
-    kinds=tuple(entry.get('kinds', ())),
-    batch_norm=entry.get('batch_norm', 'keep'),
-    theta=entry.get('theta'),
-    lr_scale=float(entry.get('lr_scale', 1.0)),
-    part=entry.get('part', ''),
-    order=entry.get('order', ''),
-  )
+  given = {'group': MAIN, 'name': '', 'rate': source['rate'], **entry, 'history': history}
+  given.pop('steps', None)
+  given['options'] = tuple((k, _hashable(v)) for k, v in sorted(entry.get('options', {}).items()))
+  given |= {
+    'kinds': tuple(entry.get('kinds', ())),
+    'lr_scale': float(entry.get('lr_scale', 1.0)),
+  }
+  arm = Arm(step=0, **given)
   for what, value, known in (('part', arm.part, PARTS), ('order', arm.order, HISTORIES)):
     if value and value not in known:
       raise unknown_name(f'{what} of an arm', value, known)

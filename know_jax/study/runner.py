@@ -26,10 +26,11 @@ from know_jax import forgetting
 from know_jax.errors import UserError, reason
 from know_jax.io.files import hidden_sibling, local_path, locked
 from know_jax.io.journal import Journal
+from know_jax.kinds import KINDS
 from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import KIND as KIND_OF_SOURCES
 from know_jax.study.arms import TRAINED, Arm
-from know_jax.study.design import Study, combined_seed
+from know_jax.study.design import Cell, Study, combined_seed
 from know_jax.study.results import (
   COLUMNS,
   RESULTS,
@@ -149,34 +150,33 @@ def _start(arm: Arm, loaded: Callable[[], Run]) -> tuple[dict[str, Any], Any]:
   return about | loaded().scores(arm, variables), variables
 
 
+def _outcomes(study: Study, journal: Journal) -> Iterator[tuple[Cell, str, dict, str, Any]]:
+  """Of every cell whose start is made: key and entry of start and training, None if not trained."""
+  for cell in study.cells():
+    start = journal.get(start_key := study.start_key(cell.arm, cell.source))
+    if start is not None:
+      key = study.training_key(cell.arm, start['weights'], cell.source.seed, cell.transfer_seed)
+      yield cell, start_key, start, key, journal.get(key) if start['weights'] else _DIVERGED
+
+
 def write_results(study: Study, workdir: Path) -> int:
   """Writes results.csv and timings.csv from the journal; returns how many rows there are."""
-  journal = Journal(workdir / _JOURNAL)
   rows, timings = [], list(_source_timings(study, workdir))
   noted: set[str] = set()
-  for arm, source, seed in study.cells():
-    start = journal.get(start_key := study.start_key(arm, source))
-    if start is None:
+  for cell, start_key, start, key, result in _outcomes(study, Journal(workdir / _JOURNAL)):
+    if result is None:
       continue
-    key = study.training_key(arm, start['weights'], source.seed, seed)
-    found = journal.get(key)
-    if start['weights'] is None:
-      found = _DIVERGED
-    if found is None:
-      continue
-    rows.append(_row(study, arm, source, seed, start, found))
+    rows.append(_row(study, cell, start, result))
+    arm, source, seed = cell
     place = {
-      'arm': arm.name,
-      'step': arm.step,
-      'amount': source.amount,
-      'rate': source.rate,
+      'arm': arm.name, 'step': arm.step, 'amount': source.amount, 'rate': source.rate,
       'source_seed': source.seed,
-    }
+    }  # fmt: skip
     task = arm.predictor if arm.predictor in TRAINED else 'predict'
     if start_key not in noted and (arm.step or task != 'predict'):
       timings.append({'task': task, **place, 'seconds': start['seconds']})
     if key not in noted:
-      seconds = found['seconds']
+      seconds = result['seconds']
       timings.append({'task': 'transfer', **place, 'transfer_seed': seed, 'seconds': seconds})
     noted |= {start_key, key}
   write_table(workdir / RESULTS, COLUMNS, rows)
@@ -185,41 +185,22 @@ def write_results(study: Study, workdir: Path) -> int:
 
 
 def _row(
-  study: Study,
-  arm: Arm,
-  source: Source,
-  seed: int,
-  start: Mapping[str, Any],
-  found: Mapping[str, Any],
+  study: Study, cell: Cell, start: Mapping[str, Any], result: Mapping[str, Any]
 ) -> dict[str, Any]:
-  config, retrodiction = study.config, start['retrodiction']
+  config, retrodiction, (arm, source, seed) = study.config, start['retrodiction'], cell
+  same = ('group', 'predictor', 'step', 'option', 'history', 'batch_norm', 'lr_scale')
   return {
-    'group': arm.group,
-    'arm': arm.name,
-    'predictor': arm.predictor,
-    'step': arm.step,
-    'multiple': float(arm.multiple),
-    'option': arm.option,
-    'kinds': ' '.join(arm.kinds),
-    'history': arm.history,
-    'rate': float(arm.rate),
-    'batch_norm': arm.batch_norm,
-    'lr_scale': arm.lr_scale,
-    'source': config['source']['dataset'],
-    'target': config['transfer']['dataset'],
-    'model': config['source']['model'],
-    'labels_per_class': config['transfer']['labels_per_class'],
-    'amount': float(source.amount),
-    'source_seed': source.seed,
-    'transfer_seed': seed,
+    **{name: getattr(arm, name) for name in same},
     **{name: start.get(name) for name in ('source_accuracy', 'source_loss', 'weight_norm')},
-    'retrodiction': retrodiction.get('all'),
-    **{f'retrodiction_{kind}': retrodiction.get(kind) for kind in ('conv', 'fc', 'bias')},
-    'weights': (start['weights'] or '')[:12],
-    'accuracy': found['accuracy'],
-    'loss': found['loss'],
-    'curve': curve_text(found['curve']),
-  }
+    **{f'retrodiction_{kind}': retrodiction.get(kind) for kind in KINDS},
+    'arm': arm.name, 'multiple': float(arm.multiple), 'kinds': ' '.join(arm.kinds),
+    'rate': float(arm.rate), 'source': config['source']['dataset'],
+    'target': config['transfer']['dataset'], 'model': config['source']['model'],
+    'labels_per_class': config['transfer']['labels_per_class'], 'amount': float(source.amount),
+    'source_seed': source.seed, 'transfer_seed': seed, 'retrodiction': retrodiction.get('all'),
+    'weights': (start['weights'] or '')[:12], 'accuracy': result['accuracy'],
+    'loss': result['loss'], 'curve': curve_text(result['curve']),
+  }  # fmt: skip
 
 
 def _source_timings(study: Study, workdir: Path) -> Iterator[dict[str, Any]]:
@@ -250,23 +231,15 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
   study, workdir = Study(config), local_path(workdir, 'workdir')
   journal, sources = Journal(workdir / _JOURNAL), study.sources()
   finished = [s for s in sources if _is_finished(study, s, workdir / 'sources' / s.name)]
-  cells = list(study.cells())
-  starts = [journal.get(study.start_key(arm, source)) for arm, source, _ in cells]
-  done = [
-    start is not None
-    and (
-      start['weights'] is None
-      or journal.get(study.training_key(arm, start['weights'], source.seed, seed)) is not None
-    )
-    for (arm, source, seed), start in zip(cells, starts, strict=True)
-  ]
+  total = len(list(study.cells()))
+  done = sum(result is not None for *_, result in _outcomes(study, journal))
   groups = [arm.group for arm in study.arms]
   per_group = ', '.join(f'{groups.count(name)} {name}' for name in dict.fromkeys(groups))
   lines = [
     f'forgetting runs: {len(sources)} ({len(finished)} done), {config.source.stages} stages each',
     f'arms: {per_group}',
-    f'trainings: {len(cells)} ({sum(done)} done); arms with equal weights share theirs',
-    _time_left(study, workdir, len(sources) - len(finished), len(cells) - sum(done)),
+    f'trainings: {total} ({done} done); arms with equal weights share theirs',
+    _time_left(study, workdir, len(sources) - len(finished), total - done),
   ]
   return '\n'.join(lines)
 

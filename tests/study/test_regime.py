@@ -58,7 +58,7 @@ def config(tmp_path_factory):
   folder = tmp_path_factory.mktemp('regime')
   rng = np.random.default_rng(0)
   arrays = {}
-  for name, size, classes in (('source', 160, 4), ('target', 80, 3), ('test', 60, 3)):
+  for name, size, classes in (('source', 152, 4), ('target', 80, 3), ('test', 24, 3)):
     labels = np.arange(size) % classes
     bright = 70 * labels[:, None, None, None] + rng.integers(0, 30, (size, 8, 8, 1))
     arrays |= {f'{name}_images': bright.astype(np.uint8), f'{name}_labels': labels}
