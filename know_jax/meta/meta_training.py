@@ -13,7 +13,6 @@ predictor, `least_squares`, is fitted on the same windows.
 """
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +45,6 @@ from know_jax.runs.metrics import MetricsLog
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
-from know_jax.system.signals import Terminated, uninterrupted
 from know_jax.tasks.base import AXIS
 from know_jax.training import loop, steps
 from know_jax.training.state import DivergedError, learning_rates
@@ -124,18 +122,6 @@ ARCHITECTURES = {
 """Name -> what `config.architecture` selects."""
 
 
-class MetaState(NamedTuple):
-  """What meta-training changes; all but `step` are kind -> parameters or numbers."""
-
-  step: Any
-  theta: Any
-  opt_state: Any
-  ratio: Any
-  best_theta: Any
-  best_ratio: Any
-  best_step: Any
-
-
 def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   """Trains the three networks and writes `known.safetensors` and `least_squares.json`.
 
@@ -173,9 +159,9 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
     remove_tree(workdir / _RESUME)
     return record
 
-  state = _train(config, workdir, train, validation)
-  for kind, ratio in state.best_ratio.items():
-    if not np.isfinite(ratio):
+  best, done = _train(config, workdir, train, validation)
+  for kind, found in best.items():
+    if not np.isfinite(found['ratio']):
       raise DivergedError(
         f'the error on the validation runs was never finite for {kind!r} at learning rate '
         f'{config["lr"]}; wanted a finite one.'
@@ -184,7 +170,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   card = {
     'what': f'KNOWN ({config["architecture"]}), trained by bin/meta_train.py',
     'parameters': {
-      kind: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(state.best_theta[kind]))
+      kind: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(best[kind]['theta']))
       for kind in KINDS
     },
     'meta_dataset': {
@@ -195,15 +181,16 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
     },
     'training': {'config': config, 'runs': parts, 'environment': record['environment']},
     # A state that was restored has its kinds in another order.
-    'validation_error': {kind: float(state.best_ratio[kind]) for kind in KINDS},
-    'step': {kind: int(state.best_step[kind]) for kind in KINDS},
+    'validation_error': {kind: float(best[kind]['ratio']) for kind in KINDS},
+    'step': {kind: int(best[kind]['step']) for kind in KINDS},
   }
   if config['architecture'] == 'paper':  # It sees raw weights: which were ordinary ones?
     card['range'] = range_of(train)
-  save_known(workdir / 'known.safetensors', state.best_theta, card)
+  thetas = {kind: best[kind]['theta'] for kind in KINDS}
+  save_known(workdir / 'known.safetensors', thetas, card)
   write_sealed(workdir / 'least_squares.json', {'coefficients': coefficients})
   plot_learning_curves(workdir / 'learning_curves.png', read_lines(workdir / 'metrics.jsonl'))
-  record.update(validation_error=card['validation_error'], steps=int(state.step))
+  record.update(validation_error=card['validation_error'], steps=done)
   remove_tree(workdir / _RESUME)
   return record
 
@@ -281,99 +268,62 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def _train(
   config: Mapping[str, Any], workdir: Path, train: Windows, validation: Windows
-) -> MetaState:
+) -> tuple[dict[str, dict[str, Any]], int]:
+  """Trains: of each kind the `theta` with the lowest error (`ratio`), and its `step`; all steps."""
   architecture = ARCHITECTURES[config['architecture']]
-  optimizer = _optimizer(config['weight_decay'])
   theta = jax.device_get(architecture.init(named_key(config['seed'], 'theta')))
   if architecture.relative:
     theta = {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
   rates = learning_rates(config['schedule'], config['lr'], config['steps'])
-  blank = {kind: np.float64(np.inf) for kind in KINDS}
-  state = MetaState(
-    step=np.int64(0),
-    theta=theta,
-    opt_state=optimizer.init(theta),
-    ratio=blank,
-    best_theta=theta,
-    best_ratio=blank,
-    best_step={kind: np.int64(0) for kind in KINDS},
-  )
-  resume = workdir / _RESUME
-  losses: list[float] = []
+  none = {'ratio': np.float64(np.inf), 'step': np.int64(0)}
+  best = {kind: {'theta': theta[kind], **none} for kind in KINDS}
+  moving = (theta, _optimizer(config['weight_decay']).init(theta))
+  done, resume, losses = 0, workdir / _RESUME, list[float]()
   if checkpoints.exists(resume):
     leaves = checkpoints.restore(resume)['leaves']
-    state = jax.tree.unflatten(
-      jax.tree.structure(state), [leaves[str(i)] for i in range(len(leaves))]
+    done, best, moving = jax.tree.unflatten(
+      jax.tree.structure((done, best, moving)), [leaves[str(i)] for i in range(len(leaves))]
     )
-    losses = checkpoints.read_metadata(resume)['losses']
-
-  def save() -> None:
-    log.sync()
-    leaves = jax.tree.leaves(jax.device_get(state))
-    tree = {'leaves': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}}
-    checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
-
+    losses, done = checkpoints.read_metadata(resume)['losses'], int(done)
   step_fn = train_step(config['architecture'], config['weight_decay'])
-  replicated = steps.replicate((state.theta, state.opt_state))
-  saved, done = time.monotonic(), int(state.step)
+  state = steps.replicate(moving)
+
+  def more() -> bool:
+    last = max(int(found['step']) for found in best.values())
+    patient = done - last < config['patience'] * config['validate_every']
+    return done < config['steps'] and patient
+
   with (
     MetricsLog(workdir, resume_step=done) as log,
     progress(config['steps'], 'meta_train', 'step', initial=done) as bar,
   ):
-    for step in range(done, config['steps']):
-      best = max(int(v) for v in state.best_step.values())
-      if step - best >= config['patience'] * config['validate_every']:
-        break
-      try:
-        # A signal in here waits until state, losses and the log agree again.
-        with uninterrupted():
-          batch = draw_batch(train, config['batch_size'], config['seed'], step)
-          replicated, loss = step_fn(replicated, batch, rates[step])
-          losses.append(float(loss[0]))
-          done = step + 1
-          if (step + 1) % config['validate_every'] == 0:
-            theta, opt_state = steps.unreplicate(replicated)
-            state = _validate(
-              state._replace(theta=theta, opt_state=opt_state),
-              ratios_of(config['architecture'], theta, validation),
-              step + 1,
-            )
-            ratios = {f'ratio_{kind}': float(v) for kind, v in state.ratio.items()}
-            log.write(step + 1, loss=float(np.mean(losses)), **ratios)
-            bar.set_postfix({k.removeprefix('ratio_'): f'{v:.3f}' for k, v in ratios.items()})
-            losses = []
-          if time.monotonic() - saved > config['save_every_seconds']:
-            state = _current(state, replicated, done)
-            save()
-            saved = time.monotonic()
-          bar.update(1)
-      except (KeyboardInterrupt, Terminated):
-        state = _current(state, replicated, done)
-        save()
-        raise
-  return state
 
+    def step() -> None:
+      nonlocal state, done
+      batch = draw_batch(train, config['batch_size'], config['seed'], done)
+      state, loss = step_fn(state, batch, rates[done])
+      losses.append(float(loss[0]))
+      done += 1
+      if done % config['validate_every'] == 0:
+        theta, _ = steps.unreplicate(state)
+        ratios = ratios_of(config['architecture'], theta, validation)
+        for kind, ratio in ratios.items():
+          if ratio < best[kind]['ratio']:
+            found = {'ratio': np.float64(ratio), 'step': np.int64(done)}
+            best[kind] = {'theta': theta[kind], **found}
+        log.write(done, loss=float(np.mean(losses)), **{f'ratio_{k}': v for k, v in ratios.items()})
+        bar.set_postfix({kind: f'{ratio:.3f}' for kind, ratio in ratios.items()})
+        losses.clear()
+      bar.update(1)
 
-def _current(state: MetaState, replicated: Any, step: int) -> MetaState:
-  theta, opt_state = steps.unreplicate(replicated)
-  return state._replace(step=np.int64(step), theta=theta, opt_state=opt_state)
+    def save() -> None:
+      log.sync()
+      leaves = jax.tree.leaves((np.int64(done), best, steps.unreplicate(state)))
+      tree = {'leaves': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}}
+      checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
 
-
-def _validate(state: MetaState, ratios: Mapping[str, float], step: int) -> MetaState:
-  """Keeps the parameters of each kind if their error on the validation runs is the lowest yet."""
-  best_theta, best_ratio = dict(state.best_theta), dict(state.best_ratio)
-  best_step = dict(state.best_step)
-  for kind, ratio in ratios.items():
-    if ratio < best_ratio[kind]:
-      best_theta[kind], best_ratio[kind] = state.theta[kind], np.float64(ratio)
-      best_step[kind] = np.int64(step)
-  return state._replace(
-    step=np.int64(step),
-    ratio={kind: np.float64(ratio) for kind, ratio in ratios.items()},
-    best_theta=best_theta,
-    best_ratio=best_ratio,
-    best_step=best_step,
-  )
+    loop.drive(more, step, save, config['save_every_seconds'])
+  return best, done
 
 
 def _with_context_scale(params: Any, windows: Windows, kind: str) -> Any:

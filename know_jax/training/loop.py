@@ -100,42 +100,20 @@ def fit(
   )  # fmt: skip
   step_fn = steps.train_step(task, recipe)
   state = replicate(start.state)
-  saved = time.monotonic()
-  wishes, all_stop = _Wishes(), False
-  stop: BaseException | None = None
+
+  def step() -> None:
+    nonlocal state
+    arrays, index = data.at(course.batch())
+    state, sums = step_fn(state, arrays, data.prepare, index, course.rate(), course.example_key)
+    course.count(sums)
+    if (epoch := course.ended_epoch()) in show_after:
+      show(epoch, unreplicate(state))
 
   def save_now() -> None:
-    nonlocal saved
     if save:
       save(Checkpoint(unreplicate(state), course.sums()))
-      saved = time.monotonic()
 
-  while course.done < course.total and not all_stop:
-    try:
-      batch, rate = course.batch(), course.rate()
-      # A signal in here waits until state, sums and what on_epoch wrote agree again.
-      with uninterrupted():
-        arrays, index = data.at(batch)
-        state, sums = step_fn(state, arrays, data.prepare, index, rate, course.example_key)
-        course.count(sums)
-        if (epoch := course.ended_epoch()) in show_after:
-          show(epoch, unreplicate(state))
-        due = time.monotonic() - saved > save_every_seconds
-        all_stop, due = wishes.agreed(stop is not None, due)
-        if all_stop or (due and course.done < course.total):
-          save_now()
-    except (KeyboardInterrupt, Terminated) as signal:
-      if jax.process_count() == 1:
-        save_now()
-        raise
-      # The others must hear of it before this process leaves.
-      stop = stop or signal
-  # What was wished during the last step, and since.
-  if not all_stop and any(wishes.agreed(stop is not None, False)[0] for _ in range(2)):
-    all_stop = True
-    save_now()
-  if all_stop:
-    raise stop or Terminated
+  drive(lambda: course.done < course.total, step, save_now, save_every_seconds)
   trained = unreplicate(state)
   check_finite(trained, lr)
   return trained
@@ -147,6 +125,45 @@ def train(
   """The variables after `fit` from given ones with a fresh optimiser; options as of `fit`."""
   start = Checkpoint(create_state(variables, recipe))
   return fit(task, start, data, indices, recipe=recipe, **options).variables
+
+
+def drive(
+  more: Callable[[], bool],
+  step: Callable[[], None],
+  save: Callable[[], None],
+  save_every_seconds: float,
+) -> None:
+  """Does steps while there are more, and saves between them: the loop of all that resumes.
+
+  A signal waits until a step is done, so that what a step changes always agrees; then `save` is
+  called, and the signal ends the loop. Of several processes, all save and end after the same step.
+
+  Raises:
+    Terminated: another process got a signal.
+  """
+  saved, wishes, all_stop = time.monotonic(), _Wishes(), False
+  stop: BaseException | None = None
+  while more() and not all_stop:
+    try:
+      with uninterrupted():
+        step()
+        due = time.monotonic() - saved > save_every_seconds
+        all_stop, due = wishes.agreed(stop is not None, due)
+        if all_stop or (due and more()):
+          save()
+          saved = time.monotonic()
+    except (KeyboardInterrupt, Terminated) as signal:
+      if jax.process_count() == 1:
+        save()
+        raise
+      # The others must hear of it before this process leaves.
+      stop = stop or signal
+  # What was wished during the last step, and since.
+  if not all_stop and any(wishes.agreed(stop is not None, False)[0] for _ in range(2)):
+    all_stop = True
+    save()
+  if all_stop:
+    raise stop or Terminated
 
 
 class _Wishes:
