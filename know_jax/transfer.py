@@ -23,6 +23,7 @@ from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.journal import append_line, read_lines
 from know_jax.jsonable import digest
+from know_jax.report import markdown
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import finished_record, stage_path
 from know_jax.seeds import named_key
@@ -388,45 +389,29 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   seeds = len({row['seed'] for row in rows})
 
   def cells(predictor: str) -> list[str]:
-    as_is, after = [], []
-    for multiple in multiples:
+    as_is, after = [''] * len(multiples), [''] * len(multiples)
+    for i, multiple in enumerate(multiples):
       # Every predictor starts from the newest weight.
       name = 'persistence' if multiple == 1 and predictor != 'scratch' else predictor
       group = [r for r in rows if r['predictor'] == name and r['multiple'] in (multiple, 0.0)]
       if (predictor == 'scratch' and multiple != 1) or not group:
-        as_is.append('')
-        after.append('')
         continue
-      source = group[0]['source_accuracy']
-      as_is.append('' if source is None else f'{100 * source:.1f}')
+      if (source := group[0]['source_accuracy']) is not None:
+        as_is[i] = f'{100 * source:.1f}'
       scores = [100 * r[score] for r in group]
       spread = f' ± {np.std(scores, ddof=1):.1f}' if len(scores) > 1 else ''
-      after.append(f'{np.mean(scores):.1f}{spread}')
+      after[i] = f'{np.mean(scores):.1f}{spread}'
     return [_LABELS.get(predictor, predictor), *as_is, *after]
 
   present = [p for p in ('scratch', 'persistence') if any(r['predictor'] == p for r in rows)]
   body = [cells(p) for p in (*present, *predictors)]
   header = ['predictor', *(f'as is {h}' for h in heads), *(f'transfer {h}' for h in heads)]
-  widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-
-  def line(parts: Sequence[str]) -> str:
-    first, *rest = (
-      p.ljust(w) if i == 0 else p.rjust(w)
-      for i, (p, w) in enumerate(zip(parts, widths, strict=True))
-    )
-    return '| ' + ' | '.join((first, *rest)) + ' |'
-
-  rule = (
-    '|'
-    + '|'.join('-' * (w + 2) if i == 0 else '-' * (w + 1) + ':' for i, w in enumerate(widths))
-    + '|'
-  )
   note = (
     f'as is: {score} (%) of the weights on the source task before any further training; transfer: '
     f'{score} (%) on the other task, mean ± standard deviation over {seeds} '
     f'{"seed" if seeds == 1 else "seeds"}.'
   )
-  return '\n'.join([line(header), rule, *(line(parts) for parts in body), '', note])
+  return f'{markdown.table(header, body)}\n\n{note}'
 
 
 _LABELS = {'persistence': 'persistence (naive)', 'scratch': 'scratch (no pre-training)'}

@@ -43,29 +43,23 @@ def scaled_biases(history: Sequence[Any], steps: int, theta: Any) -> Any:
   Each bias's history minus its oldest value, over twice its range (and 1e-5), is what the network
   sees, and what it gives is scaled back.
   """
-  window = [jax.tree.map(np.asarray, stage) for stage in history[-HISTORY_LENGTH:]]
-  kinds = leaf_kinds(window[-1])
+  kinds = leaf_kinds(history[-1])
+  window = [trees.named_leaves(jax.device_get(stage)) for stage in history[-HISTORY_LENGTH:]]
   for _ in range(steps):
-    columns = [trees.named_leaves(stage) for stage in window]
-    scales = {}
-    for path, kind in kinds.items():
-      values = np.stack([column[path] for column in columns])
-      low, high = values.min(0), values.max(0)
-      of_bias = (values[0], 2 * (high - low + 1e-5))
-      scales[path] = of_bias if kind == 'bias' else (np.float32(0), np.float32(1))
-
-    def inside(path, leaf, scales=scales):
-      offset, unit = scales[trees.path_string(path)]
-      return ((leaf - offset) / unit).astype(np.float32)
-
-    def outside(path, leaf, scales=scales):
-      offset, unit = scales[trees.path_string(path)]
-      return (np.asarray(leaf) * unit + offset).astype(np.float32)
-
-    seen = [jax.tree_util.tree_map_with_path(inside, stage) for stage in window]
-    predicted = api.predict(seen, 1, predictor='known', theta=theta, on_bad='ignore')
-    window = [*window[1:], jax.tree_util.tree_map_with_path(outside, predicted)]
-  return window[-1]
+    offset, unit = dict.fromkeys(kinds, np.float32(0)), dict.fromkeys(kinds, np.float32(1))
+    for path in (path for path, kind in kinds.items() if kind == 'bias'):
+      values = np.stack([stage[path] for stage in window])
+      offset[path], unit[path] = values[0], 2 * (np.ptp(values, axis=0) + 1e-5)
+    seen = [
+      {path: ((x - offset[path]) / unit[path]).astype(np.float32) for path, x in stage.items()}
+      for stage in window
+    ]
+    moved = api.predict(
+      seen, 1, predictor='known', theta=theta, kinds=lambda path, _: kinds[path], on_bad='ignore'
+    )
+    back = {p: (np.asarray(moved[p]) * unit[p] + offset[p]).astype(np.float32) for p in seen[-1]}
+    window = [*window[1:], back]
+  return jax.tree.unflatten(jax.tree.structure(history[-1]), list(window[-1].values()))
 
 
 PARTS: dict[str, Callable[[Any, Any], Any]] = {
