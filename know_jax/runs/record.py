@@ -7,9 +7,11 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from know_jax.errors import UserError, reason
 from know_jax.io.files import local_path
@@ -17,9 +19,6 @@ from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.jsonable import plain, restored
 from know_jax.system.processes import from_first, in_all
 from know_jax.version import __version__
-
-if TYPE_CHECKING:
-  import ml_collections
 
 FORMAT = 'know_jax run'
 VERSION = 1
@@ -77,20 +76,12 @@ def _commit(root: Path) -> str | None:
     return None
 
 
-def config_dict(config: 'ml_collections.ConfigDict') -> dict[str, Any]:
-  """An `ml_collections.ConfigDict` as plain JSON data, for `RunRecord.open`.
-
-  Args:
-    config: fields of nested ConfigDicts, tuples, lists and scalars.
-
-  Returns:
-    Nested dicts; tuples have become lists.
+def config_dict(config: ConfigDict) -> dict[str, Any]:
+  """A config as plain JSON data, for `RunRecord.open`: nested dicts, tuples turned to lists.
 
   Raises:
     UserError: a field has no value yet, or one that JSON cannot keep; it is named.
   """
-  from ml_collections.config_dict import RequiredValueError
-
   try:
     return restored(plain(config.to_dict(), 'config'))
   except RequiredValueError as error:

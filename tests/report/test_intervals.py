@@ -15,12 +15,6 @@ from know_jax.report import intervals
 numbers = st.floats(-10, 10).map(lambda x: round(x, 3))
 
 
-def test_mean_and_spread():
-  assert intervals.mean_and_spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
-  mean, spread = intervals.mean_and_spread([4.0])
-  assert mean == 4.0 and math.isnan(spread)
-
-
 def test_source_means_count_each_source_once():
   assert intervals.source_means([[1.0, 3.0], [10.0]]).tolist() == [2.0, 10.0]
 
