@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 
 .PHONY: help venv demo docs test fast-tests test-newest test-oldest test-reliability study-smoke lint \
-  types clean
+  types clean round-trips
 
 help:
 	@echo 'make demo   forget, nowcast and transfer on generated glyphs (under 2 minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-newest, make test-oldest'
 	@echo '            the same, and the fast test suite alone, on the versions that .ci/*.txt pin'
 	@echo 'make test-reliability   kill, corrupt, fuzz and real names in full (under 20 minutes)'
+	@echo 'make round-trips  checkpoints of timm, transformers, PEFT, Keras, ... there and back (5 minutes)'
 	@echo 'make clean  remove virtual environments, the demo and caches'
 
 # The stamp is newer than what it depends on if and only if what that asks for is installed.
@@ -70,5 +71,18 @@ study-smoke: venv
 	$(BIN)/python bin/study.py --workdir=$$folder --report=$$folder/transfer.md && \
 	rm -r $$folder
 
+# What other libraries make of predicted checkpoints. timm wants transforms of torchvision, which has
+# no release that imports beside every torch; 0.15.2 does, and has no part in what is shown.
+ROUND_TRIPS := .venv-round-trips/bin
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+round-trips: .ci/round_trips.txt .ci/newest.txt
+	$(MAKE) venv VENV=.venv-round-trips CONSTRAINTS=.ci/newest.txt
+	$(ROUND_TRIPS)/python -m pip install --quiet --disable-pip-version-check \
+	  --extra-index-url $(TORCH_INDEX) --requirement .ci/round_trips.txt
+	$(ROUND_TRIPS)/python -m pip install --quiet --no-deps torchvision==0.15.2
+	$(ROUND_TRIPS)/python tests/tools/round_trips.py --output=docs/results/round_trips.md
+
 clean:
-	rm -rf .venv .venv-newest .venv-oldest $(DEMO) site workdir .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-round-trips $(DEMO) site workdir .pytest_cache \
+	  .mypy_cache .ruff_cache

@@ -54,9 +54,9 @@ _DENSE = {
   'classifier', 'attn', 'attention', 'lora', 'w', 'wi', 'wo', 'wq', 'wk', 'wv', 'wqkv', 'ff', 'ffn',
   'reduction', 'router', 'decoder', 'logits', 'pooler', 'score', 'predictions',
 }  # fmt: skip
-# Of flax.linen.MultiHeadDotProductAttention and its like.
-_TO_HEADS = ('query', 'key', 'value')
-_FROM_HEADS = ('out', 'attention_output')
+# Of flax.linen.MultiHeadDotProductAttention and its like; of Keras.
+_TO_HEADS = ('query', 'key', 'value', 'query_dense', 'key_dense', 'value_dense')
+_FROM_HEADS = ('out', 'attention_output', 'output_dense')
 OPTIMIZER_STATE = 'optimizer state'
 STACK = 'a stack of'
 _LARGEST_WINDOW = 64  # Of a convolution; a larger axis is no spatial one.
@@ -232,7 +232,8 @@ class Names:
 
   def _has_heads(self, parts: Sequence[str]) -> bool:
     """Whether `query` stands beside the module of a leaf."""
-    return (*_module(parts)[:-1], 'query') in self._modules
+    around = _module(parts)[:-1]
+    return any((*around, name) in self._modules for name in ('query', 'query_dense'))
 
 
 def _module(parts: Sequence[str]) -> tuple[str, ...]:

@@ -9,11 +9,11 @@ import importlib
 import os
 import pkgutil
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from know_jax.errors import UserError, reason
+from know_jax.io import zipped
 from know_jax.io.files import local_path
 from know_jax.io.weights import Weights
 from know_jax.registry import load_object
@@ -27,7 +27,7 @@ _MAGIC = (
    'save_pretrained it'),
   (0, b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.', "a PyTorch file in torch.save's old form",
    'load it by torch.load(..., weights_only=True) and torch.save it again'),
-  (0, b'\x93NUMPY', 'arrays of NumPy without names (.npy, or .eqx of Equinox)',
+  (0, b'\x93NUMPY', 'arrays of NumPy without names (.npy)',
    'save them with names: np.savez(file, **arrays), or safetensors.numpy.save_file'),
   (0, b'\x1f\x8b', 'a file compressed by gzip', 'unpack it'),
   (0, b'\x28\xb5\x2f\xfd', 'a file compressed by zstd', 'unpack it'),
@@ -139,10 +139,8 @@ def describe(path: Path) -> tuple[str, str] | None:
 
 
 def _describe_zip(path: Path) -> tuple[str, str]:
-  try:
-    with zipfile.ZipFile(path) as archive:
-      names = archive.namelist()
-  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+  names = zipped.names(path)
+  if names is None:
     return 'a zip archive that is cut off or damaged', 'write it again'
   if any(name.endswith('constants.pkl') for name in names):
     return 'a TorchScript program', 'save its state_dict() by torch.save or safetensors'

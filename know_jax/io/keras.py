@@ -10,7 +10,6 @@ import functools
 import math
 import re
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from know_jax.io.weights import (
 _INNER = 'model.weights.h5'
 _SIGNATURE = b'\x89HDF\r\n\x1a\n'
 _OPTIMIZER = re.compile(r'^_?optimizer(_weights)?/')
+_KERNEL = re.compile(r'dense|conv|einsum|linear|proj|head|logits|query|key|value|(^|_)fc')
 _VARIABLE = re.compile(r'^(.*?)/?vars/([0-9]+)$')
 
 
@@ -46,13 +46,7 @@ def detect(path: Path) -> bool:
     head = file.read(8)
   if head == _SIGNATURE:
     return True
-  if not zipfile.is_zipfile(path):
-    return False
-  try:
-    with zipfile.ZipFile(path) as archive:
-      return _INNER in archive.namelist()
-  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-    return False
+  return _INNER in (zipped.names(path) or ())
 
 
 def open(path: Path) -> Weights:
@@ -62,12 +56,11 @@ def open(path: Path) -> Weights:
     UserError: h5py is not installed; the file is damaged, or its weights are packed in it.
   """
   start, size, members = 0, path.stat().st_size, []
-  if zipfile.is_zipfile(path) and detect(path):
-    member = zipped.members(path).get(_INNER)
-    if member is not None:
-      if not member.stored:
-        raise UserError(f'{path}: {_INNER} is compressed in it; save it again by Keras.')
-      start, size, members = member.start, member.size, [member]
+  if _INNER in (zipped.names(path) or ()):
+    member = zipped.members(path)[_INNER]
+    if not member.stored:
+      raise UserError(f'{path}: {_INNER} is compressed in it; save it again by Keras.')
+    start, size, members = member.start, member.size, [member]
   arrays = {
     name: array
     for name, array in hdf5.list_arrays(path, start, size).items()
@@ -143,8 +136,15 @@ def _told(layer: str, ranks: list[int]) -> tuple[str, ...] | None:
   """The names of a layer's variables, of these ranks; None where they cannot be told."""
   if 'normalization' in layer and all(rank == 1 for rank in ranks):
     return ('gamma', 'beta', 'moving_mean', 'moving_variance')[: len(ranks)]
+  if 'separable' in layer and ranks[:2] in ([3, 3], [4, 4]):
+    return ('depthwise_kernel', 'pointwise_kernel', 'bias')[: len(ranks)]
   if len(ranks) == 1 and ranks[0] > 1:
-    return ('embeddings',) if 'embedding' in layer else ('kernel',)
+    if 'embedding' in layer:
+      return ('embeddings',)
+    # The variable of a layer of the user's, or of PReLU, may be anything.
+    return ('kernel',) if ranks[0] > 3 or _KERNEL.search(layer) else None
   if len(ranks) == 2 and ranks[0] > ranks[1] >= 1:
     return ('kernel', 'bias')
-  return ('kernel', 'recurrent_kernel', 'bias') if ranks == [2, 2, 1] else None
+  # The bias of a GRU has two rows.
+  is_recurrent = ranks in ([2, 2, 1], [2, 2, 2])
+  return ('kernel', 'recurrent_kernel', 'bias') if is_recurrent else None

@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError
 from know_jax.io import zipped
 from know_jax.io.weights import (
   Leaf,
@@ -26,20 +26,14 @@ from know_jax.io.weights import (
   patching,
 )
 
-_MAX_HEADER = 10_000
+MAX_HEADER = 10_000
 # NumPy writes bfloat16 as two bytes of no type; nothing else of two bytes has no name of its own.
-_BFLOAT16 = np.dtype('V2')
+BFLOAT16 = np.dtype('V2')
 
 
 def detect(path: Path) -> bool:
   """Whether a path is a zip archive of .npy files."""
-  if not path.is_file() or not zipfile.is_zipfile(path):
-    return False
-  try:
-    with zipfile.ZipFile(path) as archive:
-      names = archive.namelist()
-  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-    return False
+  names = zipped.names(path) or []
   return bool(names) and all(name.endswith('.npy') for name in names)
 
 
@@ -57,18 +51,18 @@ def open(path: Path) -> Weights:
       what = f'{path}: array {name!r} '
       if member.stored:
         file.seek(member.start)
-        head = file.read(min(member.size, _MAX_HEADER))
+        head = file.read(min(member.size, MAX_HEADER))
         size = member.size
       else:
         head = _unpacked(archive, member_name, what)
         size = archive.getinfo(member_name).file_size
-      dtype, shape, begin = _header(head, what)
+      dtype, shape, begin = read_header(head, what)
       if math.prod(shape) * dtype.itemsize != size - begin:
         raise UserError(
           f'{what}has {size - begin} bytes; expected {math.prod(shape) * dtype.itemsize}, for '
           f'{dtype}{list(shape)}.'
         )
-      if dtype == _BFLOAT16:
+      if dtype == BFLOAT16:
         dtype = np.dtype(ml_dtypes.bfloat16)
         notes.append(f'{what}has two-byte numbers without a name, as bfloat16 has: taken for that.')
       if member.stored:
@@ -89,27 +83,22 @@ def open(path: Path) -> Weights:
 
 
 def _unpacked(archive: zipfile.ZipFile, name: str, what: str) -> bytes:
-  try:
-    with archive.open(name) as member:
-      return member.read(_MAX_HEADER)
-  except Exception as error:  # Of many types, as the ways in which it can be damaged.
-    raise UserError(f'{what}cannot be unpacked: {error}.') from error
+  with zipped.reading(f'{what}cannot be unpacked'), archive.open(name) as member:
+    return member.read(MAX_HEADER)
 
 
-def _header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int]:
+def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int]:
   """Dtype and shape that a header of .npy states, and its length.
 
   Of an array in Fortran's order it is the shape of the transpose, whose bytes are in C's order.
   """
   data = io.BytesIO(head)
-  try:
+  with zipped.reading(f'{what}has no readable header'):
     version = np.lib.format.read_magic(data)
     read = {
       (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0
     }[version]  # fmt: skip
     shape, fortran, dtype = read(data)
-  except Exception as error:  # Of many types, as the ways in which it can be damaged.
-    raise UserError(f'{what}has no readable header: {error}.') from error
   if dtype.hasobject or dtype.names:
     raise UserError(f'{what}holds Python objects or records ({dtype}); expected numbers.')
   return dtype, tuple(shape[::-1] if fortran else shape), data.tell()
@@ -119,13 +108,12 @@ def _unpacker(path: Path, member: str, begin: int, dtype: np.dtype, what: str) -
   @contextlib.contextmanager
   def opened(folder: Path) -> Iterator[Reader]:
     with tempfile.TemporaryFile(dir=folder) as file:
-      try:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
-          shutil.copyfileobj(packed, file, 1 << 20)
-      except OSError as error:
-        raise UserError(f'{what}cannot be unpacked: {reason(error)}.') from error
-      except Exception as error:  # Of many types, as the ways in which it can be damaged.
-        raise UserError(f'{what}cannot be unpacked: {error}.') from error
+      with (
+        zipped.reading(f'{what}cannot be unpacked'),
+        zipfile.ZipFile(path) as archive,
+        archive.open(member) as packed,
+      ):
+        shutil.copyfileobj(packed, file, 1 << 20)
       file.flush()
       yield Reader(file.fileno(), begin, dtype, what.strip())
 

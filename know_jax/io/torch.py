@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import itertools
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,7 @@ def detect(path: Path) -> bool:
     return any((path / name).is_file() for name in (*_SINGLE, _INDEX))
   if path.name.endswith('.bin.index.json'):
     return True
-  if not zipfile.is_zipfile(path):
-    return False
-  try:
-    with zipfile.ZipFile(path) as archive:
-      names = archive.namelist()
-  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-    return False
+  names = zipped.names(path) or []
   return _prefix(names) is not None and not any(name.endswith('constants.pkl') for name in names)
 
 

@@ -134,7 +134,7 @@ def prepare(
   opaque = [path for path, leaf in newest.leaves.items() if leaf.dtype == np.dtype('V1')]
   told = f'of a dtype that is not predicted, and copied: {", ".join(opaque)}.'
   notes = [told] if opaque else []
-  notes += [*found.notes, *(note for stage in stages for note in stage.notes)]
+  notes += dict.fromkeys([*found.notes, *(note for stage in stages for note in stage.notes)])
   if any(_STATISTICS.search(path) for path in newest.leaves):
     notes.append(_RECIPE)
   _check_stages(stages, found.of, notes, skip)

@@ -34,23 +34,33 @@ def expand(history: Sequence[str | os.PathLike]) -> list[Path]:
   whole = formats.detect(paths[0])
   if whole is formats.formats()['orbax']:
     return paths  # The parts of such a folder look like checkpoints.
-  series: dict[tuple[str, str], list[tuple[int, Path]]] = {}
+  series: dict[tuple[str, ...], list[tuple[tuple[int, ...], Path]]] = {}
   for path in paths[0].iterdir():
-    number = _NUMBER.match(path.name)
-    if number and not path.name.startswith('.') and not re.search(r'\d-of-\d', path.name):
-      series.setdefault((number['before'], number['after']), []).append((int(number['step']), path))
-  # With those that are damaged: an error will name them.
-  series = {
-    key: sorted(entries)
-    for key, entries in series.items()
-    if any(formats.detect(path) for _, path in entries)
-  }
-  # A folder that is a checkpoint itself may hold one other beside it.
-  series = {key: found for key, found in series.items() if whole is None or len(found) > 1}
-  if len(series) > 1:
-    names = ' and '.join(f'{found[0][1].name} ...' for found in series.values())
-    raise UserError(f'{paths[0]} holds several series of checkpoints: {names}. Name the stages.')
-  return [path for _, path in next(iter(series.values()))] if series else paths
+    if re.search(r'\d', path.name) and not re.search(r'^\.|\d-of-\d', path.name):
+      # All numbers, as in `epoch=3-step=400.ckpt` and `step_4.h5`: one of them counts.
+      numbers = tuple(map(int, re.findall(r'\d+', path.name)))
+      series.setdefault(tuple(re.split(r'\d+', path.name)), []).append((numbers, path))
+  # With those that are damaged: an error will name them. A folder that is a checkpoint itself may
+  # hold one other beside it.
+  found = [
+    sorted(one)
+    for one in series.values()
+    if any(formats.detect(path) for _, path in one) and (whole is None or len(one) > 1)
+  ]
+  if not found:
+    return paths
+  if len(found) > 1 or not _counts_up([numbers for numbers, _ in found[0]]):
+    shown = [one[0][1].name for one in found] if len(found) > 1 else [p.name for _, p in found[0]]
+    raise UserError(
+      f'{paths[0]} holds several series of checkpoints: {" ... and ".join(shown[:4])} ... Name the '
+      'stages.'
+    )
+  return [path for _, path in found[0]]
+
+
+def _counts_up(numbers: Sequence[tuple[int, ...]]) -> bool:
+  """Whether, of the numbers of names in their order, one is larger from name to name."""
+  return any(all(a < b for a, b in itertools.pairwise(one)) for one in zip(*numbers, strict=True))
 
 
 def check_paths(stages: Sequence[Weights]) -> None:

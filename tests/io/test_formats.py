@@ -155,6 +155,18 @@ def test_pickle_bombs_do_not_go_off(tmp_path):
   np.savez(tmp_path / 'bomb.npz', a=np.array([Bomb(tmp_path / 'boom')], object))
   with pytest.raises(UserError, match=r"bomb.npz: array 'a' holds Python objects"):
     open_weights(tmp_path / 'bomb.npz')
+  for suffix, before in (('eqx', b''), ('more', array())):
+    with (tmp_path / f'bomb.{suffix}').open('wb') as file:
+      file.write(before)
+      np.save(file, np.array([Bomb(tmp_path / 'boom')], object))
+    with pytest.raises(UserError, match=rf'bomb.{suffix}: array . holds Python objects'):
+      open_weights(tmp_path / f'bomb.{suffix}')
+  import h5py
+
+  with h5py.File(tmp_path / 'bomb.h5', 'w') as file:
+    file['layers/dense/vars/0'] = np.void(pickle.dumps(Bomb(tmp_path / 'boom')))
+    file['kernel'] = np.ones((2, 2))
+  assert open_weights(tmp_path / 'bomb.h5').leaves['kernel'].shape == (2, 2)
   (tmp_path / 'bomb.bin').write_bytes(pickle.dumps(Bomb(tmp_path / 'boom')))
   with pytest.raises(UserError, match='is a Python pickle, which may run any code and is never op'):
     open_weights(tmp_path / 'bomb.bin')
@@ -172,18 +184,28 @@ def good(name, path):
     import flax.serialization
 
     path.write_bytes(flax.serialization.to_bytes(tree))
-  elif name == 'h5':
+  elif name == 'eqx':
+    with path.open('wb') as file:
+      for leaf in tree['a'].values():
+        np.save(file, leaf)
+  elif name in ('h5', 'keras'):
     import h5py
 
-    with h5py.File(path, 'w') as file:
+    data = io.BytesIO()
+    with h5py.File(data, 'w') as file:
       for key, leaf in tree['a'].items():
-        file[key] = leaf
+        file[f'layers/dense/{key}'] = leaf
+    path.write_bytes(data.getvalue())
+    if name == 'keras':
+      with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('config.json', '{}')
+        archive.writestr('model.weights.h5', data.getvalue())
   elif name == 'torch':
     torch = pytest.importorskip('torch')
     torch.save({name: torch.from_numpy(leaf) for name, leaf in tree['a'].items()}, path)
 
 
-@pytest.mark.parametrize('name', ['npz', 'packed npz', 'msgpack', 'h5', 'torch'])
+@pytest.mark.parametrize('name', ['npz', 'packed npz', 'eqx', 'msgpack', 'h5', 'keras', 'torch'])
 def test_cut_off_and_altered_files_are_refused_in_one_line_or_read(tmp_path, name):
   path = tmp_path / 'good'
   with (tmp_path / 'written').open('wb') as file:
@@ -206,10 +228,12 @@ def test_cut_off_and_altered_files_are_refused_in_one_line_or_read(tmp_path, nam
 
   # The last bytes of an archive are its comment's length.
   # Each file of HDF5 takes a process.
-  for cut in range(1, len(data) - 2, max(1, len(data) // (60 if name != 'h5' else 2))):
+  for cut in range(
+    1, len(data) - 2, max(1, len(data) // (60 if name not in ('h5', 'keras') else 2))
+  ):
     assert outcome(data[:cut]) == 'refused', cut
   rng = np.random.default_rng(0)
-  for _ in range({'torch': 20, 'h5': 3}.get(name, 150)):
+  for _ in range({'torch': 20, 'h5': 3, 'keras': 3}.get(name, 150)):
     changed = bytearray(data)
     for _ in range(rng.integers(1, 4)):
       changed[rng.integers(len(data))] = rng.integers(256)

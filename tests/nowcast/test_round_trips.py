@@ -6,8 +6,10 @@ PyTorch or Keras runs where they are installed.
 
 import io
 import json
+import re
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -16,8 +18,9 @@ from runs import snapshot
 
 import know_jax
 from know_jax.errors import PredictionWarning, UserError
-from know_jax.io import checkpoints
+from know_jax.io import checkpoints, formats
 from know_jax.io.weights import Sink
+from know_jax.kinds import find_kinds, parse_kinds
 from know_jax.nowcast import file_job, from_files
 
 SHAPES = {
@@ -430,6 +433,119 @@ def test_a_nnx_model_is_updated_from_what_comes_out(tmp_path):
   nnx.update(net, found)
   np.testing.assert_array_equal(net.dense.kernel[...], expected['dense']['kernel'])
   assert np.isfinite(net(jax.numpy.ones((1, 3)))).all()
+
+
+def test_a_model_of_equinox_is_loaded(tmp_path):
+  import equinox as eqx
+  import jax
+
+  class Net(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.LayerNorm
+    attend: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+
+    def __init__(self):
+      keys = jax.random.split(jax.random.key(0), 3)
+      self.conv = eqx.nn.Conv2d(3, 8, 3, key=keys[0])
+      self.norm = eqx.nn.LayerNorm(8)
+      self.attend = eqx.nn.MultiheadAttention(2, 8, key=keys[1])
+      self.mlp = eqx.nn.MLP(8, 4, 16, 1, key=keys[2])
+
+  # To draw the weights in JAX would compile for seconds.
+  rng = np.random.default_rng(0)
+  models = [
+    jax.tree.map(
+      lambda x: rng.normal(size=x.shape).astype('f') if hasattr(x, 'shape') else x,
+      eqx.filter_eval_shape(Net),
+    )
+  ]
+  for _ in range(2):
+    models.append(
+      jax.tree.map(lambda x: x * np.float32(1.1) if hasattr(x, 'shape') else x, models[-1])
+    )
+  arrays = jax.tree_util.tree_leaves_with_path(models[0])
+  for number, model in enumerate(models):
+    eqx.tree_serialise_leaves(tmp_path / f'step_{number}.eqx', model)
+  with pytest.raises(UserError, match=r'a dense kernel without bias, or an embedding') as error:
+    file_job.prepare([tmp_path])
+  # What is open has one rule to paste, and its matrices are those of the attention.
+  rule = re.search(r"--kinds='([^']*)'", str(error.value))[1]
+  with pytest.warns(PredictionWarning, match='no names: its 14 arrays are called by their numbers'):
+    job = file_job.prepare(
+      [tmp_path], predictors=['task_vector'], steps=1, kinds=parse_kinds(rule.split(','))
+    )
+  assert len(job.notes) == 1  # For all stages.
+  (folder,) = from_files.write(job, tmp_path / 'out', show_progress=False)
+  found = eqx.tree_deserialise_leaves(folder / 'step_2.eqx', models[0])
+  # The newest and its last movement; a normalisation as it was.
+  for (path, first), leaf in zip(arrays, jax.tree.leaves(found), strict=True):
+    if not hasattr(first, 'shape'):
+      continue
+    is_norm = 'norm' in jax.tree_util.keystr(path)
+    np.testing.assert_allclose(leaf, first * (1.21 if is_norm else 1.32), rtol=1e-5)
+
+
+def test_arrays_without_names_are_told_by_order_and_shape(tmp_path):
+  """Linear, LayerNorm, a matrix and LayerNorm, a convolution, an RMSNorm, a scalar."""
+  shapes = (
+    (5, 3), (5,), (5,), (5,), (4, 5), (4,), (4,), (6, 2, 3, 3), (6, 1, 1), (9,), ()
+  )  # fmt: skip
+  with (tmp_path / 'a.eqx').open('wb') as file:
+    for shape in shapes:
+      np.save(file, np.ones(shape, ml_dtypes.bfloat16))
+  leaves = formats.open_weights(tmp_path / 'a.eqx').leaves
+  assert all(leaf.dtype == ml_dtypes.bfloat16 for leaf in leaves.values())
+  found = dict.fromkeys(leaves)
+  found |= find_kinds({p: f for p, f in leaves.items() if p not in ('4/weight', '9', '10')}).of
+  assert found == {
+    '0/weight': 'fc', '0/bias': 'bias', '2/weight': 'keep', '2/bias': 'keep', '4/weight': None,
+    '5/weight': 'keep', '5/bias': 'keep', '7/weight': 'conv', '7/bias': 'bias', '9': None,
+    '10': None,
+  }  # fmt: skip
+
+
+def test_variables_of_keras_that_are_told_by_their_layers(tmp_path):
+  """By the numbers under which Keras 3.15 saves them."""
+  import h5py
+
+  layers = {
+    'separable_conv2d': [(3, 3, 2, 1), (1, 1, 2, 4), (4,)],
+    'depthwise_conv2d': [(3, 3, 2, 1), (2,)],
+    'gru/cell': [(4, 6), (2, 6), (2, 6)],
+    'multi_head_attention/query_dense': [(8, 2, 4), (2, 4)],
+    'multi_head_attention/output_dense': [(2, 4, 8), (8,)],
+    'layer_normalization': [(8,), (8,)],
+    'position_embedding': [(9, 8)],
+    'dense': [(8, 3)],
+    'p_re_lu': [(4, 4, 3)],
+  }
+  with h5py.File(tmp_path / 'm.weights.h5', 'w') as file:
+    for layer, shapes in layers.items():
+      for number, shape in enumerate(shapes):
+        file[f'layers/{layer}/vars/{number}'] = np.ones(shape, 'f')
+  leaves = formats.open_weights(tmp_path / 'm.weights.h5').leaves
+  # What may be anything stays open.
+  assert 'layers/p_re_lu/vars/0' in leaves
+  found = find_kinds({path: leaf for path, leaf in leaves.items() if 'p_re_lu' not in path}).of
+  assert found == {
+    'layers/separable_conv2d/depthwise_kernel': 'conv',
+    'layers/separable_conv2d/pointwise_kernel': 'conv',
+    'layers/separable_conv2d/bias': 'bias',
+    'layers/depthwise_conv2d/kernel': 'conv',
+    'layers/depthwise_conv2d/bias': 'bias',
+    'layers/gru/cell/kernel': 'fc',
+    'layers/gru/cell/recurrent_kernel': 'fc',
+    'layers/gru/cell/bias': 'bias',
+    'layers/multi_head_attention/query_dense/kernel': 'fc',
+    'layers/multi_head_attention/query_dense/bias': 'bias',
+    'layers/multi_head_attention/output_dense/kernel': 'fc',
+    'layers/multi_head_attention/output_dense/bias': 'bias',
+    'layers/layer_normalization/gamma': 'keep',
+    'layers/layer_normalization/beta': 'keep',
+    'layers/position_embedding/embeddings': 'keep',
+    'layers/dense/kernel': 'fc',
+  }
 
 
 def test_a_kill_in_an_orbax_checkpoint_leaves_nothing_half_written(tmp_path, monkeypatch):

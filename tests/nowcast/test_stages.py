@@ -66,6 +66,30 @@ def test_numbered_files_and_what_is_one_checkpoint(tmp_path):
     stages.expand([tmp_path / 'e'])
 
 
+@pytest.mark.parametrize(
+  'name',
+  [
+    'step_{0}.weights.h5', 'weights.{0:02d}-0.{1}.safetensors', 'epoch={0}-step={1}00.safetensors',
+    'net18_{0}.safetensors', 'epoch_0-step_{0}.safetensors', 'lr0.1-at-{0}.safetensors',
+  ],
+)  # fmt: skip
+def test_one_of_the_numbers_in_names_counts(tmp_path, name):
+  """As Keras's ModelCheckpoint and Lightning write them."""
+  expected = [name.format(step, 50 + step) for step in (2, 9, 10)]
+  for file in expected:
+    save(tmp_path / file)
+  assert names(stages.expand([tmp_path])) == expected
+
+
+def test_two_runs_in_a_folder_are_no_history(tmp_path):
+  for seed, step in ((1, 100), (1, 200), (2, 100), (2, 200)):
+    save(tmp_path / f'seed{seed}_step{step}.safetensors')
+  with pytest.raises(
+    UserError, match=r'several series of checkpoints: seed1_step100\..* and seed1'
+  ):
+    stages.expand([tmp_path])
+
+
 def test_steps_of_a_checkpoint_manager(tmp_path):
   import orbax.checkpoint as ocp
 

@@ -472,6 +472,10 @@ def make_weights(suffix: str, folder: Path) -> None:
     path.write_bytes(safetensors.numpy.save(named, {'format': 'pt'}))
   elif suffix == 'npz':
     np.savez(path, **tree['a'])
+  elif suffix == 'eqx':
+    with path.open('wb') as file:
+      for leaf in tree['a'].values():
+        np.save(file, leaf)
   elif suffix == 'msgpack':
     import flax.serialization
 
@@ -514,7 +518,8 @@ READERS = {
       functools.partial(make_weights, suffix), read_weights, ('weights.',), leave, short, long
     )
     for suffix, short, long in (
-      ('safetensors', 15, 2500), ('npz', 15, 2500), ('msgpack', 15, 2500), ('h5', 1, 40),
+      ('safetensors', 15, 2500), ('npz', 15, 2500), ('eqx', 15, 2500),
+      ('msgpack', 15, 2500), ('h5', 1, 40),
     )
   },
 }  # fmt: skip
@@ -555,6 +560,7 @@ def crafted(name: str, good: Path) -> dict[str, Change]:
     'table': functools.partial(crafted_text, 'results.csv'),
     'safetensors': functools.partial(crafted_weights, 'weights.safetensors'),
     'npz': functools.partial(crafted_weights, 'weights.npz'),
+    'eqx': functools.partial(crafted_weights, 'weights.eqx'),
     'msgpack': functools.partial(crafted_weights, 'weights.msgpack'),
     'h5': functools.partial(crafted_hdf5, _in_weights, 'mat', (7, 6)),
   }[name](good)
@@ -593,6 +599,12 @@ def crafted_weights(path: str, good: Path) -> dict[str, Change]:
     )
     hostile = [b'\x81\xa1a' + size for size in (b'\xc9\xff\xff\xff\xff\1', b'\xc6\xff\xff\xff\xff')]
     found |= {f'hostile {i}': writes(path, data) for i, data in enumerate((*deep, *hostile))}
+  elif path.endswith('eqx'):
+    objects = io.BytesIO()
+    np.save(objects, np.array([{}, []], object))
+    found['objects'] = writes(path, data + objects.getvalue())
+    found['many axes'] = writes(path, data.replace(b'(7, 6)', b'(7, 6,' + b'1,' * 10))
+    found['a large shape'] = writes(path, data.replace(b'(7, 6)', b'(9**9,'))
   else:
     for name, change in {
       'objects': lambda: {'a': np.array([{}, []], object)},
@@ -1302,6 +1314,8 @@ HARMLESS = {
     'no bytes of shape [0]', 'a tensor of dtype', 'name ', 'metadata {', 'card', 'many tensors'
   ),
   'npz': ('twice', 'a path'),
+  # Arrays have no names that could stand twice.
+  'eqx': ('twice',),
   'msgpack': (),
   # What is no array of numbers is no leaf; numbers of any form are read, or copied.
   'h5': (

@@ -1,0 +1,96 @@
+"""Equinox: .eqx files of `eqx.tree_serialise_leaves`, arrays of NumPy one after the other.
+
+They have no names. An array is called by its number, and what the layers of Equinox write together
+by the names of their parts: a matrix, or a convolution, and the vector of its outputs after it are
+`weight` and `bias`, and so are two equal vectors, those of a normalisation. Vectors and scalars
+that remain have no kind but by a rule of the user's.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import IO
+
+import ml_dtypes
+import numpy as np
+
+from know_jax.errors import UserError
+from know_jax.io import npz
+from know_jax.io.weights import Leaf, Shard, Weights, by_path, identify_files, opener, patching
+
+_MAGIC = b'\x93NUMPY'
+
+
+def detect(path: Path) -> bool:
+  """Whether a path is a file of several .npy arrays, or one called .eqx."""
+  if not path.is_file():
+    return False
+  with path.open('rb') as file:
+    if file.read(len(_MAGIC)) != _MAGIC:
+      return False
+    if path.suffix == '.eqx':
+      return True
+    file.seek(0)
+    try:
+      _array(file, path, 0)
+    except UserError:
+      return False
+    return bool(file.read(1))
+
+
+def open(path: Path) -> Weights:
+  """Reads the headers of the arrays.
+
+  Raises:
+    UserError: one is damaged or cut off, or holds Python objects.
+  """
+  arrays: list[tuple[np.dtype, tuple[int, ...], int]] = []
+  with path.open('rb') as file:
+    size = os.fstat(file.fileno()).st_size
+    while file.tell() < size:
+      arrays.append(_array(file, path, len(arrays)))
+  names = _names([shape for _, shape, _ in arrays])
+  leaves = [
+    Leaf(name, shape, dtype, opener(path, place, dtype, name), place=place)
+    for name, (dtype, shape, place) in zip(names, arrays, strict=True)
+  ]
+  note = (
+    f'an .eqx file has no names: its {len(arrays)} arrays are called by their numbers, and taken '
+    'for weights, biases and norms by their order and shapes, as the table of leaves shows.'
+  )
+  shards = (
+    Shard(path.name, tuple(leaf.name.replace('.', '/') for leaf in leaves), patching(path)),
+  )
+  return Weights(
+    path, 'equinox', by_path(leaves, path), shards, lambda: identify_files(path.parent, [path]),
+    notes=(note,),
+  )  # fmt: skip
+
+
+def _array(file: IO[bytes], path: Path, number: int) -> tuple[np.dtype, tuple[int, ...], int]:
+  """dtype, shape and place of the array that begins here; the file is left at its end."""
+  begin, what = file.tell(), f'{path}: array {number} '
+  dtype, shape, header = npz.read_header(file.read(npz.MAX_HEADER), what)
+  place, nbytes = begin + header, math.prod(shape) * dtype.itemsize
+  if place + nbytes > os.fstat(file.fileno()).st_size:
+    raise UserError(f'{what}is cut off: {dtype}{list(shape)} takes {nbytes} bytes.')
+  file.seek(place + nbytes)
+  return np.dtype(ml_dtypes.bfloat16) if dtype == npz.BFLOAT16 else dtype, shape, place
+
+
+def _names(shapes: list[tuple[int, ...]]) -> list[str]:
+  """The numbers of arrays, with the names of their parts where these can be told."""
+  names = [f'{n}.weight' if len(shape) > 1 else str(n) for n, shape in enumerate(shapes)]
+  number = 0
+  while number + 1 < len(shapes):
+    first, second, *rest = shapes[number : number + 4]
+    outputs = math.prod(second)
+    # The bias of a convolution is [outputs, 1, 1].
+    is_bias = len(first) > 1 and bool(second) and outputs == max(second) == first[0] > 0
+    # Two vectors after a matrix are a normalisation, three a bias and a normalisation.
+    is_norm_next = rest[:1] == [second] and rest[1:2] != [second]
+    if (is_bias and not is_norm_next) or (len(first) == 1 and first == second):
+      names[number : number + 2] = f'{number}.weight', f'{number}.bias'
+      number += 1
+    number += 1
+  return names
