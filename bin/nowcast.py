@@ -17,7 +17,8 @@ from absl import flags
 from know_jax import kinds as kinds_
 from know_jax.io import formats
 from know_jax.io.files import local_path
-from know_jax.nowcast import file_job, from_files, from_run
+from know_jax.io.sealed import read_sealed
+from know_jax.nowcast import file_job, from_files, from_run, lora
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.nowcast.health import ON_BAD
 from know_jax.runs import cli
@@ -61,6 +62,9 @@ _DTYPE = flags.DEFINE_string(
 _READERS = flags.DEFINE_list(
   'readers', [], 'With --history: formats of your own, as package.module with detect and open.'
 )
+_LORA = flags.DEFINE_enum(
+  'lora', 'apart', list(lora.CHOICES), 'With --history: merged to predict the products of A and B.'
+)
 _DRY_RUN = cli.define_dry_run('With --history: print what would be done, and write nothing.')
 _OF_FILES = (
   'output',
@@ -88,13 +92,16 @@ def main() -> None:
       kinds=kinds_.parse_kinds(_KINDS.value), known=_KNOWN.value, memory=_MEMORY.value << 20,
       on_bad=_ON_BAD.value, options=file_job.parse_options(_OPTION.value), only=_ONLY.value,
       skip=_SKIP.value, stacked=_STACKED.value, format=_FORMAT.value, dtype=_DTYPE.value,
+      lora=_LORA.value,
     )  # fmt: skip
     print('\n'.join(f'stage {i}: {stage.path}' for i, stage in enumerate(job.stages)))
     print(kinds_.kinds_table(job.leaves, job.kinds))
     if _DRY_RUN.value:
       print(file_job.plan(job, output))
       return
-    from_files.write(job, output)
+    for folder in from_files.write(job, output):
+      if lost := lora.report(read_sealed(folder / from_files.CARD, 'a card')):
+        print(f'{folder}: {lost}')
     return
   cli.refuse(*_OF_FILES, 'dry_run', because='no --history is given')
   workdir = cli.workdir()

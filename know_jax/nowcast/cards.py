@@ -9,6 +9,7 @@ from typing import Any
 
 from know_jax import kinds as kinds_
 from know_jax.io.files import replacing, write_atomic
+from know_jax.nowcast import lora
 
 README = 'README.md'
 
@@ -75,7 +76,8 @@ def write_readme(
     f'# {card["predictor"]}, step {card["steps"]}',
     '',
     f'These weights were predicted by know_jax {environment["know_jax"]}, not trained: '
-    f'`{card["predictor"]}`, {card["steps"]} steps ahead of {len(card["history"])} checkpoints at '
+    f'`{card["predictor"]}`, {card["steps"]} step{"s" * (card["steps"] != 1)} ahead of '
+    f'{len(card["history"])} checkpoints at '
     f'rate {card["rate"]:g}, which stands for {card["multiple"]:g} times the data of the newest.'
     + (f' Options: {json.dumps(card["options"])}.' if card['options'] else ''),
     '',
@@ -98,8 +100,8 @@ def write_readme(
   warned = list(notes)
   if kept := card['kept_newest']:
     warned.append(f'{len(kept)} leaves had a bad prediction and are as in the newest: {kept}.')
-  if any('lora_a' in path.lower() for path in card['kinds']):
-    warned.append('A and B of LoRA were predicted apart; their product was not predicted itself.')
+  if lost := lora.report(card):
+    warned.append(f'{lost[0].upper()}{lost[1:]}')
   lines += ['', '## Warnings', '', *([f'- {note}' for note in warned] or ['None.'])]
   versions = ', '.join(
     f'{name} {environment[name]}' for name in ('know_jax', 'jax', 'numpy', 'python')

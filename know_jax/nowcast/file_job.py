@@ -21,6 +21,7 @@ from know_jax.io.files import local_path
 from know_jax.io.formats import open_weights
 from know_jax.io.weights import Leaf, Shard, Weights
 from know_jax.nowcast import api
+from know_jax.nowcast import lora as lora_
 from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.plan import check_steps, plan_of
 from know_jax.predictors import base
@@ -96,6 +97,7 @@ def prepare(
   stacked: str | None = None,
   format: str | None = None,
   dtype: str | None = None,
+  lora: str = 'apart',
 ) -> Job:
   """Checks a history in files and what is asked of it; reads headers and metadata, no weights.
 
@@ -115,6 +117,7 @@ def prepare(
     stacked: regular expression; the leaves hold layers on their first axis, as in `predict`.
     format: 'safetensors' to write that; None: the newest stage's, where it can be written.
     dtype: 'float32', 'bfloat16' or 'float16' to write floating-point leaves in; None: their own.
+    lora: 'merged' to predict the products of A and B in their place, see `nowcast.lora`.
 
   Raises:
     UserError: a stage cannot be read, is there twice or out of order, differs from the newest in
@@ -127,6 +130,10 @@ def prepare(
     raise UserError('the history is empty; wanted the weights of at least one stage.')
   stages = [open_weights(path) for path in stages_.expand(history)]
   stages_.check_paths(stages)
+  if lora not in lora_.CHOICES:
+    raise unknown_name('lora', lora, lora_.CHOICES)
+  real, is_merged = stages[-1], lora == 'merged'
+  stages = lora_.merged(stages) if is_merged else stages
   newest = stages[-1]
   chosen = _not_chosen(newest.leaves, only, skip)
   _check_complex(newest.leaves, {**chosen, **(kinds or {})})
@@ -137,10 +144,14 @@ def prepare(
   notes += dict.fromkeys([*found.notes, *(note for stage in stages for note in stage.notes)])
   if any(_STATISTICS.search(path) for path in newest.leaves):
     notes.append(_RECIPE)
+  if lora_.has_factors({path for path, kind in found.of.items() if kind != kinds_.KEEP}):
+    notes.append(lora_.APART)
   _check_stages(stages, found.of, notes, skip)
   for note in notes:
     warnings.warn(note, PredictionWarning, stacklevel=2)
-  shards, leaves = _output(newest, format, dtype)
+  shards, leaves = _output(real, format, dtype)
+  if is_merged:
+    shards, leaves = lora_.output(real, shards, leaves)
   network = None if known is None else network_of(load_known(known))
   check_used(known, network, made)
   job = Job(
