@@ -6,6 +6,7 @@ every start is judged against *tuned* naive transfer, and "none" is a frequent a
 
 import dataclasses
 import hashlib
+import html
 import json
 import math
 import warnings
@@ -102,6 +103,12 @@ class Recommendation:
     count, cost = self.trainings
     cost_line = f'{count} trainings were scored, which cost as much as {cost:.1f} whole ones.'
     return '\n'.join([answer, reason, cost_line, *self.left_out])
+
+  __repr__ = __str__
+
+  def _repr_html_(self) -> str:
+    answer, *others = map(html.escape, str(self).splitlines())
+    return f'<p><b>{answer}</b></p><p>{"<br>".join(others)}</p>'
 
 
 def recommend(

@@ -1,12 +1,13 @@
 """Trajectory: the weights of one network at successive stages, as one pytree."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 
-from know_jax import trees
+from know_jax import showing, trees
 from know_jax.errors import UserError
 
 
@@ -54,6 +55,21 @@ class Trajectory:
 
   def __iter__(self) -> Iterator[trees.PyTree]:
     return (self[index] for index in range(len(self)))
+
+  def __repr__(self) -> str:
+    return showing.as_text(*self._about())
+
+  def _repr_html_(self) -> str:
+    return showing.as_html(*self._about())
+
+  def _about(self) -> tuple[str, showing.Table]:
+    table = showing.leaves_table(self.weights, axes=1)
+    leaves = [leaf for leaf in jax.tree.leaves(self.weights) if trees.is_array(leaf)]
+    if not leaves or any(leaf.shape[:1] != leaves[0].shape[:1] for leaf in leaves):
+      return 'Trajectory without stages', table
+    stages = leaves[0].shape[0] if leaves[0].shape else 0
+    size = sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+    return f'Trajectory of {stages} stages, oldest first, {size:,} weights in each', table
 
   @property
   def newest(self) -> trees.PyTree:

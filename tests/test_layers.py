@@ -11,7 +11,18 @@ PACKAGE = Path(__file__).parents[1] / 'know_jax'
 # A row's modules may import from the rows above and from those before them in their own row. `a/*`
 # stands for a folder, whose modules may import one another.
 ROWS = (
-  ('errors', 'version', 'jsonable', 'seeds', 'registry', 'trees', 'names', 'kinds', 'trajectory'),
+  (
+    'errors',
+    'version',
+    'jsonable',
+    'seeds',
+    'registry',
+    'trees',
+    'showing',
+    'names',
+    'kinds',
+    'trajectory',
+  ),
   ('system/*',),
   ('io/*',),
   ('predictors/*',),

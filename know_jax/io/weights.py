@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from know_jax import showing
 from know_jax.errors import UserError, reason
 from know_jax.io.files import replacing
 
@@ -224,6 +225,12 @@ class Weights:
   index: tuple[str, dict[str, Any]] | None = None
   notes: tuple[str, ...] = ()
   seal: Callable[[Path, dict[str, Any]], None] | None = None
+
+  def __repr__(self) -> str:
+    size = sum(leaf.nbytes for leaf in self.leaves.values())
+    return showing.as_text(
+      f'Weights in {self.path} ({self.format}), {size:,} bytes', showing.leaves_table(self.leaves)
+    )
 
 
 def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:

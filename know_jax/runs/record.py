@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
+from know_jax import showing
 from know_jax.errors import UserError, reason
 from know_jax.io.files import local_path
 from know_jax.io.sealed import read_sealed, write_sealed
@@ -199,6 +200,23 @@ class RunRecord:
         f'{kind!r}. Give another --workdir.'
       )
     return cls(workdir, content)
+
+  def __repr__(self) -> str:
+    return showing.as_text(*self._about())
+
+  def _repr_html_(self) -> str:
+    return showing.as_html(*self._about())
+
+  def _about(self) -> tuple[str, showing.Table]:
+    """Its stages, if it has any, or else its values."""
+    values = {k: v for k, v in self._content.items() if k not in _HEADER}
+    stages = [row for row in values.get('stages') or () if isinstance(row, dict)]
+    kind, version = self._content.get('kind'), self._content.get('environment', {}).get('know_jax')
+    title = f'Record of {kind!r} in {self.workdir}, by know_jax {version}'
+    if stages:
+      header = tuple(dict.fromkeys(key for row in stages for key in row))
+      return title, (header, [[row.get(key, '') for key in header] for row in stages])
+    return title, (('key', 'value'), list(values.items()))
 
   def __getitem__(self, key: str) -> Any:
     return self._content[key]

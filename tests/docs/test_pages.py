@@ -60,7 +60,13 @@ def newcomer(tmp_path, monkeypatch):
       del sys.modules[module]
 
 
-@pytest.mark.parametrize('page', [p for p in PAGES if blocks(p)], ids=name)
+def example(page):
+  # What other libraries warn of among themselves is not for us to mend.
+  marks = [pytest.mark.filterwarnings('default')] if page.name in LIBRARIES else []
+  return pytest.param(page, marks=marks, id=name(page))
+
+
+@pytest.mark.parametrize('page', [example(p) for p in PAGES if blocks(p)])
 def test_every_example_runs(page, newcomer):
   for library in LIBRARIES.get(page.name, []):
     pytest.importorskip(library, reason=f'{page.name} needs {library}')
