@@ -6,8 +6,8 @@ CONSTRAINTS ?=
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: help venv demo docs test fast-tests test-newest test-oldest test-reliability study-smoke lint \
-  types clean round-trips
+.PHONY: help venv demo docs package test fast-tests test-newest test-oldest test-reliability \
+  study-smoke lint types clean round-trips
 
 help:
 	@echo 'make demo   forget, nowcast and transfer on generated glyphs (under 2 minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo '            the same, and the fast test suite alone, on the versions that .ci/*.txt pin'
 	@echo 'make test-reliability   kill, corrupt, fuzz and real names in full (under 20 minutes)'
 	@echo 'make round-trips  checkpoints of timm, transformers, PEFT, Keras, ... there and back (5 minutes)'
+	@echo 'make package   build the package into dist/ and try it in a clean environment'
 	@echo 'make clean  remove virtual environments, the demo and caches'
 
 # The stamp is newer than what it depends on if and only if what that asks for is installed.
@@ -83,6 +84,10 @@ round-trips: .ci/round_trips.txt .ci/newest.txt
 	$(ROUND_TRIPS)/python -m pip install --quiet --no-deps torchvision==0.15.2
 	$(ROUND_TRIPS)/python tests/tools/round_trips.py --output=docs/results/round_trips.md
 
+# The source distribution and the wheel, in dist/, tried in a clean environment and an empty folder.
+package:
+	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) .ci/try_package
+
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .venv-round-trips $(DEMO) site workdir .pytest_cache \
+	rm -rf dist .venv .venv-newest .venv-oldest .venv-round-trips $(DEMO) site workdir .pytest_cache \
 	  .mypy_cache .ruff_cache

@@ -19,12 +19,13 @@ from know_jax.system import processes
 
 cli.define_workdir()
 cli.define_processes()
+_ON_METRICS = cli.define_on_metrics()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'forget_glyphs.py')
 
 
 def main() -> None:
   workdir = cli.workdir()
-  record = forgetting.run(_CONFIG.value, workdir)
+  record = forgetting.run(_CONFIG.value, workdir, on_metrics=_ON_METRICS.value)
   if not processes.is_first():
     return
   print(f'{"stage":>5} {"examples":>9} {"test accuracy":>14} {"test loss":>10} {"seconds":>8}')

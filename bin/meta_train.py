@@ -15,6 +15,7 @@ from know_jax.runs import cli
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'meta_train.py')
+_ON_METRICS = cli.define_on_metrics()
 _DATA = flags.DEFINE_string(
   'data', None, 'Output folder of bin/collect.py, or one of .mat files.', required=True
 )
@@ -22,7 +23,7 @@ _DATA = flags.DEFINE_string(
 
 def main() -> None:
   workdir = cli.workdir()
-  record = meta_training.run(_CONFIG.value, _DATA.value, workdir)
+  record = meta_training.run(_CONFIG.value, _DATA.value, workdir, on_metrics=_ON_METRICS.value)
   print(meta_training.report(record))
   print(f'weights and card: {workdir / "known.safetensors"}')
 

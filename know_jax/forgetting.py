@@ -26,7 +26,7 @@ from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
-from know_jax.runs.metrics import MetricsLog
+from know_jax.runs.metrics import MetricsLog, OnMetrics, find_callback
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import KIND, restore_stage, stage_path
 from know_jax.seeds import named_key
@@ -104,7 +104,13 @@ def default_config() -> ConfigDict:
   )
 
 
-def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> RunRecord:
+def run(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  show_progress: bool = True,
+  on_metrics: OnMetrics | str | None = None,
+) -> RunRecord:
   """Runs all stages, or what is left of them, and returns the record.
 
   Several processes (`processes.start`) train one run together: all call this with the same
@@ -115,6 +121,8 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     workdir: where everything is written; a workdir of the same config resumes. All processes must
       see it; process 0 writes to it.
     show_progress: whether each stage shows its progress bar (in process 0).
+    on_metrics: called with the metrics of every epoch, see `runs.metrics.OnMetrics`; or its name,
+      'package.module:function'.
 
   Returns:
     The record, complete.
@@ -126,9 +134,10 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   config = config_dict(config)
   check_same(config, 'config')
   # All is checked before anything is written.
+  told = in_all(lambda: find_callback(on_metrics))
   run_ = in_all(lambda: _prepare(config))(Path(workdir).expanduser())
   while run_.unfinished:
-    _train_stage(run_, show_progress)
+    _train_stage(run_, show_progress, told)
   return run_.record
 
 
@@ -225,7 +234,7 @@ def _resume_path(workdir: Path) -> Path:
   return workdir / 'resume'
 
 
-def _train_stage(run: _Run, show_progress: bool) -> None:
+def _train_stage(run: _Run, show_progress: bool, on_metrics: OnMetrics | None) -> None:
   """Trains the next stage of a run, from the checkpoint within it if there is one."""
   stage, config, workdir = run.stages_done, run.config, run.workdir
   plan, recipe = run.plans[stage], run.recipe
@@ -259,7 +268,8 @@ def _train_stage(run: _Run, show_progress: bool) -> None:
 
     def open_log() -> None:
       nonlocal log
-      log = stack.enter_context(MetricsLog(workdir, resume_step=epochs_before + epoch_before))
+      resume_step = epochs_before + epoch_before
+      log = stack.enter_context(MetricsLog(workdir, resume_step=resume_step, on_metrics=on_metrics))
 
     from_first(open_log)
     bar = stack.enter_context(

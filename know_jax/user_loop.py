@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from know_jax import trees
 from know_jax.data import subsets as subsets_
 from know_jax.errors import UserError
+from know_jax.runs.metrics import tell
 from know_jax.seeds import named_key
 from know_jax.trajectory import Trajectory
 
@@ -21,7 +23,7 @@ Train = Callable[[Any, np.ndarray, int, jax.Array], Any]
 
 
 def nested_subsets(
-  labels_or_size: Any, rate: float = 0.5, stages: int = 5, seed: int = 0
+  labels_or_size: Any, rate: float = 0.5, stages: int = 5, seed: Any = 0
 ) -> list[np.ndarray]:
   """Which examples each stage of a forgetting run is trained on.
 
@@ -36,7 +38,7 @@ def nested_subsets(
       or the number of examples.
     rate: the sampling rate r, between 0 and 1, both excluded.
     stages: how many sets.
-    seed: decides the sets; any whole number of at least 0.
+    seed: decides the sets; a whole number of at least 0, or a key of JAX.
 
   Returns:
     `stages` sorted int32 arrays of indices, all examples first.
@@ -44,13 +46,15 @@ def nested_subsets(
   Raises:
     UserError: an argument is not as described.
   """
-  for name, value, least in (('stages', stages, 1), ('seed', seed, 0)):
-    if not _is_whole(value) or value < least:
-      raise UserError(f'{name} is {value!r}; expected a whole number of at least {least}.')
-  if _is_whole(labels_or_size):
-    if labels_or_size < 1:
-      raise UserError(f'the number of examples is {labels_or_size}; expected at least 1.')
-    labels = np.zeros(int(labels_or_size), np.int32)
+  phases, size = _whole(stages), _whole(labels_or_size)
+  if phases is None or phases < 1:
+    raise UserError(f'stages is {stages!r}; expected a whole number of at least 1.')
+  if (number := _whole(seed)) is not None and number < 0:
+    raise UserError(f'seed is {seed!r}; expected a whole number of at least 0, or a key of JAX.')
+  if size is not None:
+    if size < 1:
+      raise UserError(f'the number of examples is {size}; expected at least 1.')
+    labels = np.zeros(size, np.int32)
   else:
     labels = np.asarray(labels_or_size)
     if labels.ndim != 1 or not labels.size or labels.dtype.kind not in 'iubUSTO':
@@ -62,9 +66,11 @@ def nested_subsets(
       labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
     except TypeError as error:
       raise UserError(f'labels are of types that cannot be compared ({error}).') from error
+  key = _as_key(seed, 'seed')
+  key = key if _is_typed_key(key) else jax.random.wrap_key_data(key)
   return subsets_.nested_subsets(
-    named_key(int(seed), 'subsets'), labels, rate=rate, phases=int(stages),
-    stratified=not _is_whole(labels_or_size),
+    named_key(key, 'subsets'), labels, rate=rate, phases=phases,
+    stratified=size is None,
   )  # fmt: skip
 
 
@@ -75,6 +81,7 @@ def forget(
   *,
   key: Any = 0,
   workdir: str | Path | None = None,
+  on_metrics: Callable[[int, dict[str, float]], Any] | None = None,
 ) -> Trajectory:
   """Trains on all data, then fine-tunes on each smaller subset; gives the weights of all stages.
 
@@ -92,6 +99,8 @@ def forget(
     key: a seed or a key of JAX; each stage is given one of its own.
     workdir: where each stage is saved as it ends; the same call resumes at the first stage that is
       not there. `bin/nowcast.py --workdir` reads it too.
+    on_metrics: called as `on_metrics(stage, {'examples': n, 'train_seconds': s})` as each stage
+      ends, for a tracker such as W&B or MLflow; losses are told by `train` itself.
 
   Returns:
     The trajectory, oldest (smallest subset) first.
@@ -99,7 +108,7 @@ def forget(
   Raises:
     UserError: before any training, if an argument is not as described or the workdir is of another
       run; after a stage, if its weights have another structure, shape or dtype than before or are
-      no longer finite; the leaf is named. The stages before it are kept.
+      no longer finite; the leaf is named. The stages before it are kept. `on_metrics` fails.
   """
   if not callable(train):
     raise UserError(f'train is {type(train)}; expected a function (params, indices, stage, key).')
@@ -117,25 +126,33 @@ def forget(
     _check_stage(before, params, stage)
     # The next stage may write to these, or give their memory away.
     stages.append(_copy(params))
+    seconds = time.monotonic() - began
     if run is not None:
-      run.keep(stage, stages[-1], time.monotonic() - began)
+      run.keep(stage, stages[-1], seconds)
+    tell(on_metrics, stage, {'examples': len(indices), 'train_seconds': seconds})
   return Trajectory.from_sequence(stages[::-1])
 
 
-def _is_whole(value: Any) -> bool:
-  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _whole(value: Any) -> int | None:
+  """A whole number of Python, or of any library's arrays without axes; None for something else."""
+  if isinstance(value, (bool, np.bool_)) or getattr(value, 'shape', ()) != ():
+    return None
+  try:
+    return operator.index(value)
+  except TypeError:
+    return None
 
 
-def _as_key(key: Any) -> jax.Array:
-  if _is_whole(key):
-    return jax.random.key(int(key))
+def _as_key(key: Any, name: str = 'key') -> jax.Array:
+  if (number := _whole(key)) is not None:
+    return jax.random.key(number)
   try:
     data = key if _is_typed_key(key) else jax.random.wrap_key_data(jnp.asarray(key))
     if data.shape == ():
       return key if _is_typed_key(key) else jnp.asarray(key)
   except (TypeError, ValueError):
     pass
-  raise UserError(f'key is {key!r}; expected a whole number or one key of JAX.')
+  raise UserError(f'{name} is {key!r}; expected a whole number or one key of JAX.')
 
 
 def _is_typed_key(leaf: Any) -> bool:
@@ -160,6 +177,12 @@ def _copy(tree: Any) -> Any:
 
 def _check_start(start: Any) -> None:
   named = trees.named_leaves(start)
+  for path, leaf in named.items():
+    if hasattr(leaf, 'new_tensor'):
+      raise UserError(
+        f'leaf {path!r} of start is a tensor of PyTorch; give NumPy arrays, x.numpy(force=True), '
+        'and have train take and give such (torch.from_numpy).'
+      )
   if not any(_is_numeric(leaf) and trees.is_floating(leaf) for leaf in named.values()):
     raise UserError('start has no floating-point arrays; expected a pytree of weights.')
   for path, leaf in named.items():
@@ -171,14 +194,20 @@ def _check_start(start: Any) -> None:
 
 
 def _checked_subsets(subsets: Sequence[Any]) -> list[np.ndarray]:
-  parts = [np.asarray(indices) for indices in subsets]
+  try:
+    parts = [np.asarray(indices) for indices in subsets]
+  except TypeError as error:
+    raise UserError(
+      f'subsets are {subsets!r}; expected an array of indices for each stage, as nested_subsets '
+      'gives them.'
+    ) from error
   if not parts:
     raise UserError('subsets are empty; expected an array of indices for each stage.')
   for stage, part in enumerate(parts):
     if part.ndim != 1 or not part.size or not np.issubdtype(part.dtype, np.integer):
       raise UserError(
         f'subset {stage} has shape {part.shape} and dtype {part.dtype}; expected [n] whole '
-        'numbers, n > 0.'
+        'numbers, n > 0, as nested_subsets gives them.'
       )
     if stage and not (part.size < parts[stage - 1].size and np.isin(part, parts[stage - 1]).all()):
       raise UserError(

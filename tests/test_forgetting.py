@@ -23,7 +23,7 @@ from runs import (
 )
 from test_run_record import events_of
 
-from know_jax import seeds, trees
+from know_jax import forgetting, seeds, trees
 from know_jax.data.sources import load_dataset
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
@@ -326,7 +326,7 @@ def test_what_a_killed_save_left_is_gone_at_the_end(monkeypatch, finished, tmp_p
 
 
 def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
-  saved, metrics_safe = [], []
+  saved, metrics_safe, told = [], [], []
   real_save, real_write, real_sync = checkpoints.save, MetricsLog.write, MetricsLog.sync
 
   def save(path, tree, **options):
@@ -350,7 +350,13 @@ def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
     context.setattr(MetricsLog, 'sync', sync)
     # A clock that advances by a second each time it is read.
     context.setattr(loop.time, 'monotonic', lambda: float(next(clock)))
-    forget(tmp_path, stages=1, save_every_seconds=20.0)
+    forgetting.run(
+      small_config(stages=1, save_every_seconds=20.0), tmp_path, show_progress=False,
+      on_metrics=lambda step, metrics: told.append({'step': step, **metrics}),
+    )  # fmt: skip
+  # The watcher was told what the file has.
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert told == [json.loads(line) for line in lines] and len(told) == 2
   assert saved[-1] == ('0', 0, -1)
   steps = [step for name, _, step in saved[:-1] if name == 'resume']
   assert len(steps) == len(saved) - 1

@@ -127,6 +127,7 @@ def test_a_killed_transfer_has_every_row_once(scripts, whole):
 MISTAKES = [
   (('forget.py', '--config.dataset=digitz'), "unknown data set 'digitz'. Did you mean 'digits'"),
   (('forget.py', '--config.model=cnn_nb'), "unknown model 'cnn_nb'. Did you mean 'cnn_bn'"),
+  (('forget.py', '--on_metrics=nowhere:log'), "on_metrics 'nowhere:log': cannot import 'nowhere'"),
   (('forget.py', '--config.epoch=3'), "unknown config field 'epoch'. Did you mean 'epochs'"),
   (
     ('forget.py', '--config.batch_size=128'),

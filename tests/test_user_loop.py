@@ -3,6 +3,7 @@
 import functools
 import itertools
 import shutil
+import types
 
 import equinox as eqx
 import flax.linen as nn
@@ -239,9 +240,9 @@ def test_a_kill_does_not_show(tmp_path, killed_in):
   # The stage of the kill twice, every other once.
   assert trained == [*range(killed_in + 1), *range(killed_in, 5)]
   assert_same_bits(jax.device_get(history.weights), jax.device_get(numpy_forget().weights))
-  # Finished, it trains no more.
+  # Finished, it trains no more, and there is nothing to tell.
   trained.clear()
-  again = numpy_forget(tmp_path, train)
+  again = numpy_forget(tmp_path, train, on_metrics=lambda stage, metrics: trained.append(stage))
   assert trained == []
   assert_same_bits(jax.device_get(again.weights), jax.device_get(history.weights))
 
@@ -315,7 +316,13 @@ def test_a_workdir_of_another_run(tmp_path_factory, options, message):
     ({'train': 3}, "train is <class 'int'>; expected a function"),
     ({'start': {'f': len}}, 'start has no floating-point arrays'),
     ({'start': {'w': np.zeros(3)}}, "leaf 'w' of start is float64, which JAX would narrow to"),
+    (
+      {'start': {'w': types.SimpleNamespace(new_tensor=len)}},
+      "leaf 'w' of start is a tensor of PyTorch; give NumPy",
+    ),
     ({'subsets': []}, 'subsets are empty'),
+    ({'subsets': 100}, 'subsets are 100; expected an array of indices for each stage, as nested'),
+    ({'subsets': [100, 50]}, r'subset 0 has shape \(\) and dtype int64; .* as nested_subsets'),
     ({'subsets': [[0.5]]}, r'subset 0 has shape \(1,\) and dtype float64'),
     ({'subsets': [[0, 1], [0, 1]]}, 'subset 1 has 2 examples and is no smaller part of subset 0'),
     ({'subsets': [[0, 1, 2], [0, 7]]}, 'subset 1 has 2 examples and is no smaller part'),
@@ -356,6 +363,7 @@ def test_what_train_gives_is_checked(wrong, message):
     np.array(['x', 'yy', 'z'])[np.arange(100) % 3],
     [i % 3 for i in range(100)],
     jnp.arange(100) % 3,
+    list(jnp.arange(100) % 3),
   ],
 )
 def test_labels_of_any_sort(labels):
@@ -366,6 +374,29 @@ def test_labels_of_any_sort(labels):
     assert np.abs(counts - share * np.bincount(np.arange(100) % 3)).max() <= 1
   for large, small in itertools.pairwise(found):
     assert set(small.tolist()) < set(large.tolist())
+
+
+def test_a_watcher_is_told_of_each_stage():
+  told = []
+  numpy_forget(on_metrics=lambda *args: told.append(args))
+  assert [stage for stage, _ in told] == [0, 1, 2, 3, 4]
+  assert [metrics['examples'] for _, metrics in told] == [256, 128, 64, 32, 16]
+  assert all(0 < metrics['train_seconds'] < 60 for _, metrics in told)
+
+
+def test_whole_numbers_and_keys_of_any_sort_are_seeds():
+  expected = [part.tolist() for part in know_jax.nested_subsets(64, 0.5, 3, 7)]
+  for size, stages, seed in (
+    (np.array(64), np.int8(3), np.uint32(7)),
+    (jnp.int32(64), jnp.int32(3), jnp.int32(7)),
+    (64, 3, jax.random.key(7)),
+    (64, 3, jax.random.PRNGKey(7)),
+  ):
+    parts = know_jax.nested_subsets(size, 0.5, stages, seed)
+    assert [part.tolist() for part in parts] == expected
+  keys = [numpy_forget(key=key).newest['w'] for key in (7, jnp.int32(7), jax.random.key(7))]
+  assert_same_bits({'w': keys[0]}, {'w': keys[1]})
+  assert_same_bits({'w': keys[0]}, {'w': keys[2]})
 
 
 def test_a_size_in_place_of_labels():

@@ -41,7 +41,7 @@ from know_jax.meta.windows import (
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.parameters import save_known
 from know_jax.report.plots import plot_learning_curves
-from know_jax.runs.metrics import MetricsLog
+from know_jax.runs.metrics import MetricsLog, OnMetrics, find_callback
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
@@ -122,13 +122,21 @@ ARCHITECTURES = {
 """Name -> what `config.architecture` selects."""
 
 
-def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
+def run(
+  config: ConfigDict,
+  data: str | Path,
+  workdir: str | Path,
+  *,
+  on_metrics: OnMetrics | str | None = None,
+) -> RunRecord:
   """Trains the three networks and writes `known.safetensors` and `least_squares.json`.
 
   Args:
     config: the fields of `default_config`.
     data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
     workdir: where everything is written; a workdir of the same config resumes.
+    on_metrics: called with the metrics of every validation, see `runs.metrics.OnMetrics`; or its
+      name, 'package.module:function'.
 
   Returns:
     The record, with the runs of each part and the error against copying on the validation runs.
@@ -139,6 +147,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
   """
   config = config_dict(config)
   check_config(config)
+  told = find_callback(on_metrics)
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
   everything = list(mat.read_any(data))
   source = mat.describe(data, everything)
@@ -159,7 +168,7 @@ def run(config: ConfigDict, data: str | Path, workdir: str | Path) -> RunRecord:
     remove_tree(workdir / _RESUME)
     return record
 
-  best, done = _train(config, workdir, train, validation)
+  best, done = _train(config, workdir, train, validation, told)
   for kind, found in best.items():
     if not np.isfinite(found['ratio']):
       raise DivergedError(
@@ -267,7 +276,11 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _train(
-  config: Mapping[str, Any], workdir: Path, train: Windows, validation: Windows
+  config: Mapping[str, Any],
+  workdir: Path,
+  train: Windows,
+  validation: Windows,
+  on_metrics: OnMetrics | None,
 ) -> tuple[dict[str, dict[str, Any]], int]:
   """Trains: of each kind the `theta` with the lowest error (`ratio`), and its `step`; all steps."""
   architecture = ARCHITECTURES[config['architecture']]
@@ -294,7 +307,7 @@ def _train(
     return done < config['steps'] and patient
 
   with (
-    MetricsLog(workdir, resume_step=done) as log,
+    MetricsLog(workdir, resume_step=done, on_metrics=on_metrics) as log,
     progress(config['steps'], 'meta_train', 'step', initial=done) as bar,
   ):
 

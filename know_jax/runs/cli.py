@@ -64,6 +64,13 @@ def define_dry_run(help_text: str) -> Any:
   return holder
 
 
+def define_on_metrics() -> Any:
+  """Defines --on_metrics: what watches a run is no part of its config."""
+  return flags.DEFINE_string(
+    'on_metrics', None, "'package.module:function', called with each step and its metrics."
+  )
+
+
 def define_workdir() -> None:
   """Defines `--workdir`, the directory of a run; `workdir` reads it."""
   flags.DEFINE_string('workdir', DEFAULT_WORKDIR, 'Directory of the run.')

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,50 @@ from know_jax.errors import UserError, reason
 from know_jax.io.files import write_atomic
 from know_jax.io.journal import read_lines
 from know_jax.jsonable import json_line, plain, restored
+from know_jax.registry import load_object
 
 _METRICS = 'metrics.jsonl'
 
 
 _FLUSH_SECONDS = 10.0
+
+
+OnMetrics = Callable[[int, dict[str, float]], Any]
+"""Called as `on_metrics(step, metrics)` with each line of a run's metrics, in the process that
+writes them, once the line is kept. It is for a tracker of one's own, as in
+
+    run = wandb.init(...)
+    forgetting.run(config, workdir, on_metrics=lambda step, metrics: run.log(metrics, step=step))
+
+or `lambda step, metrics: mlflow.log_metrics(metrics, step)`; scripts take `--on_metrics`, a
+'package.module:function' of that signature. After a kill, the steps since the last save come again,
+with the same numbers. What it raises ends the run, which can be resumed.
+"""
+
+
+def find_callback(given: OnMetrics | str | None) -> OnMetrics | None:
+  """What `on_metrics` stands for: a function, or the name of one, 'package.module:function'.
+
+  Raises:
+    UserError: it is neither.
+  """
+  found: Any = load_object(given, 'on_metrics') if isinstance(given, str) else given
+  if found is not None and not callable(found):
+    raise UserError(f'on_metrics is {found!r}; expected a function of a step and its metrics.')
+  return found
+
+
+def tell(on_metrics: OnMetrics | None, step: int, metrics: dict[str, float]) -> None:
+  """Calls `on_metrics`, if there is one.
+
+  Raises:
+    UserError: it fails.
+  """
+  try:
+    if on_metrics is not None:
+      on_metrics(step, metrics)
+  except Exception as error:  # Whatever the user's function raises.
+    raise UserError(f'on_metrics fails at step {step}: {type(error).__name__}: {error}') from error
 
 
 class MetricsLog:
@@ -26,13 +66,20 @@ class MetricsLog:
   `sync` guards against the loss of power too.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    resume_step: int | None,
+    on_metrics: OnMetrics | None = None,
+  ):
     """Opens the log for appending.
 
     Args:
       workdir: an existing directory.
       resume_step: the step of the state that the run resumes from; later lines, and one that was
         cut off, are dropped. None: the run begins, and all lines are dropped.
+      on_metrics: is told every line, see `OnMetrics`.
 
     Raises:
       UserError: the file is damaged, or cannot be read or written.
@@ -41,7 +88,7 @@ class MetricsLog:
 
     workdir = Path(workdir).expanduser()
     self._path = workdir / _METRICS
-    self._flush_at = 0.0
+    self._flush_at, self._on_metrics = 0.0, on_metrics
     events = workdir / 'tensorboard'
     try:
       kept = self._kept(resume_step)
@@ -79,7 +126,7 @@ class MetricsLog:
       **scalars: numbers, NumPy or JAX scalars; a JAX scalar is waited for.
 
     Raises:
-      UserError: a value is no number, or the line cannot be written.
+      UserError: a value is no number, the line cannot be written, or `on_metrics` fails.
     """
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
@@ -100,6 +147,7 @@ class MetricsLog:
         self._events.flush()
     except OSError as error:
       raise UserError(f'cannot write {self._path}: {reason(error)}.') from error
+    tell(self._on_metrics, line['step'], values)
 
   def sync(self) -> None:
     """Makes all lines durable: to be called before the save that a resumption starts from."""

@@ -23,7 +23,7 @@ from know_jax import jsonable
 from know_jax.errors import UserError
 from know_jax.io import files, journal, sealed
 from know_jax.runs import record as record_
-from know_jax.runs.metrics import MetricsLog
+from know_jax.runs.metrics import MetricsLog, find_callback
 from know_jax.runs.record import RunRecord
 from know_jax.system import progress as progress_
 
@@ -317,6 +317,29 @@ def test_metrics_are_numbers(tmp_path, value):
   ):
     log.write(1, loss=value)
   assert (tmp_path / 'metrics.jsonl').read_text() == ''
+
+
+def test_a_watcher_is_told_every_line_once_it_is_kept(tmp_path):
+  told = []
+
+  def on_metrics(step, metrics):
+    assert (tmp_path / 'metrics.jsonl').read_text().count('\n') == len(told) + 1
+    told.append((step, metrics))
+    if metrics['loss'] > 1:
+      raise ConnectionError('the tracker is away')
+
+  with MetricsLog(tmp_path, resume_step=None, on_metrics=on_metrics) as log:
+    log.write(np.int64(1), loss=np.float32(0.5))
+    with pytest.raises(UserError, match='on_metrics fails at step 2: ConnectionError: the tracker'):
+      log.write(2, loss=2)
+  assert told == [(1, {'loss': 0.5}), (2, {'loss': 2})]
+
+
+def test_a_watcher_is_named_by_its_module():
+  assert find_callback('json:dumps') is json.dumps and find_callback(None) is None
+  for wrong, message in (('json:decoder', 'expected a function'), ('json:dump5', "no 'dump5'")):
+    with pytest.raises(UserError, match=message):
+      find_callback(wrong)
 
 
 def run_to(workdir, begin, end, resume_step, torn=b''):
