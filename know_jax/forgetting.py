@@ -60,6 +60,15 @@ def data_fields() -> dict[str, Any]:
     'image_size': (),
     'train_split': 'train',
     'test_split': 'test',
+    # Of the task captioning alone: the most tokens, the most words of a caption, and its decoder.
+    'captions': {
+      'vocabulary': 5000,
+      'max_length': 50,
+      'units': 256,
+      'heads': 2,
+      'layers': 2,
+      'dropout': 0.5,
+    },
   }
 
 
@@ -69,6 +78,10 @@ def recipe_fields() -> dict[str, Any]:
     'schedule': 'cosine',
     'optimizer': 'adam',
     'weight_decay': 0.0,
+    # Where memory is short: a batch in so many parts, one after the other (BatchNorm then sees a
+    # part at a time); and activations computed anew for the gradient in place of being kept.
+    'accumulate': 1,
+    'remat': False,
     'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
   }
 
@@ -82,9 +95,13 @@ def default_config() -> ConfigDict:
       # D^0: this many training examples, drawn by seed and by class; 0: all.
       'train_examples': 0,
       # Network: a name in know_jax.models.MODELS, or 'package.module:object'; width: None for the
-      # family's own; head: the layer that a transfer makes anew.
+      # family's own; model_options: its keyword arguments, as 'depths=(1, 2, 1, 1), stem_stride=2';
+      # head: the layer that a transfer makes anew; start: a file of weights that the pre-training
+      # starts from, such as timm's or Keras' of ImageNet, or a checkpoint of this project.
       'model': 'cnn',
       'width': placeholder(int),
+      'model_options': '',
+      'start': placeholder(str),
       'dtype': 'float32',
       'head': 'head',
       # Forgetting: S stages (the pre-training is the first), sampling rate r.
@@ -225,8 +242,19 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:
-  """The recipe that `recipe_fields` describe, and `epsilon` where a config has it."""
-  recipe = Recipe(config['optimizer'], config['weight_decay'])
+  """The recipe that `recipe_fields` describe, and `epsilon` where a config has it.
+
+  Raises:
+    UserError: a value does not fit.
+  """
+  parts, batch_size = config['accumulate'], config['batch_size']
+  if parts > 1 and batch_size % (parts * jax.device_count()):
+    raise UserError(
+      f'batch_size is {batch_size} and accumulate {parts}; expected a multiple of {parts} on each '
+      f'of the {jax.device_count()} devices.'
+    )
+  fields = ('optimizer', 'weight_decay', 'accumulate', 'remat')
+  recipe = Recipe(**{field: config[field] for field in fields})
   return dataclasses.replace(recipe, epsilon=config.get('epsilon', recipe.epsilon))
 
 

@@ -23,6 +23,7 @@ from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.journal import append_line, read_lines
 from know_jax.jsonable import digest
+from know_jax.models.common import HEAD
 from know_jax.report import markdown
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import finished_record, stage_path
@@ -43,7 +44,10 @@ from know_jax.training.steps import Data, put_data
 
 KIND = 'transfer'
 _FIELDS = frozenset(
-  {'predictor', 'steps', 'multiple', 'source_accuracy', 'seed', 'loss', 'seconds', 'weights'}
+  {
+    *('predictor', 'steps', 'multiple', 'source_accuracy', 'seed', 'loss', 'seconds', 'weights'),
+    'validation',
+  }
 )
 """What a row has beside the task's score."""
 FINE_TUNING = 1
@@ -59,6 +63,8 @@ def default_config() -> ConfigDict:
       **forgetting.data_fields(),
       # Labelled examples of each class; 0: all there are.
       'labels_per_class': 0,
+      # Training examples that are kept from training, to choose learning rates by their score.
+      'validation_examples': 0,
       'batch_size': 32,
       # Only head and normalisation layers move, at a constant rate ...
       'warmup_epochs': 10,
@@ -108,7 +114,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   Returns:
     One row for each arm and seed: `predictor`, `steps`, `multiple`, `source_accuracy`, `seed`,
     the task's score (`accuracy`), `loss`, `seconds`, `weights` (digest); NaN for a training that
-    diverged.
+    diverged. With `validation_examples` also `validation`, the score on those.
 
   Raises:
     UserError: before any training, if a value does not fit, the workdir is unfinished or damaged,
@@ -126,7 +132,8 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
   score = task.score
   arms = find_arms(workdir, only, score, scratch=config['from_scratch'])
   check_fits(task, [arm.variables for arm in arms if arm.variables is not None])
-  subsets = [labelled_subset(task, config['labels_per_class'], seed) for seed in _seeds(config)]
+  per_class, kept = config['labels_per_class'], config['validation_examples']
+  subsets = [labelled_subset(task, per_class, seed, kept) for seed in _seeds(config)]
   loop.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
   _phases(task, config)
 
@@ -156,6 +163,8 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
             # One arm's failure is a result, and no reason to lose the others'.
             found = dict.fromkeys((score, 'loss', 'seconds'), math.nan)
           row = about | {name: found[name] for name in (score, 'loss', 'seconds')}
+          if 'validation' in found:
+            row['validation'] = found['validation']
           append_line(path, row)
         rows.append(row)
         bar.set_postfix(arm=f'{arm.name} x{arm.multiple:.3g}', **{score: f'{row[score]:.3f}'})
@@ -231,30 +240,35 @@ def check_fits(task: Task, starts: Sequence[Any]) -> None:
     )
   for variables in starts:
     trees.check_same(
-      _below_head(variables, task.head),
+      _below_head(adopted(task, variables), task.head),
       rest,
       names=('the source network', f'the network for {task.name}'),
     )
 
 
-def labelled_subset(task: Task, per_class: int, seed: int) -> np.ndarray:
+def labelled_subset(task: Task, per_class: int, seed: int, kept: int = 0) -> np.ndarray:
   """The labelled examples of one seed, int32, ascending.
 
   Args:
     task: whose training set is drawn from.
     per_class: examples of each class, or in all where the data have no classes; 0: all there are.
     seed: decides which.
+    kept: how many examples are not drawn: those of `validation_subset`.
 
   Raises:
-    UserError: a class has fewer examples, or `per_class` is negative.
+    UserError: a class has fewer examples, or a number is negative.
   """
   if per_class < 0:
     raise UserError(f'labels_per_class is {per_class}; wanted at least 0 (0: all).')
   size, strata = task.train.size, task.train.strata
+  if not 0 <= kept < size:
+    raise UserError(
+      f'validation_examples is {kept}; expected 0 to {size - 1}, fewer than there are for training.'
+    )
+  order = _order(task, seed)[: size - kept]
   if per_class == 0:
-    return np.arange(size, dtype=np.int32)
+    return np.sort(order)
   labels = np.zeros(size, np.int32) if strata is None else np.asarray(strata)
-  order = np.asarray(jax.random.permutation(named_key(seed, 'labels'), len(labels)))
   chosen = []
   for label in np.unique(labels):
     members = order[labels[order] == label]
@@ -263,7 +277,17 @@ def labelled_subset(task: Task, per_class: int, seed: int) -> np.ndarray:
         f'labels_per_class is {per_class}, but class {label} has {len(members)} training examples.'
       )
     chosen.append(members[:per_class])
-  return np.sort(np.concatenate(chosen)).astype(np.int32)
+  return np.sort(np.concatenate(chosen))
+
+
+def validation_subset(task: Task, kept: int, seed: int) -> np.ndarray:
+  """So many training examples that `labelled_subset` leaves out, int32, ascending."""
+  return np.sort(_order(task, seed)[task.train.size - kept :])
+
+
+def _order(task: Task, seed: int) -> np.ndarray:
+  key = named_key(seed, 'labels')
+  return np.asarray(jax.random.permutation(key, task.train.size)).astype(np.int32)
 
 
 def train_one(
@@ -290,14 +314,15 @@ def train_one(
 
   Returns:
     The task's metrics on the test set, `seconds`, `curve`, a pair (epoch, score) for each of
-    `curve_epochs`, ascending, and the score by each name in `also`.
+    `curve_epochs`, ascending, the score by each name in `also`, and with `validation_examples`
+    `validation`, the score on those.
 
   Raises:
     DivergedError: the training diverged.
   """
   began = time.monotonic()
   fresh = jax.device_get(task.init(named_key(seed, 'head')))
-  variables = fresh if variables is None else with_head(variables, fresh, task.head)
+  variables = fresh if variables is None else with_head(adopted(task, variables), fresh, task.head)
   curve: list[tuple[int, float]] = []
   metrics: dict[str, float] = {}
 
@@ -330,7 +355,23 @@ def train_one(
   others = {
     name: loop.evaluate(task, variables, other)[task.score] for name, other in (also or {}).items()
   }
+  if kept := config['validation_examples']:
+    indices = validation_subset(task, kept, seed)
+    others['validation'] = loop.evaluate(task, variables, data[0], indices=indices)[task.score]
   return {**metrics, **others, 'seconds': time.monotonic() - began, 'curve': curve}
+
+
+def adopted(task: Task, variables: Any) -> Any:
+  """The variables of a classifier by the names that a task's network has for its encoder.
+
+  Those of other networks, and where the task has no encoder, stay as they are.
+  """
+  if not task.encoder or task.encoder in variables['params']:
+    return variables
+  return {
+    collection: {task.encoder: {name: x for name, x in tree.items() if name != HEAD}}
+    for collection, tree in variables.items()
+  }
 
 
 def with_head(variables: Any, fresh: Any, head: Callable[[str], bool]) -> Any:

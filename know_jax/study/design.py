@@ -85,7 +85,12 @@ class Study:
     transfer.check_fits(self.target, [abstract])
     self.arms = arms_of(config, batch_norm=batch_norm.has_batch_norm(abstract))
     self.subsets = {
-      seed: transfer.labelled_subset(self.target, config['transfer']['labels_per_class'], seed)
+      seed: transfer.labelled_subset(
+        self.target,
+        config['transfer']['labels_per_class'],
+        seed,
+        config['transfer']['validation_examples'],
+      )
       for seed in self.seeds()
     }
     smallest = next(iter(self.subsets.values()))

@@ -58,6 +58,8 @@ class Task:
       transfer makes anew.
     kinds: the rule for the kinds of leaves where names do not tell them; see `kinds.leaf_kinds`.
     score: the metric by which weights are compared; larger is better.
+    encoder: the component of the variables below which the leaves of a classifier have the names
+      that they have in the classifier itself; a transfer may start from one. '': none.
     name: what the data are, for messages.
     about: JSON data for the record of a run, such as the names of classes.
     at_a_time: how many examples a device takes at a time in evaluation.
@@ -73,6 +75,7 @@ class Task:
   head: Callable[[str], bool] = dataclasses.field(default_factory=lambda: below('head'))
   kinds: Rules | None = None
   score: str = 'accuracy'
+  encoder: str = ''
   name: str = 'the task'
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   at_a_time: int = 512

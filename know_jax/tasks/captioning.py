@@ -18,6 +18,7 @@ from know_jax.data.base import Arrays, Batch
 from know_jax.data.sources import open_prepared, to_device_input
 from know_jax.errors import UserError, unknown_name
 from know_jax.kinds import KEEP
+from know_jax.models import Classifier
 from know_jax.models.adapters import linen
 from know_jax.models.captioner import PADDING, CaptionDecoder, Captioner, search
 from know_jax.tasks.base import Task, below
@@ -220,6 +221,7 @@ def task(
     head=below('decoder'),
     kinds=kinds,
     score='masked_accuracy',
+    encoder='encoder',
     name=name,
     about={'vocabulary': list(vocabulary.words), 'log_prior': list(vocabulary.log_prior)},
     at_a_time=_AT_A_TIME,
@@ -231,9 +233,8 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
 
   Args:
     config: `dataset`, a TFDS data set with the features 'image' and 'captions', `data_dir`,
-      `train_split`, `test_split`, `image_size` and `augmentation`; `vocabulary`, `max_length`,
-      `units` and `decoder_layers`, if it has them: 5000, 50, 256 and 2 are the defaults.
-    network: `model`, `width` and `dtype` of the encoder.
+      `train_split`, `test_split`, `image_size`, `augmentation` and `captions`.
+    network: `model`, `width`, `model_options` and `dtype` of the encoder.
 
   Raises:
     UserError: a field does not fit.
@@ -244,24 +245,40 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   splits = (config['train_split'], config['test_split'])
   read_in = [read(name, split, config['data_dir'], size) for split in splits]
   vocabulary = fit_vocabulary(
-    [text for texts in read_in[0][1] for text in texts], config.get('vocabulary', 5000)
+    [text for texts in read_in[0][1] for text in texts], config['captions']['vocabulary']
   )
-  length = config.get('max_length', 50)
+  options = _checked(config['captions'])
+  del options['vocabulary']
   train, test = (
-    pairs(f'{name}/{split}', *part, vocabulary, length)
+    pairs(f'{name}/{split}', *part, vocabulary, options['max_length'])
     for split, part in zip(splits, read_in, strict=True)
   )
+  encoder = network_of(network, 1)
+  if not isinstance(encoder, Classifier):
+    raise UserError(
+      f'model {network["model"]!r} gives {type(encoder)}; expected a know_jax Classifier as the '
+      'encoder of captions.'
+    )
   return task(
-    network_of(network, 1),
+    encoder,
     train,
     test,
     vocabulary,
-    max_length=length,
     augmentation=Augmentation(**config['augmentation']),
     name=f'{name} images {train.images.shape[1:]}',
-    units=config.get('units', 256),
-    layers=config.get('decoder_layers', 2),
+    dtype=encoder.dtype,
+    **options,
   )
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+  for name, value in options.items():
+    if not (0 <= value < 1 if name == 'dropout' else value >= 1):
+      raise UserError(
+        f'captions.{name} is {value}; expected '
+        f'{"a share from 0 to below 1" if name == "dropout" else "at least 1"}.'
+      )
+  return dict(options)
 
 
 def read(

@@ -1,5 +1,6 @@
 """Image classification: cross-entropy and accuracy."""
 
+import ast
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -154,16 +155,51 @@ def mean_of(source: Source) -> np.ndarray:
 def network_of(config: Mapping[str, Any], num_classes: int) -> Model | nn.Module:
   """The network that a config names, with so many logits.
 
-  A name of the user's, 'package.module:object', is called with `num_classes`, and with `width` and
-  `dtype` where they are not the config's defaults; it gives a linen module or a `Model`.
+  A name of the user's, 'package.module:object', is called with `num_classes` and the keywords in
+  `model_options`, and with `width` and `dtype` where they are not the config's defaults; it gives a
+  linen module or a `Model`.
+
+  Raises:
+    UserError: a name or value does not fit.
   """
   name, width, dtype = config['model'], config['width'], config['dtype']
+  options = keywords(config['model_options'], 'model_options')
   if ':' not in name:
-    return build_model(name, num_classes=num_classes, width=width, dtype=dtype, axis_name=AXIS)
-  options = {} if width is None else {'width': width}
+    return build_model(
+      name, num_classes=num_classes, width=width, dtype=dtype, axis_name=AXIS, **options
+    )
+  options |= {} if width is None else {'width': width}
   if dtype != 'float32':
     options['dtype'] = jnp.dtype(dtype)
   return load_object(name, 'model')(num_classes=num_classes, **options)
+
+
+def keywords(text: str, what: str) -> dict[str, Any]:
+  """Keyword arguments as they stand in a call: 'depths=(1, 2), linear=True'.
+
+  Args:
+    text: the arguments, of constants.
+    what: where they stand, for errors.
+
+  Raises:
+    UserError: they are none, or `num_classes`, `width`, `dtype` or `axis_name`, which have fields
+      of their own or follow from the data.
+  """
+  try:
+    call = ast.parse(f'f({text})', mode='eval').body
+    if not isinstance(call, ast.Call) or call.args:
+      raise ValueError
+    result = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+  except (SyntaxError, ValueError) as error:
+    raise UserError(
+      f"{what} is {text!r}; expected keyword arguments, as 'depths=(1, 2, 1, 1), linear=True'."
+    ) from error
+  if reserved := sorted({'num_classes', 'width', 'dtype', 'axis_name', 'None'} & set(result)):
+    raise UserError(
+      f'{what} has {reserved[0]}; expected options of the network alone: width and dtype are '
+      'fields of the config, num_classes and axis_name follow from the data.'
+    )
+  return result
 
 
 def _draw(train: Dataset, examples: int, seed: int) -> Dataset:

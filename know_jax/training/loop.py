@@ -303,7 +303,12 @@ def check_finite(trained: TrainState, lr: float) -> None:
 
 
 def evaluate(
-  task: Task, variables: Any, data: Data, *, batch_size: int | None = None
+  task: Task,
+  variables: Any,
+  data: Data,
+  *,
+  batch_size: int | None = None,
+  indices: np.ndarray | None = None,
 ) -> dict[str, float]:
   """The task's metrics over a data set, of the network outside training.
 
@@ -312,18 +317,20 @@ def evaluate(
     variables: the network's variables, not replicated.
     data: the data set.
     batch_size: examples that a device takes at a time; None: as the task has it.
+    indices: of the examples, int32 `[n]`; None: all.
 
   Returns:
     What `task.metrics` gives, `loss` and the task's score among it.
   """
   devices = jax.device_count()
-  per_device = min(batch_size or task.at_a_time, -(-data.size // devices))
+  indices = np.arange(data.size, dtype=np.int32) if indices is None else indices
+  per_device = min(batch_size or task.at_a_time, -(-len(indices) // devices))
   batch = per_device * devices
-  padded = np.arange(-(-data.size // batch) * batch, dtype=np.int32)
+  padded = np.arange(-(-len(indices) // batch) * batch, dtype=np.int32)
   replicated = replicate(variables)
   step_fn, rows = steps.eval_step(task), []
   for index in here(padded.reshape(-1, devices, per_device)):
-    mask = (index < data.size).astype(np.float32)
-    arrays, places = data.at(np.where(index < data.size, index, 0))
+    mask = (index < len(indices)).astype(np.float32)
+    arrays, places = data.at(indices[np.where(index < len(indices), index, 0)])
     rows.append(_first(step_fn(replicated, arrays, data.prepare, places, mask)))
   return task.metrics(_added({}, jax.device_get(rows)))

@@ -63,18 +63,24 @@ class Recipe:
     frozen: paths of the parameters that do not move.
     epsilon: of Adam; the default is that of Keras, which the authors use, but their released
       scripts set 1e-8.
+    accumulate: how many parts a device's batch is taken in, one after the other.
+    remat: whether activations are computed anew for the gradient, not kept.
   """
 
   optimizer: str = 'adam'
   weight_decay: float = 0.0
   frozen: frozenset[str] = frozenset()
   epsilon: float = 1e-7
+  accumulate: int = 1
+  remat: bool = False
 
   def __post_init__(self) -> None:
     if self.optimizer not in OPTIMIZERS:
       raise unknown_name('optimizer', self.optimizer, OPTIMIZERS)
     if self.weight_decay < 0:
       raise UserError(f'weight_decay is {self.weight_decay}; wanted at least 0.')
+    if self.accumulate < 1:
+      raise UserError(f'accumulate is {self.accumulate}; expected at least 1.')
 
 
 class Checkpoint(NamedTuple):

@@ -92,9 +92,11 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
     batch = prepare(jax.tree.map(lambda x: x[index], arrays), keys)
     model_key = jax.random.fold_in(jax.random.fold_in(step_key, _MODEL_STREAM), device)
 
+    def apply(params: Any, batch: Any, key: Any) -> Any:
+      return model.apply({'params': params, **state.collections}, batch, train=True, key=key)
+
     def loss_fn(params: Any, batch: Any, key: Any) -> Any:
-      variables = {'params': params, **state.collections}
-      outputs, changed = model.apply(variables, batch, train=True, key=key)
+      outputs, changed = (jax.checkpoint(apply) if recipe.remat else apply)(params, batch, key)
       values, weights = loss(outputs, batch)
       part = values.shape[0]
       counted = sums(outputs, batch, jnp.ones(part))
@@ -104,20 +106,36 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
       # The total weight, of all parts on all devices, is not known yet.
       return (values * weights).sum(), (weights.sum(), counted, collections)
 
-    # BatchNorm needs its whole batch.
-    sizes = (size,) if state.collections else microbatches(size)
-    cuts = np.cumsum(sizes)[:-1]
-    pieces = jax.tree.map(lambda x: jnp.split(x, cuts), batch)
-    parts = jax.tree.transpose(
-      jax.tree.structure(batch), jax.tree.structure([0] * len(sizes)), pieces
-    )
-    results = [
-      jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, part, jax.random.fold_in(model_key, i)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if recipe.accumulate > 1:
+      # One after the other, so that only one part's activations are kept.
+      shape = (recipe.accumulate, size // recipe.accumulate)
+      stacked = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch)
+      keys = jax.vmap(functools.partial(jax.random.fold_in, model_key))(jnp.arange(shape[0]))
+
+      def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
+
+      first = jax.tree.map(lambda x: x[0], (stacked, keys))
+      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, *first))
+      result, _ = jax.lax.scan(add, zeros, (stacked, keys))
+    else:
+      # BatchNorm needs its whole batch.
+      sizes = (size,) if state.collections else microbatches(size)
+      cuts = np.cumsum(sizes)[:-1]
+      pieces = jax.tree.map(lambda x: jnp.split(x, cuts), batch)
+      parts = jax.tree.transpose(
+        jax.tree.structure(batch), jax.tree.structure([0] * len(sizes)), pieces
       )
-      for i, part in enumerate(parts)
-    ]
-    (_, (weight, counted, collections)), grads = jax.tree.map(lambda *x: sum(x), *results)
+      results = [
+        gradient(state.params, part, jax.random.fold_in(model_key, i))
+        for i, part in enumerate(parts)
+      ]
+      result = jax.tree.map(lambda *x: sum(x), *results)
+    (_, (weight, counted, collections)), grads = result
+    collections = jax.tree.map(
+      lambda x: x / recipe.accumulate if jnp.issubdtype(x.dtype, jnp.inexact) else x, collections
+    )
     if weight is None:
       grads = jax.lax.pmean(grads, AXIS)
     else:
