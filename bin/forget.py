@@ -28,10 +28,11 @@ def main() -> None:
   record = forgetting.run(_CONFIG.value, workdir, on_metrics=_ON_METRICS.value)
   if not processes.is_first():
     return
-  print(f'{"stage":>5} {"examples":>9} {"test accuracy":>14} {"test loss":>10} {"seconds":>8}')
+  score = record['score']
+  print(f'{"stage":>5} {"examples":>9} {f"test {score}":>14} {"test loss":>10} {"seconds":>8}')
   for stage in record['stages']:
     print(
-      f'{stage["stage"]:>5} {stage["examples"]:>9} {stage["test_accuracy"]:>14.2%} '
+      f'{stage["stage"]:>5} {stage["examples"]:>9} {stage[f"test_{score}"]:>14.2%} '
       f'{stage["test_loss"]:>10.4f} {stage["train_seconds"]:>8.1f}'
     )
   print(f'{record["parameters"]:,} parameters; {len(record["stages"])} stages in {workdir}')

@@ -25,7 +25,9 @@ from know_jax import trees
 from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
-from know_jax.io.files import remove_tree
+from know_jax.io.files import local_path, remove_tree
+from know_jax.models.common import Classifier
+from know_jax.models.convert import Start, start_from
 from know_jax.runs.metrics import MetricsLog, OnMetrics, find_callback
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import KIND, restore_stage, stage_path
@@ -153,6 +155,8 @@ def run(
   # All is checked before anything is written.
   told = in_all(lambda: find_callback(on_metrics))
   run_ = in_all(lambda: _prepare(config))(Path(workdir).expanduser())
+  if run_.start is not None and show_progress and is_first():
+    print(account(run_.record['start']))
   while run_.unfinished:
     _train_stage(run_, show_progress, told)
   return run_.record
@@ -169,6 +173,7 @@ class _Run:
   plans: list[dict[str, Any]]
   recipe: Recipe
   record: RunRecord
+  start: Start | None
 
   @functools.cached_property
   def data(self) -> tuple[Data, Data]:
@@ -190,6 +195,7 @@ def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
   subsets = subsets_of(task, config)
   plans = [stage_plan(config, stage, len(s)) for stage, s in enumerate(subsets)]
   recipe = recipe_of(config)
+  start = _start(task, config)
   params = jax.eval_shape(lambda: task.init(jax.random.key(0)))['params']
 
   def open_run(workdir: Path) -> _Run:
@@ -197,11 +203,43 @@ def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
     record.update(
       subset_sizes=[len(s) for s in subsets],
       parameters=trees.num_weights(params),
+      score=task.score,
       **task.about,
     )
-    return _Run(config, workdir, task, subsets, plans, recipe, record)
+    if start is not None:
+      about = {'taken': len(start.taken), 'skipped': start.skipped, 'fresh': start.fresh}
+      record.update(start={'file': config['start'], **about})
+    return _Run(config, workdir, task, subsets, plans, recipe, record, start)
 
   return open_run
+
+
+def _start(task: Task, config: Mapping[str, Any]) -> Start | None:
+  """The weights that the pre-training starts from, where the config names some."""
+  if config['start'] is None:
+    return None
+  module = getattr(task.model, 'module', None)
+  if not isinstance(module, Classifier):
+    raise UserError(
+      f'start is {config["start"]!r}, but model {config["model"]!r} of task {config["task"]!r} is '
+      'none of know_jax.models; expected None.'
+    )
+  path = local_path(config['start'], 'start')
+  path = stage_path(path, 0) if (path / 'stages').is_dir() else path
+  return start_from(module, path, task.init(named_key(config['seed'], 'init')))
+
+
+def account(start: Mapping[str, Any]) -> str:
+  """What was taken from the file that a run started from, as its record has it."""
+
+  def listed(names: list[str]) -> str:
+    return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '') or '-'
+
+  return (
+    f'start: {start["taken"]} tensors taken from {start["file"]}\n'
+    f'  skipped, of the file: {listed(start["skipped"])}\n'
+    f'  made anew, of the network: {listed(start["fresh"])}'
+  )
 
 
 def subsets_of(task: Task, config: Mapping[str, Any]) -> list[np.ndarray]:
@@ -242,20 +280,19 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
 
 
 def recipe_of(config: Mapping[str, Any]) -> Recipe:
-  """The recipe that `recipe_fields` describe, and `epsilon` where a config has it.
+  """The recipe that `recipe_fields` describe, of the fields that a config has, and `epsilon`.
 
   Raises:
     UserError: a value does not fit.
   """
-  parts, batch_size = config['accumulate'], config['batch_size']
+  parts, batch_size = config.get('accumulate', 1), config['batch_size']
   if parts > 1 and batch_size % (parts * jax.device_count()):
     raise UserError(
       f'batch_size is {batch_size} and accumulate {parts}; expected a multiple of {parts} on each '
       f'of the {jax.device_count()} devices.'
     )
-  fields = ('optimizer', 'weight_decay', 'accumulate', 'remat')
-  recipe = Recipe(**{field: config[field] for field in fields})
-  return dataclasses.replace(recipe, epsilon=config.get('epsilon', recipe.epsilon))
+  fields = ('optimizer', 'weight_decay', 'accumulate', 'remat', 'epsilon')
+  return Recipe(**{field: config[field] for field in fields if field in config})
 
 
 def _resume_path(workdir: Path) -> Path:
@@ -271,6 +308,8 @@ def _train_stage(run: _Run, show_progress: bool, on_metrics: OnMetrics | None) -
   def initial() -> Any:
     if stage:
       return restore_stage(workdir, stage - 1)
+    if run.start is not None:
+      return run.start.variables
     return run.task.init(named_key(config['seed'], 'init'))
 
   variables = in_all(initial)

@@ -355,7 +355,7 @@ def train_one(
   others = {
     name: loop.evaluate(task, variables, other)[task.score] for name, other in (also or {}).items()
   }
-  if kept := config['validation_examples']:
+  if kept := config.get('validation_examples', 0):
     indices = validation_subset(task, kept, seed)
     others['validation'] = loop.evaluate(task, variables, data[0], indices=indices)[task.score]
   return {**metrics, **others, 'seconds': time.monotonic() - began, 'curve': curve}

@@ -323,6 +323,32 @@ def test_labelled_subsets_that_cannot_be_drawn(per_class, message):
     transfer.labelled_subset(task, per_class, 0)
 
 
+def test_validation_examples_are_kept_from_training(monkeypatch, copy):
+  calls, scored, real = spy_on_fit(monkeypatch, train=False), [], loop.evaluate
+
+  def evaluate(task, variables, data, *, indices=None):
+    scored.append(indices)
+    return real(task, variables, data, indices=indices)
+
+  monkeypatch.setattr(loop, 'evaluate', evaluate)
+  config = small_transfer(seeds=1, labels_per_class=0, validation_examples=40, from_scratch=False)
+  rows = transfer.run(config, copy, only=['shrink'])
+  chosen = [indices for indices in scored if indices is not None]
+  assert len(chosen) == len(rows) == 3
+  assert all((indices == chosen[0]).all() and len(set(indices)) == 40 for indices in chosen)
+  size = len(load_dataset('digits', 'train', classes=(5, 6, 7, 8, 9)).labels)
+  for call in calls:
+    assert len(call['indices']) == size - 40 and not set(call['indices']) & set(chosen[0])
+  # Counted anew over those images alone.
+  for row in rows:
+    assert 0 <= row['validation'] <= 1
+    assert (row['validation'] * 40) % 1 == pytest.approx(0, abs=1e-6)
+  assert 'shrink' in transfer.table(rows)
+  few = small_transfer(validation_examples=10**6)
+  with pytest.raises(UserError, match='validation_examples is 1000000; expected 0 to'):
+    transfer.run(few, copy)
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 

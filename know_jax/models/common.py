@@ -7,7 +7,7 @@ whatever the compute dtype.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -113,12 +113,17 @@ class Classifier(nn.Module):
     dtype: the dtype of the computation; parameters are float32.
     axis_name: the mapped axis (of `jax.pmap`) over which BatchNorm averages its statistics in
       training; None: each device for itself. Families without BatchNorm ignore it.
+    pretrained_styles: the conventions for names in files that it can start from.
+    skippable: a regular expression for the tensors of such files that it has no use for.
   """
 
   num_classes: int
   width: Any
   dtype: Any = jnp.float32
   axis_name: str | None = None
+
+  pretrained_styles: ClassVar[tuple[str, ...]] = ('know_jax',)
+  skippable: ClassVar[str] = r'params/head/'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool, spatial: bool = False) -> jax.Array:
@@ -162,6 +167,17 @@ class Classifier(nn.Module):
   def logits(self, x: jax.Array, layers: Layers) -> jax.Array:
     """Images [B, H, W, C] to logits; the head is named here, for transfer finds it by its name."""
     return layers.dense(self.num_classes, HEAD)(self.features(x, layers))
+
+  @nn.nowrap
+  def is_above_backbone(self, layer: str) -> bool:
+    """Whether pre-trained weights may lack a layer: what is for certain classes only."""
+    return layer == HEAD
+
+  @nn.nowrap
+  def pretrained_name(self, style: str, layer: str) -> str:
+    """The name of a layer in files of one of `pretrained_styles`."""
+    del style
+    return self.state_dict_name(layer)
 
   @nn.nowrap
   def state_dict_name(self, layer: str) -> str:

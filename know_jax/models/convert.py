@@ -8,19 +8,20 @@ biased one, n - 1 and n; nothing is to be converted for that.) Names: each famil
 """
 
 import os
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from know_jax.errors import UserError, reason
-from know_jax.models.common import HEAD, Classifier
+from know_jax.errors import UserError
+from know_jax.io.formats import open_weights
+from know_jax.models.common import BATCH_NORM_EPSILON, Classifier
 from know_jax.trees import is_floating
 
 _LEAVES = {
@@ -30,6 +31,13 @@ _LEAVES = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
+_KERAS_LEAVES = {
+  'kernel': 'kernel',
+  'scale': 'gamma',
+  'mean': 'moving_mean',
+  'var': 'moving_variance',
+}
+_KERAS_EPSILON = 1e-3
 _COUNTER = 'num_batches_tracked'
 _IMAGE = (1, 64, 64, 3)
 
@@ -86,45 +94,152 @@ def to_state_dict(module: Classifier, variables: Mapping[str, Any]) -> dict[str,
   return result
 
 
+class Start(NamedTuple):
+  """Variables that were read from a file, and an account of it.
+
+  Attributes:
+    variables: as of `module.init`, NumPy arrays.
+    taken: the names of the file's tensors that are in them.
+    skipped: those that are not: of a head for other classes, say.
+    fresh: the paths of the leaves that are as they were given.
+  """
+
+  variables: dict[str, Any]
+  taken: list[str]
+  skipped: list[str]
+  fresh: list[str]
+
+
 def load_pretrained(
   module: Classifier, path: str | os.PathLike, *, seed: int = 0
 ) -> tuple[dict[str, Any], list[str]]:
-  """Weights to start from, such as timm's of ImageNet, out of a safetensors file.
+  """Weights to start from, such as timm's of ImageNet: see `start_from`.
 
   Args:
-    module: as in `convert_state_dict`.
-    path: the safetensors file.
+    module: for images of three channels.
+    path: the file.
     seed: of the new head, where the file's does not fit.
 
   Returns:
-    The variables, as of `convert_state_dict`; and the names of the file's tensors that were left
-    out, which are those of a head for another number of classes.
+    The variables; and the names of the file's tensors that were left out.
 
   Raises:
     UserError: the file cannot be read, or its tensors, the head's apart, do not fit the module.
   """
-  tensors = _read(Path(path))
-  names = _names(module)
-  head = dict(entry for path, entry in names.items() if path.startswith(f'params/{HEAD}/'))
-  fits = all(
-    name in tensors and tensors[name].shape == _torch_shape(leaf) for name, leaf in head.items()
-  )
-  if fits:
-    return convert_state_dict(module, tensors), []
-  skipped = [name for name in head if name in tensors]
   fresh = module.init(jax.random.key(seed), jnp.zeros(_IMAGE), train=False)
-  return convert_state_dict(
-    module, tensors | {name: to_state_dict(module, fresh)[name] for name in head}
-  ), skipped
+  start = start_from(module, path, fresh)
+  return start.variables, start.skipped
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-  try:
-    return load_file(path)
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {reason(error)}; expected a safetensors file.') from error
-  except SafetensorError as error:
-    raise UserError(f'{path} is no safetensors file that can be read: {error}.') from error
+def start_from(module: Classifier, path: str | os.PathLike, fresh: Mapping[str, Any]) -> Start:
+  """Weights to start from, out of a file of any format that is read here.
+
+  Args:
+    module: a PVTv2 takes files with timm's names, and Keras' .h5 with those of
+      keras_cv_attention_models; a DeepLabV3+ takes those with torchvision's names, and those of a
+      MobileNetV2 of torchvision, timm or Keras; all take checkpoints of this project. Keras pads
+      strided convolutions below and to the right, this network all around: results differ a
+      little until it is trained. Its larger epsilon goes into the running variances.
+    path: the file or folder.
+    fresh: variables of the module; the head, and of a DeepLabV3+ what is above the backbone, stay
+      so where the file has no such tensors, or of another shape.
+
+  Raises:
+    UserError: the file cannot be read, its tensors do not fit the module, or it has more of the
+      network's layers than the module.
+  """
+  tensors = _read(path)
+  leaves = dict(traverse_util.flatten_dict(fresh, sep='/'))
+  style, names = max(
+    ((style, _names_in(module, leaves, style)) for style in module.pretrained_styles),
+    key=lambda entry: sum(name in tensors for name in entry[1].values()),
+  )
+  start = Start({}, [], [], [])
+  for path_, name in names.items():
+    leaf, upper = leaves[path_], module.is_above_backbone(_layer_of(path_))
+    if name not in tensors and upper:
+      start.fresh.append(path_)
+    elif name not in tensors:
+      some = ', '.join(repr(other) for other in sorted(tensors)[:3])
+      raise UserError(
+        f'{path}: tensor {name!r} is missing; expected it for leaf {path_!r} of '
+        f'{_summary(module)}. It has {some} ...'
+      )
+    else:
+      value = _from_style(style, np.asarray(tensors[name]), path_, leaf)
+      if not is_floating(value):
+        raise UserError(
+          f'{path}: tensor {name!r} has dtype {value.dtype}; expected floating-point numbers.'
+        )
+      if value.shape == leaf.shape:
+        leaves[path_] = np.ascontiguousarray(value, leaf.dtype)
+        start.taken.append(name)
+      elif upper:
+        start.fresh.append(path_)
+      else:
+        raise UserError(
+          f'{path}: tensor {name!r} has shape {value.shape} in the layout of {path_!r}; expected '
+          f'{leaf.shape}, as in {_summary(module)}.'
+        )
+  start.skipped.extend(sorted(set(tensors) - set(start.taken)))
+  for name in start.skipped:
+    if name not in names.values() and not re.match(module.skippable, name):
+      raise UserError(
+        f'{path}: tensor {name!r} belongs to no layer of {_summary(module)}; expected weights of '
+        'the same network.'
+      )
+  return start._replace(variables=traverse_util.unflatten_dict(leaves, sep='/'))
+
+
+def _layer_of(path: str) -> str:
+  return path.partition('/')[2].rpartition('/')[0]
+
+
+def _names_in(module: Classifier, leaves: Mapping[str, Any], style: str) -> dict[str, str]:
+  """Path of every variable -> what the tensor is called in a file, '/' between components."""
+  result = {}
+  for path in leaves:
+    layer, leaf = _layer_of(path), path.rpartition('/')[2]
+    if style == 'know_jax':
+      result[path] = path
+    elif style.startswith('keras'):
+      norm = f'{path.rpartition("/")[0].replace("batch_stats", "params", 1)}/scale' in leaves
+      names = {**_KERAS_LEAVES, 'bias': 'beta' if norm else 'bias'}
+      result[path] = f'{module.pretrained_name(style, layer)}/{names[leaf]}'
+    else:
+      name = f'{module.pretrained_name(style, layer)}.{_LEAVES[leaf]}'
+      result[path] = name.replace('.', '/')
+  return result
+
+
+def _from_style(style: str, value: np.ndarray, path: str, leaf: Any) -> np.ndarray:
+  """A tensor in the layout of a leaf."""
+  if style == 'know_jax':
+    return value
+  if not style.startswith('keras'):
+    return np.transpose(value, _to_flax(value.ndim))
+  if value.ndim == 4 and value.shape[3] == 1 == leaf.shape[2]:
+    return np.transpose(value, (0, 1, 3, 2))  # Depthwise.
+  if path.endswith('/var'):
+    return value + np.float32(_KERAS_EPSILON - BATCH_NORM_EPSILON)
+  return value
+
+
+def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """All tensors of a file by their paths; Keras' by layer and variable."""
+  weights = open_weights(path)
+  tensors = {}
+  with tempfile.TemporaryDirectory() as folder:
+    for name, leaf in weights.leaves.items():
+      if name.endswith(_COUNTER) or leaf.dtype.kind == 'V':
+        continue
+      if weights.format == 'keras':
+        layer, _, variable = name.rpartition('/')
+        name = f'{layer.rpartition("/")[2]}/{variable.removesuffix(":0")}'
+        name = name.replace('/depthwise_kernel', '/kernel')
+      with leaf.open(Path(folder)) as reader:
+        tensors[name] = reader.read(0, leaf.size).reshape(leaf.shape)
+  return tensors
 
 
 def _names(module: Classifier) -> dict[str, tuple[str, Any]]:

@@ -112,6 +112,51 @@ class DeepLabV3Plus(Classifier):
     coarse = layers.conv(self.num_classes, 1, HEAD, bias=True)(self.features(x, layers))
     return resize(coarse, x.shape)
 
+  pretrained_styles = ('torchvision', 'mobilenet', 'timm', 'keras', 'keras_3', 'know_jax')
+  # What a MobileNetV2 has for classification.
+  skippable = (
+    r'features/18/|classifier/|conv_head/|bn2/|Conv_1/|Conv_1_bn/|predictions/|params/head/|'
+    r'conv2d_34/|batch_normalization_51/|dense/'
+  )
+
+  @nn.nowrap
+  def is_above_backbone(self, layer: str) -> bool:
+    """Whether a layer is none of MobileNetV2's."""
+    return not layer.startswith(('stem', 'block'))
+
+  @nn.nowrap
+  def pretrained_name(self, style: str, layer: str) -> str:
+    """The name of a layer in a DeepLabV3+, or in a MobileNetV2 of torchvision, timm or Keras."""
+    if style == 'torchvision' or self.is_above_backbone(layer):
+      return self.state_dict_name(layer)
+    if style == 'mobilenet':
+      return self.state_dict_name(layer).removeprefix('backbone.')
+    block, _, part = layer.partition('/')
+    kind, norm = part.removesuffix('_norm'), layer.endswith('_norm')
+    number = 0 if block.startswith('stem') else int(block.removeprefix('block'))
+    if style == 'keras':
+      if not number:
+        return 'bn_Conv1' if norm else 'Conv1'
+      name = 'expanded_conv' if number == 1 else f'block_{number - 1}'
+      return f'{name}_{kind}{"_BN" if norm else ""}'
+    # The convolutions of a block, in order; the first block has no expansion.
+    order = ('expand', 'depthwise', 'project')[number == 1 :]
+    place = order.index(kind) if number else 0
+    if style == 'timm':
+      if not number:
+        return 'bn1' if norm else 'conv_stem'
+      if norm:
+        return f'{_timm_block(number)}.bn{place + 1}'
+      names = ('conv_dw', 'conv_pw') if number == 1 else ('conv_pw', 'conv_dw', 'conv_pwl')
+      return f'{_timm_block(number)}.{names[place]}'
+    # Keras 3 numbers layers of one class in their order: the stem, two, then three a block.
+    if norm:
+      count = 0 if not number else 3 * number - 3 + place + (number == 1)
+      return _numbered('batch_normalization', count)
+    if kind == 'depthwise':
+      return _numbered('depthwise_conv2d', number - 1)
+    return _numbered('conv2d', 0 if not number else 2 * number - 2 + (kind == 'project'))
+
   @nn.nowrap
   def state_dict_name(self, layer: str) -> str:
     """The layer's name in a state_dict with torchvision's names of the backbone and the ASPP."""
@@ -136,6 +181,18 @@ class DeepLabV3Plus(Classifier):
     plain = not (self.separable and module.startswith(('aspp.convs', 'decoder')))
     plain |= module == 'aspp.convs.0'
     return f'{module}.{place - 3 if plain else place}'
+
+
+def _numbered(name: str, count: int) -> str:
+  return f'{name}_{count}' if count else name
+
+
+def _timm_block(number: int) -> str:
+  for stage, (_, _, blocks, _) in enumerate(_STAGES):
+    if number <= blocks:
+      return f'blocks.{stage}.{number - 1}'
+    number -= blocks
+  raise AssertionError(number)
 
 
 class ConvNorm(nn.Module):

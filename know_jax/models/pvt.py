@@ -28,6 +28,18 @@ _NAMES = {
   'depthwise': 'mlp.dwconv',
   'dense2': 'mlp.fc2',
 }
+_KERAS_NAMES = {
+  'norm1': 'attn_ln',
+  'query': 'attn_query',
+  'key_value': 'attn_key_value',
+  'out': 'attn_out',
+  'reduce': 'attn_kv_sr_conv',
+  'reduce_norm': 'attn_kv_sr_ln',
+  'norm2': 'mlp_ln',
+  'dense1': 'mlp_1_dense',
+  'depthwise': 'mlp_mid_dw_conv',
+  'dense2': 'mlp_2_dense',
+}
 _BRANCH_EPSILON = 1e-6
 _EMBED_EPSILON = 1e-5
 
@@ -98,6 +110,26 @@ class PVTv2(Classifier):
         )(x)
       x = layers.layer_norm(f'{stage}_norm', _BRANCH_EPSILON)(x)
     return x
+
+  pretrained_styles = ('timm', 'keras', 'know_jax')
+  skippable = r'(params/)?head/|predictions/'
+
+  @nn.nowrap
+  def pretrained_name(self, style: str, layer: str) -> str:
+    """The name of a layer in timm, or in keras_cv_attention_models."""
+    if style != 'keras':
+      return self.state_dict_name(layer)
+    stage, _, part = layer.partition('_')
+    if not part:
+      return 'predictions'
+    number = int(stage.removeprefix('stage'))
+    if part == 'norm':
+      return f'stack{number}_block{self.depths[number - 1]}_output_ln'
+    if part.startswith('embed'):
+      where = 'stem' if number == 1 else f'stack{number}_downsample'
+      return f'{where}_{"ln" if part == "embed_norm" else "conv"}'
+    block, _, name = part.partition('/')
+    return f'stack{number}_{block}_{_KERAS_NAMES[name]}'
 
   @nn.nowrap
   def state_dict_name(self, layer: str) -> str:

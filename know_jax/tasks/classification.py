@@ -163,7 +163,7 @@ def network_of(config: Mapping[str, Any], num_classes: int) -> Model | nn.Module
     UserError: a name or value does not fit.
   """
   name, width, dtype = config['model'], config['width'], config['dtype']
-  options = keywords(config['model_options'], 'model_options')
+  options = keywords(config.get('model_options', ''), 'model_options')
   if ':' not in name:
     return build_model(
       name, num_classes=num_classes, width=width, dtype=dtype, axis_name=AXIS, **options

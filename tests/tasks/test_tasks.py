@@ -14,11 +14,11 @@ from know_jax import forgetting, transfer, trees
 from know_jax.data.base import Arrays, part_of
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
-from know_jax.models import adapters
+from know_jax.models import adapters, build_model
 from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
 from know_jax.tasks import TASKS, classification, load_task
-from know_jax.tasks.base import Task, below
+from know_jax.tasks.base import AXIS, Task, below
 from know_jax.training import loop, steps
 from know_jax.training.state import Checkpoint, Recipe, create_state, from_tree, to_tree
 from know_jax.training.steps import Data
@@ -386,3 +386,45 @@ def test_tasks_that_differ_in_arrays_share_compilations():
   with compilations() as found:
     fit(fresh(1))
   assert found == []
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ('convs=1, depth=3', r"model 'cnn' has no option 'depth'; its options: convs \(default"),
+    ('convs=0', "convs of model 'cnn' is 0; wanted a positive integer"),
+    ('convs', "model_options is 'convs'; expected keyword arguments, as 'depths="),
+    ('convs=len', "model_options is 'convs=len'; expected keyword"),
+    ('width=3', 'model_options has width; expected options of the network alone'),
+  ],
+)
+def test_options_of_networks_that_do_not_fit(options, message):
+  config = small_config(model='cnn', model_options=options)
+  with pytest.raises(UserError, match=message):
+    load_task(config_dict(config))
+
+
+@pytest.mark.parametrize(
+  ('model', 'options'),
+  [
+    ('cnn', {'convs': 1}),
+    ('resnet_small', {'blocks': 1}),
+    ('pvt_v2', {'depths': (1, 2, 1, 1), 'stem_stride': 2, 'linear': True, 'drop_path': 0.1}),
+    ('deeplabv3plus', {'output_stride': 8, 'rates': (1, 2, 3), 'separable': False}),
+  ],
+)
+def test_a_config_sets_options_of_networks(model, options):
+  text = ', '.join(f'{key}={value!r}' for key, value in options.items())
+  config = {'model': model, 'width': None, 'dtype': 'float32', 'model_options': text}
+  expected = build_model(model, num_classes=3, axis_name=AXIS, **options)
+  assert classification.network_of(config, 3) == expected
+
+
+def test_networks_of_the_users_take_options_too():
+  config = {'model': f'{__name__}:own_network', 'width': 4, 'dtype': 'float32'}
+  config['model_options'] = "kind='wide'"
+  assert classification.network_of(config, 5) == {'num_classes': 5, 'kind': 'wide', 'width': 4}
+
+
+def own_network(**options):
+  return options

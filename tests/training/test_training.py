@@ -24,6 +24,7 @@ from know_jax import trees
 from know_jax.data.augmentation import Augmentation
 from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
+from know_jax.forgetting import default_config, recipe_of
 from know_jax.models import build_model
 from know_jax.system.signals import Terminated
 from know_jax.tasks import classification
@@ -468,3 +469,45 @@ def test_batches_must_fit_devices_and_data(batch_size, examples, message):
 def test_wrong_values_are_named(make, message):
   with pytest.raises(UserError, match=message):
     make()
+
+
+# -- less memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_parts_and_remat_take_the_step_of_the_whole_batch(one_device, digits, remat):
+  # A network without BatchNorm, whose statistics are those of a part.
+  task = task_of(build_model('cnn', num_classes=5, width=2, convs=1, axis_name=AXIS), *digits)
+  variables = jax.device_get(task.init(jax.random.key(0)))
+  whole, metrics = fit(variables, task)
+  recipe = dataclasses.replace(RECIPE, accumulate=3, remat=remat)
+  state, same = fit(variables, task, recipe=recipe)
+  assert_close(state.params, whole.params, rtol=1e-5, atol=1e-6)
+  assert same[2] == pytest.approx(metrics[2], rel=1e-5)
+  assert int(state.step) == 6
+
+
+def test_batch_norm_sees_a_part_at_a_time(one_device, plain, variables):
+  still = dataclasses.replace(RECIPE, accumulate=2)
+  state, _ = fit(
+    variables, plain, recipe=still, epochs=1, batch_size=80, lr=0.0, indices=SOME, seed=1
+  )
+  whole, _ = fit(variables, plain, epochs=1, batch_size=80, lr=0.0, indices=SOME, seed=1)
+  assert_same_bits(state.params, whole.params)
+  # The mean over both halves is that of the whole; the variance within halves is smaller.
+  assert_close(
+    state.collections['batch_stats']['norm1']['mean'],
+    whole.collections['batch_stats']['norm1']['mean'],
+    rtol=1e-4, atol=1e-6,
+  )  # fmt: skip
+  halves, all_ = (x.collections['batch_stats']['norm1']['var'] for x in (state, whole))
+  assert (halves <= all_ * 1.0001).all() and (halves < all_).any()
+
+
+def test_a_batch_that_does_not_part_is_refused():
+  config = default_config()
+  config.update(batch_size=24, accumulate=5)
+  with pytest.raises(UserError, match='batch_size is 24 and accumulate 5; expected a multiple'):
+    recipe_of(config)
+  with pytest.raises(UserError, match='accumulate is 0; expected at least 1'):
+    Recipe(accumulate=0)
