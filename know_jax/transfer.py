@@ -6,7 +6,10 @@ labelled examples and the same order, so that arms are compared in pairs.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
+import operator
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +32,7 @@ from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import finished_record, stage_path
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
-from know_jax.tasks import load_task
+from know_jax.tasks import domains, load_task
 from know_jax.tasks.base import Task
 from know_jax.training import loop
 from know_jax.training.state import (
@@ -46,7 +49,7 @@ KIND = 'transfer'
 _FIELDS = frozenset(
   {
     *('predictor', 'steps', 'multiple', 'source_accuracy', 'seed', 'loss', 'seconds', 'weights'),
-    'validation',
+    *('validation', 'test_split'),
   }
 )
 """What a row has beside the task's score."""
@@ -112,16 +115,28 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
     only: predictors to transfer; empty: all found.
 
   Returns:
-    One row for each arm and seed: `predictor`, `steps`, `multiple`, `source_accuracy`, `seed`,
-    the task's score (`accuracy`), `loss`, `seconds`, `weights` (digest); NaN for a training that
-    diverged. With `validation_examples` also `validation`, the score on those.
+    One row for each arm and seed, and each domain that is left out in turn (`task` 'domains',
+    `test_split` 'each': then a row has `test_split` too): `predictor`, `steps`, `multiple`,
+    `source_accuracy`, `seed`, the task's score (`accuracy`), `loss`, `seconds`, `weights` (digest);
+    NaN for a training that diverged. With `validation_examples` also `validation`, the score there.
 
   Raises:
     UserError: before any training, if a value does not fit, the workdir is unfinished or damaged,
       or the task's images have another shape than the network takes.
   """
-  config = config_dict(config)
-  workdir = Path(workdir).expanduser()
+  legs = domains.legs(config_dict(config))
+  # All are checked before the first is trained.
+  runs = {leg: _prepare(settings, Path(workdir), only) for leg, settings in legs.items()}
+  return [
+    row | ({'test_split': leg} if leg else {}) for leg, run_ in runs.items() for row in run_()
+  ]
+
+
+def _prepare(
+  config: dict[str, Any], workdir: Path, only: Sequence[str]
+) -> Callable[[], list[dict[str, Any]]]:
+  """Checks a transfer; what it gives trains and returns the rows."""
+  workdir = workdir.expanduser()
   source = finished_record(workdir)['config']
   if source['task'] is None:
     raise UserError(
@@ -129,14 +144,23 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
       'that loop.'
     )
   task = load_task(config, source)
-  score = task.score
-  arms = find_arms(workdir, only, score, scratch=config['from_scratch'])
+  arms = find_arms(workdir, only, task.score, scratch=config['from_scratch'])
   check_fits(task, [arm.variables for arm in arms if arm.variables is not None])
   per_class, kept = config['labels_per_class'], config['validation_examples']
   subsets = [labelled_subset(task, per_class, seed, kept) for seed in _seeds(config)]
   loop.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
   _phases(task, config)
+  return functools.partial(_run, task, arms, subsets, config, workdir)
 
+
+def _run(
+  task: Task,
+  arms: Sequence[Arm],
+  subsets: Sequence[np.ndarray],
+  config: dict[str, Any],
+  workdir: Path,
+) -> list[dict[str, Any]]:
+  score = task.score
   dataset = re.sub(r'[^\w.@-]+', '-', str(config['dataset'])).strip('-')
   folder = workdir / 'transfer' / f'{dataset}-{digest(config)[:8]}'
   RunRecord.open(folder, config, kind=KIND)
@@ -421,7 +445,8 @@ def _seeds(config: Mapping[str, Any]) -> range:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """The results as a Markdown table: a row for each predictor, in columns x1, x2, ...
 
-  Scores are percentages; the spread is the standard deviation over seeds (n - 1).
+  Scores are percentages; the spread is the standard deviation over seeds (n - 1), of the mean over
+  domains where each was left out in turn.
   """
   (score,) = rows[0].keys() - _FIELDS
   multiples = sorted({row['multiple'] for row in rows if row['predictor'] != 'scratch'})
@@ -439,7 +464,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         continue
       if (source := group[0]['source_accuracy']) is not None:
         as_is[i] = f'{100 * source:.1f}'
-      scores = [100 * r[score] for r in group]
+      by_seed = itertools.groupby(sorted(group, key=_seed), key=_seed)
+      scores = [100 * np.mean([r[score] for r in of_seed]) for _, of_seed in by_seed]
       spread = f' ± {np.std(scores, ddof=1):.1f}' if len(scores) > 1 else ''
       after[i] = f'{np.mean(scores):.1f}{spread}'
     return [_LABELS.get(predictor, predictor), *as_is, *after]
@@ -455,4 +481,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   return f'{markdown.table(header, body)}\n\n{note}'
 
 
+_seed = operator.itemgetter('seed')
 _LABELS = {'persistence': 'persistence (naive)', 'scratch': 'scratch (no pre-training)'}

@@ -12,6 +12,33 @@ from know_jax.errors import UserError
 from know_jax.tasks.base import Task
 from know_jax.tasks.classification import network_of, task
 
+EACH = 'each'
+"""The `test_split` of a transfer that leaves out each domain of `train_split` in turn."""
+
+
+def legs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """The transfers that one config stands for, by name: one for each domain where it says `EACH`.
+
+  Raises:
+    UserError: fewer than two domains, or one twice.
+  """
+  if config['task'] != 'domains' or config['test_split'] != EACH:
+    return {'': dict(config)}
+  domains = config['train_split'].split('+')
+  if len(set(domains)) < len(domains) or len(domains) < 2:
+    raise UserError(
+      f'train_split is {config["train_split"]!r}; expected at least two domains, each once, of '
+      f'which each is tested on in turn (test_split is {EACH!r}).'
+    )
+  return {
+    domain: {
+      **config,
+      'train_split': '+'.join(other for other in domains if other != domain),
+      'test_split': domain,
+    }
+    for domain in domains
+  }
+
 
 def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   """The task that a config names.
