@@ -7,7 +7,8 @@
 The same command runs on after a kill; several processes may share a workdir. --dry_run only says
 how much there is to do, and how long it takes at the rate measured so far. --report writes tables
 and plots from results.csv and timings.csv alone; of several workdirs on one page with --studies,
-and beside it the report of each. Without --config, configs/study_smoke.py.
+and beside it the report of each; --table=2 to 5 writes the page
+of a stand-in for that table of the paper. Without --config, configs/study_smoke.py.
 """
 
 from pathlib import Path
@@ -15,12 +16,15 @@ from pathlib import Path
 from absl import flags
 
 from know_jax.runs import cli
-from know_jax.study import report, runner, summary
+from know_jax.study import report, runner, stand_ins, summary
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'study_smoke.py')
 _DRY_RUN = cli.define_dry_run('Only say how much there is to do.')
 _REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown file, with plots.')
+_TABLE = flags.DEFINE_integer(
+  'table', None, 'With --report: the page of a stand-in for this table of the paper, 2 to 5.'
+)
 _STUDIES = flags.DEFINE_list('studies', None, 'With --report: workdirs of several, on one page.')
 
 
@@ -30,7 +34,9 @@ def main() -> None:
     print(summary.write(_STUDIES.value, cli.require('report', because='--studies are given')))
     return
   workdir = cli.workdir()
-  if _REPORT.value:
+  if _TABLE.value is not None:
+    print(stand_ins.write(_TABLE.value, workdir, cli.require('report', because='--table is given')))
+  elif _REPORT.value:
     print(report.write(workdir, _REPORT.value))
   elif _DRY_RUN.value:
     print(runner.plan(_CONFIG.value, workdir))

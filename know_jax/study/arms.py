@@ -168,7 +168,7 @@ def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
         'part': part,
         'steps': steps,
       }
-      for part in ('', *PARTS)
+      for part in ('', *config['official_parts'])
     ]
   entries += [_entry(entry, 'ablations') for entry in config['ablations']]
   found: list[Arm] = []

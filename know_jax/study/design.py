@@ -18,6 +18,7 @@ from know_jax.jsonable import digest
 from know_jax.predictors import parameters
 from know_jax.runs.record import config_dict
 from know_jax.study.arms import MAIN, Arm, arms_of, default_arms, theta_of
+from know_jax.study.parts import PARTS
 from know_jax.study.sources import Source, check_source, source_config, weights_digest
 from know_jax.tasks import load_task
 from know_jax.training import batch_norm, loop
@@ -57,8 +58,11 @@ def default_config() -> ConfigDict:
       'arms': default_arms(),
       # Dicts with a group each; at the first amount only.
       'ablations': (),
-      # A folder with the authors' .h5 files, for the arm 'known_official'.
+      # A folder with the authors' .h5 files, for the arm 'known_official', whole and in parts.
       'official': placeholder(str),
+      'official_parts': tuple(PARTS),
+      # A folder of forgetting runs of this source, used and added to; None: in the workdir.
+      'sources': placeholder(str),
       # Fine-tuning epochs after which test accuracy is noted, in the first training of each start
       # (testing is what costs most with few labels); 0 is after the warm-up.
       'curve_epochs': (),
@@ -118,6 +122,11 @@ class Study:
     for epoch in config['curve_epochs']:
       if not 0 <= epoch <= epochs:
         raise UserError(f'curve_epochs hold {epoch}; wanted 0 to {epochs}, transfer.epochs.')
+
+  def sources_folder(self, workdir: Path) -> Path:
+    """Where the forgetting runs are."""
+    given = self.config['sources']
+    return workdir / 'sources' if given is None else Path(given).expanduser()
 
   def seeds(self) -> Iterator[int]:
     """The seeds of all transfers."""

@@ -45,13 +45,18 @@ COLUMNS: dict[str, type] = {
   'retrodiction_bias': float,
   'weights': str,  # The first 12 digits of the digest of what was transferred.
   # After the transfer, on the target's test set; NaN if the training diverged.
-  'accuracy': float,
+  'accuracy': float,  # The task's score: of segmentation the mIoU, of captions masked accuracy.
   'loss': float,
+  'mean_accuracy': float,  # Of segmentation, over classes.
+  'validation': float,  # The score on the training examples that were kept for it.
   # 'epoch:accuracy' for some epochs of fine-tuning; epoch 0 is after the warm-up. Empty but for
   # transfer seed 0.
   'curve': str,
 }
 """Column of results.csv -> type; a row is one training. Rows come in the order of the config."""
+
+_LATER = ('mean_accuracy', 'validation')
+"""Columns that files of earlier versions lack; they are read as empty."""
 
 TIMING_COLUMNS: dict[str, type] = {
   'task': str,  # pretrain, forget, incremental, extra, predict or transfer.
@@ -97,15 +102,16 @@ def read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error
   except (csv.Error, UnicodeError) as error:
     raise UserError(f'{path} is no table of comma-separated values ({error}).') from error
-  if header != list(columns):
+  known = {name: kind for name, kind in columns.items() if name in header or name not in _LATER}
+  if header != list(known):
     found = ','.join(header) or 'nothing'
     raise UserError(f'{path} has the columns {found}; expected {",".join(columns)}.')
   rows = []
   for number, line in enumerate(lines, 2):
-    if len(line) != len(columns):
-      raise UserError(f'{path}: line {number} has {len(line)} cells; expected {len(columns)}.')
+    if len(line) != len(known):
+      raise UserError(f'{path}: line {number} has {len(line)} cells; expected {len(known)}.')
     row = {}
-    for (name, kind), cell in zip(columns.items(), line, strict=True):
+    for (name, kind), cell in zip(known.items(), line, strict=True):
       try:
         row[name] = math.nan if cell == '' and kind is not str else kind(cell)
         if name == 'curve':

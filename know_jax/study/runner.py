@@ -14,6 +14,7 @@ seeds may be added to the config later; what is done is kept.
 """
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from know_jax.errors import UserError, reason
 from know_jax.io.files import hidden_sibling, local_path, locked
 from know_jax.io.journal import Journal
 from know_jax.kinds import KINDS
-from know_jax.runs.record import RunRecord
+from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import KIND as KIND_OF_SOURCES
 from know_jax.study.arms import TRAINED, Arm
 from know_jax.study.design import Cell, Study, combined_seed
@@ -42,34 +43,54 @@ from know_jax.study.results import (
 )
 from know_jax.study.sources import Run, Source, weights_digest
 from know_jax.system.progress import Bar, progress
+from know_jax.tasks import domains
 from know_jax.training.state import DivergedError
 from know_jax.training.steps import Data, put_data
 from know_jax.transfer import train_one
 
 KIND = 'study'
 _JOURNAL = 'journal.jsonl'
-_DIVERGED = {'accuracy': math.nan, 'loss': math.nan, 'seconds': math.nan, 'curve': []}
+_DIVERGED = {'loss': math.nan, 'seconds': math.nan, 'curve': []}
 
 
 def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> str:
   """Runs what is left of a study; says what is done and where it is.
 
+  Where each domain is left out in turn, every one has a folder of its own in the workdir, and they
+  share the forgetting runs.
+
   Raises:
     UserError: before anything is trained, if a value does not fit, or the workdir is of another
       study; later, if a source run diverges.
   """
-  study = Study(config)
-  workdir = local_path(workdir, 'workdir')
+  parts = [(Study(leg), path) for leg, path in _legs(config, local_path(workdir, 'workdir'))]
+  return '\n'.join(_run(study, path, show_progress) for study, path in parts)
+
+
+def _legs(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
+  """The studies that a config stands for, and where each is."""
+  found = []
+  for name, settings in domains.legs(config_dict(config.transfer)).items():
+    leg = copy.deepcopy(config)
+    if name:
+      leg.transfer.update(train_split=settings['train_split'], test_split=settings['test_split'])
+      leg.sources = config.sources or str(workdir / 'sources')
+    found.append((leg, workdir / name))
+  return found
+
+
+def _run(study: Study, workdir: Path, show_progress: bool) -> str:
+  """One of the studies."""
   record = RunRecord.open(workdir, study.lasting, kind=KIND)
   record.update(study=study.config)
   journal = Journal(workdir / _JOURNAL)
-  (workdir / 'sources').mkdir(exist_ok=True)
+  study.sources_folder(workdir).mkdir(parents=True, exist_ok=True)
   target = functools.cache(lambda: put_data(study.target))
   elsewhere = []
   total = len(list(study.cells()))
   with progress(total, 'study', 'training', show=show_progress) as bar:
     for source in study.sources():
-      path = workdir / 'sources' / source.name
+      path = study.sources_folder(workdir) / source.name
       turn = contextlib.ExitStack()
       try:
         turn.enter_context(locked(hidden_sibling(path, 'turn'), wait_seconds=0.0))
@@ -198,15 +219,17 @@ def _row(
     'target': config['transfer']['dataset'], 'model': config['source']['model'],
     'labels_per_class': config['transfer']['labels_per_class'], 'amount': float(source.amount),
     'source_seed': source.seed, 'transfer_seed': seed, 'retrodiction': retrodiction.get('all'),
-    'weights': (start['weights'] or '')[:12], 'accuracy': result['accuracy'],
-    'loss': result['loss'], 'curve': curve_text(result['curve']),
+    'weights': (start['weights'] or '')[:12],
+    'accuracy': result.get(study.target.score, math.nan), 'loss': result['loss'],
+    **{name: result.get(name) for name in ('mean_accuracy', 'validation')},
+    'curve': curve_text(result['curve']),
   }  # fmt: skip
 
 
 def _source_timings(study: Study, workdir: Path) -> Iterator[dict[str, Any]]:
   """The seconds of every stage of the source runs that there are."""
   for source in study.sources():
-    path = workdir / 'sources' / source.name
+    path = study.sources_folder(workdir) / source.name
     if not (path / 'record.json').exists():
       continue
     for stage in RunRecord.read(path, KIND_OF_SOURCES).get('stages', []):
@@ -228,15 +251,20 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
   Raises:
     UserError: a value does not fit.
   """
-  study, workdir = Study(config), local_path(workdir, 'workdir')
+  parts = [(Study(leg), path) for leg, path in _legs(config, local_path(workdir, 'workdir'))]
+  return '\n'.join(_plan(study, path) for study, path in parts)
+
+
+def _plan(study: Study, workdir: Path) -> str:
   journal, sources = Journal(workdir / _JOURNAL), study.sources()
-  finished = [s for s in sources if _is_finished(study, s, workdir / 'sources' / s.name)]
+  finished = [s for s in sources if _is_finished(study, s, study.sources_folder(workdir) / s.name)]
   total = len(list(study.cells()))
   done = sum(result is not None for *_, result in _outcomes(study, journal))
   groups = [arm.group for arm in study.arms]
   per_group = ', '.join(f'{groups.count(name)} {name}' for name in dict.fromkeys(groups))
   lines = [
-    f'forgetting runs: {len(sources)} ({len(finished)} done), {config.source.stages} stages each',
+    f'forgetting runs: {len(sources)} ({len(finished)} done), '
+    f'{study.config["source"]["stages"]} stages each',
     f'arms: {per_group}',
     f'trainings: {total} ({done} done); arms with equal weights share theirs',
     _time_left(study, workdir, len(sources) - len(finished), total - done),

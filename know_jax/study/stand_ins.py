@@ -1,0 +1,205 @@
+"""The page of a stand-in for one of the paper's tables 2 to 5, from the rows of its studies."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from know_jax.errors import UserError, reason
+from know_jax.io.files import write_atomic
+from know_jax.report.intervals import holm, paired_t_test, t_interval
+from know_jax.report.markdown import table
+from know_jax.study.results import COLUMNS, RESULTS, read_table
+from know_jax.study.tables import published
+
+TABLES = {
+  2: ('ImageNet to five data sets, PVTv2', 'accuracy'),
+  3: ('PACS, each domain left out in turn, PVTv2', 'accuracy'),
+  4: ('captions of Flickr8k, PVTv2 and a transformer decoder', 'masked accuracy'),
+  5: ('Pascal VOC to Cityscapes, DeepLabV3+', 'mIoU'),
+}
+"""Number -> what the paper's table is of, and its score."""
+
+NAIVE, TUNED = 'naive', 'naive at its best rate'
+_OFFICIAL = "the authors' KNOWN"
+
+
+def read_rows(workdir: str | Path) -> pd.DataFrame:
+  """The rows of a study, or of one for each domain, below a folder; `leg` tells which.
+
+  Raises:
+    UserError: there are none, or they cannot be read.
+  """
+  workdir = Path(workdir).expanduser()
+  files = sorted([*workdir.glob(RESULTS), *workdir.glob(f'*/{RESULTS}')])
+  if not files:
+    raise UserError(f'{workdir}: found no {RESULTS}, there or in a folder of it; run bin/study.py.')
+  parts = [read_table(file, COLUMNS).assign(leg=file.parent.name) for file in files]
+  return pd.concat(parts, ignore_index=True)
+
+
+def scores(rows: pd.DataFrame, column: str = 'accuracy') -> pd.DataFrame:
+  """A column of the arms by source seed, in per cent: a line for each (name, step).
+
+  The mean over a seed's transfers, then over legs. Seeds that lack a leg of an arm are NaN there.
+  Naive transfer at its best rate takes, of each leg and source seed, the rate whose score on
+  validation examples is largest: no test example plays a part.
+  """
+  rows = rows.assign(arm=[_name(row) for row in rows.itertuples()])
+  keys = ['leg', 'source_seed']
+  naive = rows[rows.predictor.eq('persistence') & rows.batch_norm.eq('keep')]
+  by_rate = naive.groupby([*keys, 'lr_scale'])[['validation', column]].mean().reset_index()
+  parts = [rows[[*keys, 'arm', 'step', 'transfer_seed', column]]]
+  if by_rate.validation.notna().all() and by_rate.lr_scale.nunique() > 1:
+    best = by_rate.loc[by_rate.groupby(keys).validation.idxmax()]
+    parts.append(best.assign(arm=TUNED, step=0, transfer_seed=0)[parts[0].columns])
+  whole = pd.concat(parts)
+  means = whole.groupby(['arm', 'step', 'leg', 'source_seed'], sort=False)[column].mean()
+  by_leg = means.unstack('leg')
+  return 100 * by_leg.mean(axis=1, skipna=False).unstack('source_seed')
+
+
+def _name(row: Any) -> str:
+  name = str(row.arm)
+  if row.predictor == 'persistence':
+    return NAIVE if row.arm == 'persistence' else f'naive, rate x{row.lr_scale:g}'
+  if name.endswith(' norms'):
+    return f'naive at the norms of {_OFFICIAL if "official" in name else name.split()[0]}'
+  return _OFFICIAL if name == 'known_official' else name
+
+
+def write(number: int, workdir: str | Path, path: str | Path) -> str:
+  """Writes the page, and beside it nothing: the rows are the workdir's.
+
+  Args:
+    number: of the paper's table, 2 to 5.
+    workdir: of the study.
+    path: the Markdown file.
+
+  Returns:
+    The sentence that sums it up.
+
+  Raises:
+    UserError: there is no such table, there are no rows, or the file cannot be written.
+  """
+  if number not in TABLES:
+    raise UserError(
+      f'table {number} has no stand-in; expected one of {", ".join(map(str, TABLES))}.'
+    )
+  rows = read_rows(workdir)
+  what, score = TABLES[number]
+  found = scores(rows)
+  naive, tuned = found.loc[(NAIVE, 0)], None
+  if (TUNED, 0) in found.index:
+    tuned = found.loc[(TUNED, 0)]
+  body, gains = [], {}
+  for (name, step), values in found.iterrows():
+    multiple = rows[rows.step.eq(step)].multiple.max() if step else 1.0
+    cells = [f'{name}{f" x{multiple:.3g}" if step else ""}', str(int(values.notna().sum()))]
+    cells.append(f'{values.mean():.2f}')
+    for rival in (naive, tuned):
+      if rival is None or values is rival or name == (NAIVE if rival is naive else TUNED):
+        cells.append('')
+        continue
+      differences = (values - rival).dropna()
+      low, high = t_interval(differences)
+      cells.append(f'{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]')
+      if step:
+        gains[name, step, 'tuned' if rival is tuned else 'naive'] = differences
+    body.append([*cells, _published(number, name, multiple)])
+  first = rows.iloc[0]
+  sentence = verdict(gains, len(naive.dropna()), tuned is not None, score)
+  header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}', "paper's, %"]
+  parts = [
+    f"# A stand-in for the paper's table {number}",
+    f'**{sentence}**',
+    f'The paper (Jang, Kim and Kim, CVPR 2026): {what}, on a GPU. This: {first.source} to '
+    f'{first.target}, `{first.model}`, shrunk until two cores could run it; its numbers reproduce '
+    "none of the paper's, which are retyped in the last column so that both can be read side by "
+    'side. The config says what was cut.',
+    table(header, body),
+    f'Differences are paired by source seed, in points, with 95 % intervals of Student over source '
+    f'seeds. "{TUNED}" takes of each source seed the rate that is best on validation examples of '
+    'the target; every other start has the one rate of the config. "naive at the norms of" a '
+    'predictor is the newest weight with every leaf scaled to the norm that it has in the '
+    'prediction: what of a gain is no more than shrinking or growing.',
+    *_other_metric(rows),
+    *_paper(number),
+  ]
+  try:
+    write_atomic(Path(path).expanduser(), ('\n\n'.join(parts) + '\n').encode())
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {reason(error)}.') from error
+  return sentence
+
+
+def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) -> str:
+  """What the differences show, corrected for their number by Holm's method."""
+  rival = 'tuned' if tuned else 'naive'
+  chosen = {key: x for key, x in gains.items() if key[2] == rival}
+  against = TUNED if tuned else 'naive transfer'
+  if seeds < 2 or not chosen:
+    return (
+      f'{seeds} source seed{"" if seeds == 1 else "s"} so far: nothing can be said yet of any '
+      f'start against {against}.'
+    )
+  adjusted = holm([paired_t_test(x) for x in chosen.values()])
+  better, worse = (
+    [
+      f'{name} at step {step} ({x.mean():+.2f})'
+      for ((name, step, _), x), p in zip(chosen.items(), adjusted, strict=True)
+      if p < 0.05 and sign * x.mean() > 0
+    ]
+    for sign in (1, -1)
+  )
+  largest = max(chosen.values(), key=lambda x: x.mean())
+  if better:
+    start = f'Over {seeds} source seeds these starts beat {against} in {score}: {", ".join(better)}'
+  else:
+    start = (
+      f'Over {seeds} source seeds no predicted start beats {against} by more than chance (the best '
+      f'by {largest.mean():+.2f} points of {score})'
+    )
+  return start + (f'; these lose: {", ".join(worse)}.' if worse else '.')
+
+
+_METHODS = {
+  NAIVE: 'naive_transfer',
+  _OFFICIAL: 'known',
+  'log_fit': 'log_fit',
+  'task_vector': 'task_vector',
+  'tsv': 'tsv',
+  'magmax': 'magmax',
+}
+
+
+def _published(number: int, name: str, multiple: float) -> str:
+  """The paper's own figure of a start, of the first data set of its table."""
+  if number == 4 or name not in _METHODS:
+    return ''
+  frame = published(number)
+  row = frame[frame.method.eq(_METHODS[name]) & frame.times.astype(float).eq(round(multiple))]
+  return ' / '.join(row.iloc[0, 2:].iloc[::2]) if len(row) else ''
+
+
+def _paper(number: int) -> list[str]:
+  if number == 4:
+    return [
+      "The paper's table 4: KNOWN 39.38 ± 0.15 (x3) and 39.25 ± 0.17 (x9) masked accuracy, about "
+      '2.2 points over naive transfer.'
+    ]
+  frame = published(number)
+  header = [str(name) for name in frame.columns]
+  return [f"## The paper's table {number}", table(header, frame.to_numpy().tolist())]
+
+
+def _other_metric(rows: pd.DataFrame) -> list[str]:
+  """Mean class accuracy of segmentation, which the paper's text names where its table has mIoU."""
+  if not np.isfinite(rows.mean_accuracy.astype(float)).any():
+    return []
+  body = [
+    [f'{name}{f", step {step}" if step else ""}', f'{values.mean():.2f}']
+    for (name, step), values in scores(rows, 'mean_accuracy').iterrows()
+  ]
+  return ['Mean class accuracy, which the text of the paper names:', table(['start', '%'], body)]
