@@ -21,6 +21,21 @@ TABLES = {
 }
 """Number -> what the paper's table is of, and its score."""
 
+ARMS: tuple[Any, ...] = (
+  'scratch',
+  'persistence',
+  *({'predictor': 'persistence', 'lr_scale': scale} for scale in (0.3, 3.0)),
+  'known',
+  {'predictor': 'known', 'part': 'norms', 'name': 'known norms'},
+  'known_leaf',
+  {'predictor': 'known_leaf', 'part': 'norms', 'name': 'known_leaf norms'},
+  'task_vector',
+  'log_fit',
+  'tsv',
+  {'predictor': 'magmax', 'steps': (2,)},
+)
+"""What the tables compare, and their controls; 'norms': the newest weights at their norms."""
+
 NAIVE, TUNED = 'naive', 'naive at its best rate'
 _OFFICIAL = "the authors' KNOWN"
 

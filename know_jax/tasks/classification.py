@@ -162,13 +162,12 @@ def network_of(config: Mapping[str, Any], num_classes: int) -> Model | nn.Module
   Raises:
     UserError: a name or value does not fit.
   """
-  name, width, dtype = config['model'], config['width'], config['dtype']
+  name, dtype = config['model'], config['dtype']
   options = keywords(config.get('model_options', ''), 'model_options')
+  if config['width'] is not None:
+    options = {'width': config['width']} | options
   if ':' not in name:
-    return build_model(
-      name, num_classes=num_classes, width=width, dtype=dtype, axis_name=AXIS, **options
-    )
-  options |= {} if width is None else {'width': width}
+    return build_model(name, num_classes=num_classes, dtype=dtype, axis_name=AXIS, **options)
   if dtype != 'float32':
     options['dtype'] = jnp.dtype(dtype)
   return load_object(name, 'model')(num_classes=num_classes, **options)
@@ -182,8 +181,8 @@ def keywords(text: str, what: str) -> dict[str, Any]:
     what: where they stand, for errors.
 
   Raises:
-    UserError: they are none, or `num_classes`, `width`, `dtype` or `axis_name`, which have fields
-      of their own or follow from the data.
+    UserError: they are none, or `num_classes`, `dtype` or `axis_name`, which have a field of their
+      own or follow from the data.
   """
   try:
     call = ast.parse(f'f({text})', mode='eval').body
@@ -194,10 +193,10 @@ def keywords(text: str, what: str) -> dict[str, Any]:
     raise UserError(
       f"{what} is {text!r}; expected keyword arguments, as 'depths=(1, 2, 1, 1), linear=True'."
     ) from error
-  if reserved := sorted({'num_classes', 'width', 'dtype', 'axis_name', 'None'} & set(result)):
+  if reserved := sorted({'num_classes', 'dtype', 'axis_name', 'None'} & set(result)):
     raise UserError(
-      f'{what} has {reserved[0]}; expected options of the network alone: width and dtype are '
-      'fields of the config, num_classes and axis_name follow from the data.'
+      f'{what} has {reserved[0]}; expected options of the network alone: dtype is a field of the '
+      'config, num_classes and axis_name follow from the data.'
     )
   return result
 

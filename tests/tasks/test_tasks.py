@@ -395,7 +395,7 @@ def test_tasks_that_differ_in_arrays_share_compilations():
     ('convs=0', "convs of model 'cnn' is 0; wanted a positive integer"),
     ('convs', "model_options is 'convs'; expected keyword arguments, as 'depths="),
     ('convs=len', "model_options is 'convs=len'; expected keyword"),
-    ('width=3', 'model_options has width; expected options of the network alone'),
+    ("dtype='f'", 'model_options has dtype; expected options of the network alone'),
   ],
 )
 def test_options_of_networks_that_do_not_fit(options, message):
@@ -410,7 +410,7 @@ def test_options_of_networks_that_do_not_fit(options, message):
     ('cnn', {'convs': 1}),
     ('resnet_small', {'blocks': 1}),
     ('pvt_v2', {'depths': (1, 2, 1, 1), 'stem_stride': 2, 'linear': True, 'drop_path': 0.1}),
-    ('deeplabv3plus', {'output_stride': 8, 'rates': (1, 2, 3), 'separable': False}),
+    ('deeplabv3plus', {'output_stride': 8, 'rates': (1, 2, 3), 'separable': False, 'width': 0.25}),
   ],
 )
 def test_a_config_sets_options_of_networks(model, options):
