@@ -7,11 +7,12 @@ Also:      --config=configs/table2.py:small, the stand-in: 6,075 images of 50 cl
            TinyImageNet at 32 pixels, a PVTv2 of 0.13 M parameters, 10 epochs a stage, 500 labels of
            20 classes, 8 epochs
 Then:      python bin/study.py --workdir=W --table=2 --report=docs/results/table2.md
-Hardware:  one GPU of 80 GB, not run yet: batch 128 at 224 pixels keeps about 20 GB of activations
-           (0.15 GB an image in bfloat16, counted from shapes; accumulate divides it), but ImageNet
-           lies in memory as bytes, 193 GB. 3 x 0.57 G multiply-adds an image and step: at a third
-           of an A100's peak 3 minutes an epoch of ImageNet, 10 hours a source, 20 minutes a
-           transfer. The stand-in: 1 core, about 3 minutes a source seed
+Hardware:  one GPU of 24 GB and 256 GB of memory, not run yet. Estimated: the activations that JAX
+           keeps for the gradient (jax.ad_checkpoint's saved residuals) are 0.09 GB an image in
+           bfloat16, 12 GB for a batch of 128 (config.source.accumulate divides it); ImageNet lies
+           in memory as bytes, 193 GB. A step costs 6 x 0.57 G operations an image: at a tenth of an
+           A100's peak, 31 T/s, 2.3 minutes an epoch of ImageNet, 2.7 hours a source of 1.5 x 45
+           epochs, 4 minutes a transfer. The stand-in: 1 core, about 3 minutes a source seed
 Paper:     section 4.3 and table 2 (r = 1/3, x3 and x9). Epochs, rates and batch are not given for
            it: those of the same first author's InvWNN, cosine decay alone; S = 5 and the stages'
            epochs are ours. The stand-in reproduces no number there

@@ -5,9 +5,9 @@ Command:   python bin/study.py --workdir=W --config=configs/table3.py
 Also:      --config=configs/table3.py:small, the stand-in, from the sources of table 2's: 20 labels
            of each class of each domain, 6 epochs
 Then:      python bin/study.py --workdir=W --table=3 --report=docs/results/table3.md
-Hardware:  one GPU of 80 GB, not run yet: memory as in configs/table2.py; four domains of about
-           7,500 images, 80 epochs: at a third of an A100's peak 4 minutes a transfer of one domain.
-           The stand-in: 1 core, about 4 minutes a source seed
+Hardware:  one GPU of 24 GB, not run yet; estimated as in configs/table2.py, after its sources: four
+           domains of about 7,500 images and 80 epochs, 1 minute a transfer of one domain. The
+           stand-in: 1 core, about 4 minutes a source seed
 Paper:     section 4.3 and table 3 (80 epochs, r = 1/3, x3 and x9); the last epoch counts, and no
            image of the domain that is left out chooses anything. The stand-in reproduces no number
            there

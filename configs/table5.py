@@ -5,10 +5,13 @@ Command:   python bin/study.py --workdir=W --config=configs/table5.py
 Also:      --config=configs/table5.py:small, the stand-in: LabelMeFacade to CamVid at 48 x 64
            pixels, channels of a quarter, 12 epochs a stage
 Then:      python bin/study.py --workdir=W --table=5 --report=docs/results/table5.md
-Hardware:  one GPU of 80 GB, not run yet: batch 8 at 512 x 512 keeps about 16 GB of activations
-           (2 GB an image in bfloat16, counted from shapes). 3 x 5.6 G multiply-adds an image: at a
-           tenth of an A100's peak, as depthwise convolutions go, 4 minutes an epoch of 2,975 images
-           at 512 x 1024, 10 hours a transfer. The stand-in: 1 core, about 5 minutes a source seed
+Hardware:  one GPU of 24 GB, not run yet. Estimated: the activations that JAX keeps for the gradient
+           are 1.1 GB an image of 512 x 512 in bfloat16, 18 GB for 8 of 512 x 1024 (accumulate or
+           remat cut that). A step costs 6 x 5.6 G operations an image of 512 x 512: at a twentieth
+           of an A100's peak, as depthwise convolutions go, 15 minutes a source of 1.5 x 150 epochs
+           and half an hour a transfer. The stand-in: 1 core, about 5 minutes a source seed
+Data:      voc2012 and cityscapes in TFDS's format with the features image and segmentation_mask
+           (255: no class), as LabelMeFacade and CamVid are; TFDS has neither so
 Paper:     section 4.3 and table 5 (150 epochs, Adam, cosine, r = 1/3). Its texts disagree on the
            source (VOC or ImageNet) and the metric (mIoU or mean class accuracy): both metrics are
            in the rows. The stand-in reproduces no number there

@@ -61,9 +61,10 @@ def scores(rows: pd.DataFrame, column: str = 'accuracy') -> pd.DataFrame:
   Naive transfer at its best rate takes, of each leg and source seed, the rate whose score on
   validation examples is largest: no test example plays a part.
   """
-  rows = rows.assign(arm=[_name(row) for row in rows.itertuples()])
-  keys = ['leg', 'source_seed']
-  naive = rows[rows.predictor.eq('persistence') & rows.batch_norm.eq('keep')]
+  is_naive = rows.predictor.eq('persistence')
+  names = [_name(*row) for row in zip(rows.arm, rows.lr_scale, is_naive, strict=True)]
+  rows, keys = rows.assign(arm=names), ['leg', 'source_seed']
+  naive = rows[is_naive & rows.batch_norm.eq('keep')]
   by_rate = naive.groupby([*keys, 'lr_scale'])[['validation', column]].mean().reset_index()
   parts = [rows[[*keys, 'arm', 'step', 'transfer_seed', column]]]
   if by_rate.validation.notna().all() and by_rate.lr_scale.nunique() > 1:
@@ -75,10 +76,9 @@ def scores(rows: pd.DataFrame, column: str = 'accuracy') -> pd.DataFrame:
   return 100 * by_leg.mean(axis=1, skipna=False).unstack('source_seed')
 
 
-def _name(row: Any) -> str:
-  name = str(row.arm)
-  if row.predictor == 'persistence':
-    return NAIVE if row.arm == 'persistence' else f'naive, rate x{row.lr_scale:g}'
+def _name(name: str, rate: float, is_naive: bool) -> str:
+  if is_naive:
+    return NAIVE if rate == 1 else f'naive, rate x{rate:g}'
   if name.endswith(' norms'):
     return f'naive at the norms of {_OFFICIAL if "official" in name else name.split()[0]}'
   return _OFFICIAL if name == 'known_official' else name
