@@ -6,8 +6,8 @@ Also:      --config=configs/table4.py:small, the stand-in, from the sources of t
            of 800 images at 32 pixels, a decoder of 32 units; naive transfer and scratch alone,
            which tell whether pre-training helps captions by more than the noise
 Then:      python bin/study.py --workdir=W --table=4 --report=docs/results/table4.md
-Hardware:  one GPU of 24 GB, not run yet; estimated as in configs/table2.py, after its sources: 12 GB
-           of activations and 0.13 GB of logits for 128 captions of 50 tokens; 30,000 captions and
+Hardware:  one GPU of 24 GB, not run yet; estimated as in configs/table2.py, after its sources: 12
+           GB of activations, 0.13 GB of logits for 128 captions of 50 tokens; 30,000 captions and
            52 epochs at 4.9 G operations each, 4 minutes a transfer. The stand-in: 1 core, about 1
            minute a source seed
 Data:      flickr8k prepared in TFDS's format with the features image and captions; TFDS has none
