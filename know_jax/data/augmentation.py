@@ -69,16 +69,13 @@ class Distortion(NamedTuple):
 
 
 def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-  """Distorts every image by its own random draw.
+  """Distorts every image by its own random draw; where `augmentation` does nothing, gives `images`.
 
   Args:
     keys: [B] typed keys, one an image, so that what happens to an image depends neither on the rest
       of the batch nor on how the batch is split over devices.
-    images: [B, H, W, C] floating point.
+    images: [B, H, W, C] floating point; so is what comes back.
     augmentation: how strongly; static under `jax.jit`.
-
-  Returns:
-    [B, H, W, C] of the dtype of `images`; where `augmentation` does nothing, `images` itself.
 
   Raises:
     UserError: shapes or dtypes are not as described.
@@ -104,16 +101,7 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
 
 
 def draw(keys: jax.Array, augmentation: Augmentation, sides: Sequence[int]) -> Distortion:
-  """Draws a distortion for each key.
-
-  Args:
-    keys: [B] typed keys.
-    augmentation: the ranges.
-    sides: (H, W), the height and width that shifts are fractions of.
-
-  Returns:
-    The distortions, float32.
-  """
+  """Draws a distortion, float32, for each of `[B]` typed keys; shifts are parts of `sides`."""
   # All draws are made whatever the setting, so that turning one off leaves the others as they are.
   uniform = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1.0, maxval=1.0))(keys)
   return Distortion(
@@ -127,16 +115,9 @@ def draw(keys: jax.Array, augmentation: Augmentation, sides: Sequence[int]) -> D
 def augment_labels(
   keys: jax.Array, labels: jax.Array, augmentation: Augmentation, beyond: int
 ) -> jax.Array:
-  """Distorts label maps as `augment` does images with the same keys.
+  """Distorts label maps, uint8 [B, H, W], as `augment` does images with the same keys.
 
-  Args:
-    keys: [B] typed keys.
-    labels: uint8 [B, H, W].
-    augmentation: static under `jax.jit`.
-    beyond: the label of what comes from beyond the edge.
-
-  Returns:
-    uint8 [B, H, W]; each pixel has the label of the nearest place.
+  Each pixel has the label of the nearest place, `beyond` where that lies beyond the edge.
   """
   drawn = draw(keys, augmentation, labels.shape[1:3])
   if augmentation.rotation or augmentation.shift or augmentation.zoom:

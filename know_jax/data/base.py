@@ -41,12 +41,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-  """A source in memory.
-
-  Attributes:
-    arrays: name -> array with the examples on axis 0.
-    strata: the class of every example; None where there are no classes.
-  """
+  """A source in memory: name -> array with the examples on axis 0, and the class of each."""
 
   arrays: Mapping[str, np.ndarray]
   strata: np.ndarray | None = None
@@ -70,12 +65,7 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-  """Some examples of another source, without a copy.
-
-  Attributes:
-    whole: the source.
-    indices: which of its examples these are, int32 `[size]`.
-  """
+  """Those examples of another source, `whole`, that are at `indices`, int32 `[size]`; no copy."""
 
   whole: Source
   indices: np.ndarray

@@ -30,14 +30,9 @@ def load_glyphs(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
   """Draws the images of a split, in a fraction of a second.
 
-  Args:
-    name: a key of `GLYPHS`.
-    split: `'train'` (160 images a class) or `'test'` (400 a class).
-    image_size: (H, W) in pixels, by default 12 x 12.
-
-  Returns:
-    Images, uint8 `[N, H, W, 1]`, in random order; labels, int32 `[N]`; the names of the classes.
-    They are the same on every machine: only sums, products and quotients make them.
+  The split 'train' has 160 images a class, 'test' 400; `image_size` is by default 12 x 12. Gives
+  images, uint8 `[N, H, W, 1]`, in random order; labels, int32 `[N]`; the names of the classes. They
+  are the same on every machine: only sums, products and quotients make them.
 
   Raises:
     UserError: there is no such split.

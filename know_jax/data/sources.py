@@ -137,16 +137,10 @@ def load_dataset(
 
 
 def mean_image(images: np.ndarray) -> np.ndarray:
-  """The mean of images / 255, which the paper subtracts from its inputs.
-
-  Args:
-    images: uint8 [N, H, W, C], N > 0.
-
-  Returns:
-    float32 [H, W, C], accumulated in float64.
+  """The mean of images / 255, which the paper subtracts: uint8 [N, H, W, C] -> float32 [H, W, C].
 
   Raises:
-    UserError: `images` are not as described.
+    UserError: `images` are not as described, or there are none.
   """
   if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
     raise UserError(
@@ -157,14 +151,7 @@ def mean_image(images: np.ndarray) -> np.ndarray:
 
 
 def to_device_input(images: jax.Array, mean: jax.Array) -> jax.Array:
-  """What the networks are given: images / 255 minus the mean image, in float32.
-
-  Args:
-    images: uint8 [..., H, W, C].
-    mean: float32 [H, W, C], of the training set: see `mean_image`.
-
-  Returns:
-    float32 [..., H, W, C].
+  """What the networks are given: uint8 [..., H, W, C] / 255 minus the mean image, in float32.
 
   Raises:
     UserError: `images` are not uint8, or `mean` has another shape than one of them.

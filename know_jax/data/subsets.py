@@ -79,15 +79,9 @@ def _stratified_order(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
   keeps all these windows has floor(n N_k / N) or ceil(n N_k / N) examples of class k among its
   first n. Taking at each place, of the examples whose window is open, one whose window closes
   first, keeps them all (S. K. Baruah et al., "Proportionate progress: a notion of fairness in
-  resource allocation", Algorithmica 15, 1996). Rounding the class sizes stage by stage
-  would not do: they drift, or grow while the set shrinks (the Alabama paradox).
-
-  Args:
-    order: [N] a random permutation of the examples.
-    labels: [N] their classes.
-
-  Returns:
-    [N] the order; ties are broken by the random order, so that no class is favoured.
+  resource allocation", Algorithmica 15, 1996). Rounding the class sizes stage by stage would not
+  do: they drift, or grow while the set shrinks (the Alabama paradox). Ties are broken by the random
+  order, so that no class is favoured.
   """
   N = order.size
   _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -109,15 +103,10 @@ def _stratified_order(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def check_subsets(
   subsets: Sequence[np.ndarray], labels: ArrayLike | None, *, batch_size: int
 ) -> None:
-  """Checks that every stage can be trained on: a full batch, and an example of each class.
-
-  Args:
-    subsets: index sets as from `nested_subsets`, stage 0 (the whole set) first.
-    labels: [N] integers, the class of every example; None where there are no classes.
-    batch_size: examples in a training batch.
+  """Checks that every stage can be trained on: a full batch, and an example of each class, if any.
 
   Raises:
-    UserError: a subset is smaller than a batch or lacks a class; the stage is named.
+    UserError: a subset (the whole set first) is too small or lacks a class; the stage is named.
   """
   labels = None if labels is None else _checked_labels(labels)
   classes = () if labels is None else np.unique(labels)

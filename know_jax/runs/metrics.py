@@ -119,11 +119,7 @@ class MetricsLog:
     self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
 
   def write(self, step: int, **scalars: Any) -> None:
-    """Appends one line.
-
-    Args:
-      step: the number of training steps done, or whatever `resume_step` counts.
-      **scalars: numbers, NumPy or JAX scalars; a JAX scalar is waited for.
+    """Appends one line: the number of training steps done, and scalars; one of JAX is waited for.
 
     Raises:
       UserError: a value is no number, the line cannot be written, or `on_metrics` fails.

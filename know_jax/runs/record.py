@@ -33,13 +33,12 @@ _SOURCES = ('know_jax', 'bin', 'configs', 'pyproject.toml')
 
 
 def environment() -> dict[str, Any]:
-  """What a run ran on: versions, machine, devices and commit.
+  """What a run ran on, JSON data.
 
-  Returns:
-    A dict of JSON data: `know_jax`, `python`, the versions of JAX, Flax and other packages (None
-    where one is not installed), `platform`, `device` (its kind), `devices` (how many), and
-    `commit`: that of the source tree with `-dirty` where sources differ from it, or None if the
-    sources are in no git checkout.
+  `know_jax`, `python`, the versions of JAX, Flax and other packages (None where one is not
+  installed), `platform`, `device` (its kind), `devices` (how many), and `commit`: that of the
+  source tree with `-dirty` where sources differ from it, or None if the sources are in no git
+  checkout.
   """
   versions: dict[str, str | None] = {}
   for package in _PACKAGES:
