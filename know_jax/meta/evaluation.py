@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from know_jax import kinds as kinds_
 from know_jax.errors import UserError, unknown_name
 from know_jax.io.files import write_atomic
-from know_jax.io.journal import append_line, read_lines
+from know_jax.io.journal import Journal
 from know_jax.io.sealed import read_sealed
 from know_jax.kinds import KINDS
 from know_jax.meta import collect, mat, meta_training
@@ -165,8 +165,7 @@ def run(
   }
   record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
 
-  journal = workdir / 'retrodiction.jsonl'
-  done = {(row['split'], row['left_out'], row['run']): row for row in read_lines(journal)}
+  journal = Journal(workdir / 'retrodiction.jsonl')
   rows: list[dict[str, Any]] = []
   networks: list[dict[str, Any]] = []
   for split, left_out in groups:
@@ -178,10 +177,8 @@ def run(
     with progress(len(parts['test']), f'test on {left_out or "all"}', 'run') as bar:
       for number in parts['test']:
         about = _about(split, left_out, abouts[number])
-        row = done.get((split, left_out, number))
-        if row is None:
-          row = {**about, 'errors': retrodict(runs[number], arms)}
-          append_line(journal, row)
+        key = f'{split} {left_out} {number}'
+        row = journal.get(key) or journal.add(key, errors=retrodict(runs[number], arms))
         rows += [{**about, 'arm': arm, **errors} for arm, errors in row['errors'].items()]
         bar.update(1)
     if split == 'run' and config['networks']:
@@ -320,15 +317,13 @@ def score_all(
   workdir: Path, runs: Sequence[collect.Run], arms: Sequence[Arm], policies: Sequence[str]
 ) -> list[dict[str, Any]]:
   """What `score_networks` gives for several runs, each scored now or, by the journal, before."""
-  journal = workdir / 'networks.jsonl'
-  done = {row['run']: row['rows'] for row in read_lines(journal)}
+  journal = Journal(workdir / 'networks.jsonl')
   found: list[dict[str, Any]] = []
   with progress(len(runs), 'test predicted networks', 'run') as bar:
     for run in runs:
-      if run.number not in done:
-        done[run.number] = score_networks(run, arms, policies)
-        append_line(journal, {'run': run.number, 'rows': done[run.number]})
-      found += done[run.number]
+      key = str(run.number)
+      done = journal.get(key) or journal.add(key, rows=score_networks(run, arms, policies))
+      found += done['rows']
       bar.update(1)
   return found
 
