@@ -25,61 +25,38 @@ _RESNET_BFLOAT16 = Target('resnet18', (32, 32, 3), {'dtype': 'bfloat16'})
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The sizes of everything; the defaults are the full measurement.
+  """The sizes of everything; the defaults are the full measurement."""
 
-  Attributes:
-    predicted: networks whose weights are predicted, the one that goals are judged by last.
-    plain_chunk: weights that the plain vmap takes at a time: 64 features of four layers in two
-      streams, in float32, are about 2 KB a weight.
-    keras_batches: batch sizes of Keras' predict; the fastest is taken.
-    product: rows and columns of the large matrices whose product is timed.
-    linear: weights of the history that linear predictors read, and how often each does.
-    leaves: how many leaves, and the weights of each, where there are many.
-    compiled: two networks; after the first the second should need no new program.
-    sizes: numbers of weights for memory and cost.
-    steps: steps ahead for memory and cost.
-    size_seconds: each size is repeated for so long, twice at least.
-    fresh: whether each measurement of memory and compilation has a process of its own.
-    streamed: weights of a history in files, in bfloat16.
-    streamed_leaf: the most of one of its leaves.
-    trained: the network that is trained.
-    batch_size: images a step.
-    train_steps: steps of an epoch.
-    gpu_anywhere: whether what is for GPUs runs on any device, to see that it does.
-    gpu_predicted: the network predicted three steps ahead on a GPU.
-    gpu_weights: weights of the large model there, in bfloat16.
-    gpu_leaf: weights of each of its leaves.
-    gpu_trained: the network that is trained there in bfloat16.
-    gpu_images: images of an epoch there.
-    gpu_repetitions: how often the large ones are repeated.
-  """
-
+  # Whose weights are predicted, the network that goals are judged by last.
   predicted: tuple[Target, ...] = (
     Target('cnn', (28, 28, 1), repetitions=15),
     Target('resnet18', (32, 32, 3), repetitions=5),
   )
+  # Weights that the plain vmap takes at once, at some 2 KB each: 64 features of four layers in two
+  # streams, in float32.
   plain_chunk: int = 1 << 18
-  keras_batches: tuple[int, ...] = (1024, 8192, 65536)
-  product: int = 2048
-  linear: tuple[int, int] = (5 * 10**7, 5)
-  leaves: tuple[int, int] = (5000, 1000)
+  keras_batches: tuple[int, ...] = (1024, 8192, 65536)  # Of its `predict`; the fastest is taken.
+  product: int = 2048  # Rows of the matrices whose product is timed.
+  linear: tuple[int, int] = (5 * 10**7, 5)  # Weights, and how often they are predicted.
+  leaves: tuple[int, int] = (5000, 1000)  # How many, and the weights of each.
+  # After the first, the second should need no new program.
   compiled: tuple[Target, Target] = (_RESNET, Target('densenet', (32, 32, 3)))
-  sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)
-  steps: tuple[int, ...] = (1, 3)
-  size_seconds: float = 3.0
-  fresh: bool = True
-  streamed: int = 10**9
-  streamed_leaf: int = 5 * 10**7
+  sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)  # Numbers of weights for memory and cost.
+  steps: tuple[int, ...] = (1, 3)  # Ahead, for memory and cost.
+  size_seconds: float = 3.0  # Each size is repeated for so long, twice at least.
+  fresh: bool = True  # Whether memory and compilation have a process for each measurement.
+  streamed: int = 10**9  # Weights of a history in files, in bfloat16.
+  streamed_leaf: int = 5 * 10**7  # The most of one of its leaves.
   trained: Target = _CNN
   batch_size: int = 128
-  train_steps: int = 40
-  gpu_anywhere: bool = False
+  train_steps: int = 40  # Of an epoch.
+  gpu_anywhere: bool = False  # Whether what is for GPUs runs on any device, to see that it does.
   gpu_predicted: Target = _RESNET
-  gpu_weights: int = 10**9
-  gpu_leaf: int = 5 * 10**7
+  gpu_weights: int = 10**9  # Of the large model there, in bfloat16.
+  gpu_leaf: int = 5 * 10**7  # Weights of each of its leaves.
   gpu_trained: Target = _RESNET_BFLOAT16
-  gpu_images: int = 50_000
-  gpu_repetitions: int = 5
+  gpu_images: int = 50_000  # Of an epoch there.
+  gpu_repetitions: int = 5  # Of the large ones.
 
 
 FULL = Settings()
