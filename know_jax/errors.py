@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class UserError(ValueError):
   """A mistake in what the user gave: a flag, a file, a tree, a name.
 
-  The message names the thing, the value found and the value wanted. Scripts print it without a
+  The message names the thing, its value and what is expected. Scripts print it without a
   traceback and exit with a non-zero code; library users catch it as a `ValueError`.
   """
 

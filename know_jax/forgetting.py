@@ -250,7 +250,7 @@ def subsets_of(task: Task, config: Mapping[str, Any]) -> list[np.ndarray]:
   """
   strata = task.train.strata
   if config['stratified'] and strata is None:
-    raise UserError(f'stratified is True, but {task.name} has no classes; wanted False.')
+    raise UserError(f'stratified is True, but {task.name} has no classes; expected False.')
   subsets = nested_subsets(
     named_key(config['seed'], 'subsets'),
     np.zeros(task.train.size, np.int32) if strata is None else strata,
@@ -274,7 +274,7 @@ def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str
     epochs = epochs if config['stage_epochs'] is None else config['stage_epochs']
     lr = lr if config['stage_lr'] is None else config['stage_lr']
   if epochs < 1:
-    raise UserError(f'stage {stage} has {epochs} epochs; wanted at least 1.')
+    raise UserError(f'stage {stage} has {epochs} epochs; expected at least 1.')
   learning_rates(config['schedule'], lr, 1)
   return {'epochs': epochs, 'lr': lr, 'steps': epochs * (examples // config['batch_size'])}
 

@@ -30,7 +30,7 @@ def plain(value: Any, what: str) -> Any:
   if isinstance(value, dict):
     for key in value:
       if not isinstance(key, str):
-        raise UserError(f'{what} has the key {key!r} of {type(key)}; wanted a string.')
+        raise UserError(f'{what} has the key {key!r} of {type(key)}; expected a string.')
     return {key: plain(entry, f'{what}.{key}') for key, entry in value.items()}
   if isinstance(value, (list, tuple)):
     return [plain(entry, f'{what}[{i}]') for i, entry in enumerate(value)]
@@ -51,7 +51,7 @@ def plain(value: Any, what: str) -> Any:
       return 'Infinity' if value > 0 else '-Infinity'
     return float(value)
   raise UserError(
-    f'{what} is {value!r} of {type(value)}; wanted a dict, list, string, number, boolean or None.'
+    f'{what} is {value!r} of {type(value)}; expected a dict, list, string, number, boolean or None.'
   )
 
 

@@ -242,7 +242,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   }
   examples = config['examples'] or task.test.size
   if not 1 <= examples <= task.test.size:
-    raise UserError(f'examples is {examples}; wanted 0 (all) to {task.test.size}.')
+    raise UserError(f'examples is {examples}; expected 0 (all) to {task.test.size}.')
   stages = [jax.device_get(stage) for stage in trajectory]
   clouds = [_cloud(stage, i, config, task.kinds) for i, stage in enumerate(stages)]
   plane, newest = fit_plane(np.concatenate(clouds)), stages[-1]
@@ -290,9 +290,9 @@ def _check(config: Mapping[str, Any]) -> None:
   resolve_all(config['predictors'])
   for field, least in (('neighbours', 0), ('noise', 0), ('margin', 0), ('points_per_call', 0)):
     if config[field] < least:
-      raise UserError(f'{field} is {config[field]}; wanted at least {least}.')
+      raise UserError(f'{field} is {config[field]}; expected at least {least}.')
   if len(config['grid']) != 2 or min(config['grid']) < 2:
-    raise UserError(f'grid is {tuple(config["grid"])}; wanted two numbers of at least 2.')
+    raise UserError(f'grid is {tuple(config["grid"])}; expected two numbers of at least 2.')
 
 
 def _scores(task: Task, variables: Any, test: Data) -> dict[str, float]:

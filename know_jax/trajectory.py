@@ -84,7 +84,7 @@ def check_stages(stages: Sequence[trees.PyTree]) -> None:
     UserError: there is no stage, or a stage differs; the leaf is named.
   """
   if not stages:
-    raise UserError('the history is empty; wanted the weights of at least one stage.')
+    raise UserError('the history is empty; expected the weights of at least one stage.')
   for index, stage in enumerate(stages[:-1]):
     trees.check_same(
       stages[-1], stage, names=(f'stage {len(stages) - 1} (the newest)', f'stage {index}')
@@ -100,22 +100,22 @@ def stacked_length(stacked: trees.PyTree) -> int:
   named = trees.named_leaves(stacked)
   shapes = {path: tuple(leaf.shape) for path, leaf in named.items() if trees.is_array(leaf)}
   if not shapes:
-    raise UserError('the history has no leaves; wanted a pytree of weights.')
+    raise UserError('the history has no leaves; expected a pytree of weights.')
   length = None
   for path, shape in shapes.items():
     if not shape:
       raise UserError(
-        f'leaf {path!r} of the stacked history is a scalar; wanted the stages on axis 0 (pass a '
+        f'leaf {path!r} of the stacked history is a scalar; expected the stages on axis 0 (pass a '
         'list of pytrees if each stage is a pytree of its own).'
       )
     if length is None:
       first, length = path, shape[0]
     if shape[0] != length:
       raise UserError(
-        f'leaf {path!r} has {shape[0]} stages on axis 0 (shape {tuple(shape)}); wanted {length}, '
+        f'leaf {path!r} has {shape[0]} stages on axis 0 (shape {tuple(shape)}); expected {length}, '
         f'as leaf {first!r} has.'
       )
   assert length is not None
   if length == 0:
-    raise UserError('the history is empty (0 stages on axis 0); wanted at least one stage.')
+    raise UserError('the history is empty (0 stages on axis 0); expected at least one stage.')
   return length

@@ -254,13 +254,13 @@ def check_fits(task: Task, starts: Sequence[Any]) -> None:
   Raises:
     UserError: a leaf below the head has another shape, or there is no head; it is named.
   """
-  wanted = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-  rest = _below_head(wanted, task.head)
-  if len(rest) in (0, len(trees.named_leaves(wanted))):
+  expected = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+  rest = _below_head(expected, task.head)
+  if len(rest) in (0, len(trees.named_leaves(expected))):
     heads = 'all' if not rest else 'none'
     raise UserError(
-      f'of the leaves of the network {heads} are in its head; wanted some (the config field head '
-      f'names a layer; there are {", ".join(sorted(wanted["params"]))}).'
+      f'of the leaves of the network {heads} are in its head; expected some (the config field head '
+      f'names a layer; there are {", ".join(sorted(expected["params"]))}).'
     )
   for variables in starts:
     trees.check_same(
@@ -283,7 +283,7 @@ def labelled_subset(task: Task, per_class: int, seed: int, kept: int = 0) -> np.
     UserError: a class has fewer examples, or a number is negative.
   """
   if per_class < 0:
-    raise UserError(f'labels_per_class is {per_class}; wanted at least 0 (0: all).')
+    raise UserError(f'labels_per_class is {per_class}; expected at least 0 (0: all).')
   size, strata = task.train.size, task.train.strata
   if not 0 <= kept < size:
     raise UserError(
@@ -418,7 +418,7 @@ def _phases(
   warm = dataclasses.replace(whole, frozen=frozen)
   for epochs, lr in (('warmup_epochs', 'warmup_lr'), ('epochs', 'lr')):
     if config[epochs] < 0:
-      raise UserError(f'{epochs} is {config[epochs]}; wanted at least 0.')
+      raise UserError(f'{epochs} is {config[epochs]}; expected at least 0.')
     learning_rates(config['schedule'], config[lr], 1)
   return [
     (warm, config['warmup_epochs'], config['warmup_lr'], 'constant'),
@@ -438,7 +438,7 @@ def backbone(task: Task, variables: Any) -> frozenset[str]:
 
 def _seeds(config: Mapping[str, Any]) -> range:
   if config['seeds'] < 1:
-    raise UserError(f'seeds is {config["seeds"]}; wanted at least 1.')
+    raise UserError(f'seeds is {config["seeds"]}; expected at least 1.')
   return range(config['seeds'])
 
 

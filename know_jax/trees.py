@@ -34,7 +34,7 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):
     path = path_string(key_path)
     if path in named:
-      raise UserError(f'two leaves have the path {path!r}; wanted a path of its own for each.')
+      raise UserError(f'two leaves have the path {path!r}; expected a path of its own for each.')
     named[path] = leaf
   return named
 
@@ -80,26 +80,26 @@ def check_same(reference: PyTree, other: PyTree, *, names: tuple[str, str]) -> N
   """Checks that two trees agree in structure, shapes and dtypes.
 
   Args:
-    reference: the tree wanted (arrays or `jax.ShapeDtypeStruct`s).
+    reference: the tree expected (arrays or `jax.ShapeDtypeStruct`s).
     other: the tree found.
     names: what the two are called in the error, reference first.
 
   Raises:
-    UserError: they differ; the first differing leaf is named with what was found and wanted.
+    UserError: they differ; the first differing leaf is named with what was found and expected.
   """
-  wanted, found = named_leaves(reference), named_leaves(other)
-  if missing := [path for path in wanted if path not in found]:
+  expected, found = named_leaves(reference), named_leaves(other)
+  if missing := [path for path in expected if path not in found]:
     raise UserError(f'{names[1]} lacks leaf {missing[0]!r}, which {names[0]} has{_more(missing)}.')
-  if extra := [path for path in found if path not in wanted]:
+  if extra := [path for path in found if path not in expected]:
     raise UserError(f'{names[1]} has leaf {extra[0]!r}, which {names[0]} lacks{_more(extra)}.')
-  for path in wanted:
-    if not (is_array(wanted[path]) or is_array(found[path])):
+  for path in expected:
+    if not (is_array(expected[path]) or is_array(found[path])):
       continue
     for what, of in (('shape', lambda leaf: tuple(np.shape(leaf))), ('dtype', dtype_of)):
-      want, have = of(wanted[path]), of(found[path])
+      want, have = of(expected[path]), of(found[path])
       if want != have:
         raise UserError(
-          f'leaf {path!r} has {what} {have} in {names[1]}; wanted {want}, as in {names[0]}.'
+          f'leaf {path!r} has {what} {have} in {names[1]}; expected {want}, as in {names[0]}.'
         )
   check_containers(reference, other, names=names)
 

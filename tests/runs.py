@@ -57,19 +57,19 @@ def snapshot(folder: Path) -> dict[str, bytes]:
   }
 
 
-def assert_same_bits(found: Any, wanted: Any) -> None:
-  found, wanted = trees.named_leaves(found), trees.named_leaves(wanted)
-  assert list(found) == list(wanted)
+def assert_same_bits(found: Any, expected: Any) -> None:
+  found, expected = trees.named_leaves(found), trees.named_leaves(expected)
+  assert list(found) == list(expected)
   for path, leaf in found.items():
-    assert leaf.dtype == wanted[path].dtype, path
-    assert np.asarray(leaf).tobytes() == np.asarray(wanted[path]).tobytes(), path
+    assert leaf.dtype == expected[path].dtype, path
+    assert np.asarray(leaf).tobytes() == np.asarray(expected[path]).tobytes(), path
 
 
-def assert_close(found: Any, wanted: Any, **tolerance: float) -> None:
-  found, wanted = trees.named_leaves(found), trees.named_leaves(wanted)
-  assert list(found) == list(wanted)
+def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
+  found, expected = trees.named_leaves(found), trees.named_leaves(expected)
+  assert list(found) == list(expected)
   for path, leaf in found.items():
-    np.testing.assert_allclose(leaf, wanted[path], err_msg=path, **tolerance)
+    np.testing.assert_allclose(leaf, expected[path], err_msg=path, **tolerance)
 
 
 def task_of(

@@ -81,8 +81,8 @@ def test_the_header_says_what_it_is(path):
 
 @every_file
 def test_the_fields_are_those_of_the_pipeline(path):
-  wanted = PIPELINES[header(path)[1]].default_config()
-  assert fields(load(path)) == fields(wanted)
+  expected = PIPELINES[header(path)[1]].default_config()
+  assert fields(load(path)) == fields(expected)
   config_dict(load(path))  # It can be kept in a record.
 
 

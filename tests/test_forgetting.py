@@ -202,8 +202,8 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields(finished, tmp_pa
   with pytest.raises(UserError) as caught:
     forget(workdir, lr=0.02, augmentation={'rotation': 5.0})
   message = str(caught.value)
-  assert 'lr: found 0.01, wanted 0.02' in message
-  assert 'augmentation.rotation: found 0.0, wanted 5.0' in message
+  assert 'lr: found 0.01, expected 0.02' in message
+  assert 'augmentation.rotation: found 0.0, expected 5.0' in message
   assert 'epochs' not in message
   assert snapshot(workdir) == before
 
@@ -377,24 +377,27 @@ def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
     ({'schedule': 'linear'}, "unknown schedule 'linear'"),
     ({'train_split': 'trian'}, "unknown split of 'digits' 'trian'. Did you mean 'train'"),
     ({'classes': (0, 77)}, "classes hold 77; 'digits' has the labels 0 to 9"),
-    ({'train_examples': 1000}, 'train_examples is 1000; wanted 0 (all) to 723'),
-    ({'train_examples': -1}, 'train_examples is -1; wanted'),
-    ({'image_size': (4, 4)}, 'images have shape (1, 4, 4, 1); wanted'),
-    ({'batch_size': 48}, 'stage 3 (0 is the whole set) has 40 examples; wanted at least one batch'),
-    ({'batch_size': 0}, 'batch_size is 0; wanted a positive multiple of the 8 devices'),
-    ({'batch_size': 12}, 'batch_size is 12; wanted a positive multiple of the 8 devices'),
+    ({'train_examples': 1000}, 'train_examples is 1000; expected 0 (all) to 723'),
+    ({'train_examples': -1}, 'train_examples is -1; expected'),
+    ({'image_size': (4, 4)}, 'images have shape (1, 4, 4, 1); expected'),
+    (
+      {'batch_size': 48},
+      'stage 3 (0 is the whole set) has 40 examples; expected at least one batch',
+    ),
+    ({'batch_size': 0}, 'batch_size is 0; expected a positive multiple of the 8 devices'),
+    ({'batch_size': 12}, 'batch_size is 12; expected a positive multiple of the 8 devices'),
     (
       {'classes': (), 'stratified': False, 'rate': 0.12, 'stages': 3, 'batch_size': 8},
       'stage 2 (0 is the whole set) has 9 examples but none of class',
     ),
-    ({'rate': 1.0}, 'rate is 1.0; wanted a number between 0 and 1'),
-    ({'stages': 0}, 'is 0; wanted 1 or more'),
-    ({'epochs': 0}, 'stage 0 has 0 epochs; wanted at least 1'),
-    ({'stage_epochs': 0}, 'stage 1 has 0 epochs; wanted at least 1'),
-    ({'lr': -0.1}, 'the learning rate is -0.1; wanted'),
-    ({'stage_lr': float('inf')}, 'the learning rate is inf; wanted'),
-    ({'weight_decay': -1.0}, 'weight_decay is -1.0; wanted'),
-    ({'augmentation': {'rotation': 200.0}}, 'augmentation rotation is 200.0; wanted'),
+    ({'rate': 1.0}, 'rate is 1.0; expected a number between 0 and 1'),
+    ({'stages': 0}, 'is 0; expected 1 or more'),
+    ({'epochs': 0}, 'stage 0 has 0 epochs; expected at least 1'),
+    ({'stage_epochs': 0}, 'stage 1 has 0 epochs; expected at least 1'),
+    ({'lr': -0.1}, 'the learning rate is -0.1; expected'),
+    ({'stage_lr': float('inf')}, 'the learning rate is inf; expected'),
+    ({'weight_decay': -1.0}, 'weight_decay is -1.0; expected'),
+    ({'augmentation': {'rotation': 200.0}}, 'augmentation rotation is 200.0; expected'),
   ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, fields, message):

@@ -78,10 +78,10 @@ def test_the_lower_bounds_are_the_versions_that_are_tested():
   # PyTorch and the tools of the site are in environments of their own: no lock file has them.
   optional = project['optional-dependencies'].items()
   extras = [v for extra, v in optional if extra not in ('torch', 'docs')]
-  wanted = [Requirement(line) for line in itertools.chain(project['dependencies'], *extras)]
+  expected = [Requirement(line) for line in itertools.chain(project['dependencies'], *extras)]
   oldest, newest = pins('oldest.txt'), pins('newest.txt')
-  assert len(wanted) > 20
-  for requirement in wanted:
+  assert len(expected) > 20
+  for requirement in expected:
     name = canonicalize_name(requirement.name)
     # One bound each, written as the oldest lock file has it.
     assert requirement.specifier == SpecifierSet(f'>={oldest[name]}'), name
@@ -91,7 +91,7 @@ def test_the_lower_bounds_are_the_versions_that_are_tested():
 def train_modules():
   """The top-level modules of the packages that the extra `train` asks for."""
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  wanted = {
+  expected = {
     re.match(r'[\w.-]+', requirement)[0].lower()
     for requirement in project['optional-dependencies']['train']
   }
@@ -99,7 +99,7 @@ def train_modules():
   found = {
     module
     for module, names in provided.items()
-    if {name.lower().replace('_', '-') for name in names} & {n.replace('_', '-') for n in wanted}
+    if {name.lower().replace('_', '-') for name in names} & {n.replace('_', '-') for n in expected}
   }
   return sorted(module for module in found if module.isidentifier())
 

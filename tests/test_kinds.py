@@ -189,11 +189,11 @@ def structs(shapes):
 
 
 def test_kinds_by_names():
-  wanted = dict(zip(structs(NAMES), TOLD, strict=True))
-  assert kinds_.find_kinds(structs(NAMES)).of == wanted
+  expected = dict(zip(structs(NAMES), TOLD, strict=True))
+  assert kinds_.find_kinds(structs(NAMES)).of == expected
   rules = kinds_.parse_kinds(['^fc=keep', 'fc/weight=conv', r'bias$=fc'])
   found = kinds_.find_kinds(structs(NAMES), rules).of
-  assert found == wanted | {
+  assert found == expected | {
     'fc/weight': 'keep', 'fc/bias': 'fc', 'bn/bias': 'fc', 'dense/bias': 'fc', 'ln/bias': 'fc'
   }  # fmt: skip
 

@@ -65,8 +65,8 @@ def test_the_plane_equals_a_singular_value_decomposition(count, size):
   projected = offsets @ (signs[:, None] * vt[:2]).T
   np.testing.assert_allclose(plane.coordinates(others), projected, atol=1e-8)
   # Pythagoras: what is not along the axes is off the plane.
-  wanted = np.sqrt((offsets**2).sum(1) - (projected**2).sum(1))
-  np.testing.assert_allclose(plane.distances(others), wanted, rtol=1e-6, atol=1e-6)
+  expected = np.sqrt((offsets**2).sum(1) - (projected**2).sum(1))
+  np.testing.assert_allclose(plane.distances(others), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_flattening_and_back(stages):
   # Leaves that predictors keep are those of the other stage.
   mixed = trees.named_leaves(kinds_.unflatten(vector, stages[-1]))
   for path, leaf in trees.named_leaves(stages[-1]).items():
-    wanted = named[path] if path in moved else leaf
-    assert mixed[path].tobytes() == np.asarray(wanted).tobytes(), path
+    expected = named[path] if path in moved else leaf
+    assert mixed[path].tobytes() == np.asarray(expected).tobytes(), path
 
 
 def test_neighbours_are_as_far_as_they_should_be(stages):
@@ -122,9 +122,9 @@ def test_the_surface_is_what_evaluation_gives(stages, task, points_per_call):
   data = Data(tested, task.prepare)
   for i, place in enumerate(coordinates):
     variables = kinds_.unflatten(plane.mean + place @ plane.axes, stages[-1])
-    wanted = loop.evaluate(task, variables, data)
-    assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
-    assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
+    expected = loop.evaluate(task, variables, data)
+    assert loss[i] == pytest.approx(expected['loss'], rel=1e-4)
+    assert accuracy[i] == pytest.approx(expected['accuracy'], abs=1e-9)
   assert len(set(loss)) == 6
 
 
@@ -141,9 +141,9 @@ def test_three_stages_lie_on_their_own_plane(stages, task):
   )  # fmt: skip
   data = Data(task.test, task.prepare)
   for i, stage in enumerate(few):
-    wanted = loop.evaluate(task, stage, data)
-    assert loss[i] == pytest.approx(wanted['loss'], rel=1e-4)
-    assert accuracy[i] == pytest.approx(wanted['accuracy'], abs=1e-9)
+    expected = loop.evaluate(task, stage, data)
+    assert loss[i] == pytest.approx(expected['loss'], rel=1e-4)
+    assert accuracy[i] == pytest.approx(expected['accuracy'], abs=1e-9)
 
 
 # -- a run ---------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
   data = Data(part_of(task.test, np.arange(60)), task.prepare)
   shrunk = jax.device_get(predict(stages, 2, predictor='shrink', rate=0.4))
   for place, variables in ((0, stages[0]), (4, stages[-1]), (8, shrunk)):
-    wanted = loop.evaluate(task, variables, data)
-    assert found['points'][place]['accuracy'] == wanted['accuracy']
-    assert found['points'][place]['loss'] == wanted['loss']
+    expected = loop.evaluate(task, variables, data)
+    assert found['points'][place]['accuracy'] == expected['accuracy']
+    assert found['points'][place]['loss'] == expected['loss']
   # The plane is that of stages and neighbours; the points' places are on it.
   cloud = [
     np.concatenate([
@@ -185,9 +185,9 @@ def test_a_landscape_holds_stages_predictions_and_surface(drawn, stages, task):
   assert x[-1] - x[0] == pytest.approx(y[-1] - y[0])
   # Row 2 and column 1 of the surface are y[2] and x[1].
   variables = kinds_.unflatten(plane.mean + np.array([x[1], y[2]]) @ plane.axes, stages[-1])
-  wanted = loop.evaluate(task, variables, data)
-  assert found['loss'][2][1] == pytest.approx(wanted['loss'], rel=1e-4)
-  assert found['accuracy'][2][1] == pytest.approx(wanted['accuracy'])
+  expected = loop.evaluate(task, variables, data)
+  assert found['loss'][2][1] == pytest.approx(expected['loss'], rel=1e-4)
+  assert found['accuracy'][2][1] == pytest.approx(expected['accuracy'])
 
 
 def test_the_picture_and_the_report(drawn):
@@ -229,9 +229,9 @@ def test_parameters_of_known_can_be_given(drawn, known_file, tmp_path):
   [
     ({'predictors': ('shirnk',)}, "unknown predictor 'shirnk'. Did you mean 'shrink'"),
     ({'steps': 5}, "predictor 'task_vector' needs a history of 6 stages for steps=5; found 5"),
-    ({'grid': (1, 3)}, r'grid is \(1, 3\); wanted two numbers of at least 2'),
-    ({'noise': -0.1}, 'noise is -0.1; wanted at least 0'),
-    ({'examples': 10000}, 'examples is 10000; wanted 0'),
+    ({'grid': (1, 3)}, r'grid is \(1, 3\); expected two numbers of at least 2'),
+    ({'noise': -0.1}, 'noise is -0.1; expected at least 0'),
+    ({'examples': 10000}, 'examples is 10000; expected 0'),
     ({'known': '/none/here'}, '/none/here'),
   ],
 )

@@ -131,7 +131,7 @@ MISTAKES = [
   (('forget.py', '--config.epoch=3'), "unknown config field 'epoch'. Did you mean 'epochs'"),
   (
     ('forget.py', '--config.batch_size=128'),
-    'stage 4 (0 is the whole set) has 100 examples; wanted',
+    'stage 4 (0 is the whole set) has 100 examples; expected',
   ),
   (
     ('forget.py', '--config.rate=0.1', '--config.stages=3', '--config.batch_size=1',
@@ -159,7 +159,7 @@ def test_what_a_finished_run_cannot_do(scripts, whole):
   for command, message in (
     (
       ('forget.py', *SMALL, '--config.lr=0.02'),
-      'another config. lr: found 0.01, wanted 0.02. Give',
+      'another config. lr: found 0.01, expected 0.02. Give',
     ),
     (('nowcast.py', '--predictor=shrik'), "unknown predictor 'shrik'. Did you mean 'shrink'"),
     (('nowcast.py', '--predictor=task_vector', '--steps=5'), 'can do at most steps=4 with the 5'),

@@ -17,9 +17,9 @@ def stages(count=4):
   ]
 
 
-def assert_same(found, wanted):
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+def assert_same(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_trajectory_is_a_sequence_of_stages_oldest_first():
@@ -54,10 +54,10 @@ def in_numpy(history):
   return Trajectory(jax.tree.map(lambda *leaves: np.stack(leaves), *history))
 
 
-def same_weights(found, wanted):
+def same_weights(found, expected):
   """The same bits in the same dtypes, whether of JAX or NumPy."""
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert (a.dtype, a.shape) == (b.dtype, b.shape)
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -76,15 +76,15 @@ def test_stacking_taking_apart_and_stacking_again_changes_nothing(history):
 def test_slices_are_those_of_the_list_of_stages(history, start, stop, step):
   trajectory = in_numpy(history)
   part = slice(start, stop, step)
-  wanted = history[part]
-  if not wanted:
+  expected = history[part]
+  if not expected:
     with pytest.raises(UserError, match='the history is empty'):
       len(trajectory[part])
     return
-  same_weights(list(trajectory[part]), wanted)
-  same_weights(trajectory[part].newest, wanted[-1])
+  same_weights(list(trajectory[part]), expected)
+  same_weights(trajectory[part].newest, expected[-1])
   # A slice of a slice.
-  same_weights(list(trajectory[part][::-2]), wanted[::-2])
+  same_weights(list(trajectory[part][::-2]), expected[::-2])
 
 
 @hypothesis.given(histories)
@@ -119,7 +119,7 @@ def test_dtypes_are_kept():
 
 
 def test_no_stage_is_an_error():
-  with pytest.raises(UserError, match='the history is empty; wanted the weights of at least one'):
+  with pytest.raises(UserError, match='the history is empty; expected the weights of at least one'):
     Trajectory.from_sequence([])
   with pytest.raises(UserError, match=r'the history is empty \(0 stages on axis 0\)'):
     len(Trajectory.from_sequence(stages())[4:])
@@ -129,7 +129,8 @@ def test_a_stage_that_differs_is_an_error_that_names_stage_and_leaf():
   history = stages()
   history[1]['a']['kernel'] = np.zeros((3, 2), np.float32)
   message = (
-    r"leaf 'a/kernel' has shape \(3, 2\) in stage 1; wanted \(2, 3\), as in stage 3 \(the newest\)"
+    r"leaf 'a/kernel' has shape \(3, 2\) in stage 1; expected \(2, 3\), as in stage 3 "
+    r'\(the newest\)'
   )
   with pytest.raises(UserError, match=message):
     Trajectory.from_sequence(history)
@@ -142,7 +143,7 @@ def test_64_bit_stages_are_not_narrowed():
 
 def test_stacked_leaves_must_agree_on_the_number_of_stages():
   with pytest.raises(
-    UserError, match=r"leaf 'b' has 3 stages on axis 0 \(shape \(3, 7\)\); wanted 4"
+    UserError, match=r"leaf 'b' has 3 stages on axis 0 \(shape \(3, 7\)\); expected 4"
   ):
     stacked_length({'a': np.zeros((4, 2)), 'b': np.zeros((3, 7))})
   with pytest.raises(UserError, match="leaf 'b' of the stacked history is a scalar"):

@@ -313,7 +313,7 @@ def test_labelled_subsets_hold_so_many_of_each_class():
   ('per_class', 'message'),
   [
     (4, 'labels_per_class is 4, but class 2 has 3 training examples'),
-    (-1, 'labels_per_class is -1; wanted at least 0'),
+    (-1, 'labels_per_class is -1; expected at least 0'),
   ],
 )
 def test_labelled_subsets_that_cannot_be_drawn(per_class, message):
@@ -358,18 +358,18 @@ def test_validation_examples_are_kept_from_training(monkeypatch, copy):
     (
       {'image_size': (16, 16)},
       r"leaf 'params/dense/kernel' has shape \(16, 16\) in the network for digits images "
-      r'\(16, 16, 1\); wanted \(4, 16\), as in the source network',
+      r'\(16, 16, 1\); expected \(4, 16\), as in the source network',
     ),
     ({'labels_per_class': 500}, r'labels_per_class is 500, but class \d has \d+ training examples'),
-    ({'labels_per_class': 3}, 'the labelled subset has 15 examples; wanted at least batch_size'),
-    ({'batch_size': 20}, 'batch_size is 20; wanted a positive multiple of the 8 devices'),
-    ({'seeds': 0}, 'seeds is 0; wanted at least 1'),
-    ({'epochs': -1}, 'epochs is -1; wanted at least 0'),
-    ({'warmup_lr': -1.0}, 'the learning rate is -1.0; wanted'),
+    ({'labels_per_class': 3}, 'the labelled subset has 15 examples; expected at least batch_size'),
+    ({'batch_size': 20}, 'batch_size is 20; expected a positive multiple of the 8 devices'),
+    ({'seeds': 0}, 'seeds is 0; expected at least 1'),
+    ({'epochs': -1}, 'epochs is -1; expected at least 0'),
+    ({'warmup_lr': -1.0}, 'the learning rate is -1.0; expected'),
     ({'optimizer': 'sdg'}, "unknown optimizer 'sdg'. Did you mean 'sgd'"),
     ({'schedule': 'cosin'}, "unknown schedule 'cosin'. Did you mean 'cosine'"),
     ({'test_split': 'tset'}, "unknown split of 'digits' 'tset'. Did you mean 'test'"),
-    ({'augmentation': {'zoom': 2.0}}, 'augmentation zoom is 2.0; wanted'),
+    ({'augmentation': {'zoom': 2.0}}, 'augmentation zoom is 2.0; expected'),
   ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(copy, fields, message):

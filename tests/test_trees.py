@@ -34,10 +34,10 @@ def test_differing_trees_are_told_apart_by_leaf():
     "the new has leaf 'c', which the old lacks (and 1 more such leaves)."
   )
   assert checked(base, base | {'b': {'bias': struct(4)}}) == (
-    "leaf 'b/bias' has shape (4,) in the new; wanted (2,), as in the old."
+    "leaf 'b/bias' has shape (4,) in the new; expected (2,), as in the old."
   )
   assert checked(base, base | {'b': {'bias': struct(2, dtype=jnp.bfloat16)}}) == (
-    "leaf 'b/bias' has dtype bfloat16 in the new; wanted float32, as in the old."
+    "leaf 'b/bias' has dtype bfloat16 in the new; expected float32, as in the old."
   )
   message = checked(base, flax.core.freeze(base))
   assert 'containers of other types' in message

@@ -291,12 +291,12 @@ def test_the_workdir_is_one_that_nowcast_reads(tmp_path):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'key': 4}, r'key: found \[0, 3\], wanted \[0, 4\]'),
+    ({'key': 4}, r'key: found \[0, 3\], expected \[0, 4\]'),
     ({'start': {'w': np.zeros((4, 1), np.float32)}}, "has leaf 'b', which start lacks"),
     ({'start': {**numpy_start(), 'c': np.zeros(1, np.float32)}}, "lacks leaf 'c', which start has"),
     (
       {'start': {**numpy_start(), 'w': np.zeros((4, 2), np.float32)}},
-      r"leaf 'w' has shape \(4, 1\) in .*; wanted \(4, 2\), as in start",
+      r"leaf 'w' has shape \(4, 1\) in .*; expected \(4, 2\), as in start",
     ),
   ],
 )

@@ -93,13 +93,13 @@ def agree_and_fail_together():
 
 
 def refuse_what_does_not_fit(folder):
-  wrong = 'batch_size is 6; wanted a positive multiple of the 4 devices of 2 processes'
+  wrong = 'batch_size is 6; expected a positive multiple of the 4 devices of 2 processes'
   with pytest.raises(UserError, match=wrong):
     forget(folder / 'refused', batch_size=6)
   with pytest.raises(UserError, match=r'lr is 0\.1 in process 0 and 0\.2 in process 1'):
     forget(folder / 'refused', lr=[0.1, 0.2][jax.process_index()])
   # Each in a folder that only one of them has.
-  with pytest.raises(UserError, match=r'wanted a folder that all processes share'):
+  with pytest.raises(UserError, match=r'expected a folder that all processes share'):
     forget(folder / f'apart{jax.process_index()}', **FEW_STEPS)
 
 
@@ -107,12 +107,12 @@ def predict_where_the_weights_are():
   history = make_history()
   arrays = [spread(stage) for stage in history]
   found = trees.named_leaves(know_jax.predict(arrays))
-  wanted = trees.named_leaves(know_jax.predict(history))
+  expected = trees.named_leaves(know_jax.predict(history))
   newest = trees.named_leaves(arrays[-1])
   for path, leaf in found.items():
     assert leaf.sharding.is_equivalent_to(newest[path].sharding, leaf.ndim), path
     for shard in leaf.addressable_shards:
-      part = np.asarray(wanted[path])[shard.index]
+      part = np.asarray(expected[path])[shard.index]
       np.testing.assert_allclose(shard.data, part, rtol=1e-5, atol=1e-6, err_msg=path)
   plan = plan_of(arrays, 1, 'known_leaf', None, 0.5, None, 'keep', {})
   leaves = plan.history.leaves
@@ -136,7 +136,7 @@ def save_and_restore(folder):
   """Leaves a checkpoint of weights that no process has all of."""
   newest, path = make_history()[-1], folder / 'spread'
   checkpoints.save(path, {**spread(newest), 'step': np.int64(7)}, metadata={'of': 'two'})
-  with pytest.raises(UserError, match='exists; wanted a new path, or overwrite=True'):
+  with pytest.raises(UserError, match='exists; expected a new path, or overwrite=True'):
     checkpoints.save(path, newest)
   found = checkpoints.restore(path)
   for name, leaf in trees.named_leaves(newest).items():

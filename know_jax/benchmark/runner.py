@@ -64,12 +64,12 @@ def run(
       if name in chosen:
         others = ','.join(name for name in SECTIONS if name not in _OF_LINUX)
         raise UserError(
-          f'section {name!r} reads memory from /proc, which is not there; wanted Linux, or '
+          f'section {name!r} reads memory from /proc, which is not there; expected Linux, or '
           f'--only={others}.'
         )
   path = local_path(path, 'output')
   if path.suffix != '.md':
-    raise UserError(f'the output is {str(path)!r}; wanted a Markdown file, as in benchmark.md.')
+    raise UserError(f'the output is {str(path)!r}; expected a Markdown file, as in benchmark.md.')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):

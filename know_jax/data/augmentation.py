@@ -36,16 +36,16 @@ class Augmentation:
   flip: bool = False
 
   def __post_init__(self):
-    for name, wanted, fits in (
+    for name, expected, fits in (
       ('rotation', '0 to 180 degrees', lambda value: 0 <= value <= 180),
       ('shift', '0 to below 1, a fraction of the side', lambda value: 0 <= value < 1),
       ('zoom', '0 to below 1', lambda value: 0 <= value < 1),
     ):
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        raise UserError(f'augmentation {name} is {value!r}; wanted a number from {wanted}.')
+        raise UserError(f'augmentation {name} is {value!r}; expected a number from {expected}.')
     if not isinstance(self.flip, bool):
-      raise UserError(f'augmentation flip is {self.flip!r}; wanted True or False.')
+      raise UserError(f'augmentation flip is {self.flip!r}; expected True or False.')
 
 
 # The setting of the paper's meta-dataset and CIFAR experiments.
@@ -82,13 +82,13 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
   """
   if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(
-      f'images have shape {images.shape} and dtype {images.dtype}; wanted [B, H, W, C], floating '
+      f'images have shape {images.shape} and dtype {images.dtype}; expected [B, H, W, C], floating '
       'point.'
     )
   if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != images.shape[:1]:
     raise UserError(
-      f'keys have shape {keys.shape} and dtype {keys.dtype}; wanted {images.shape[:1]}, one typed '
-      'key an image, as from jax.random.split(key, B).'
+      f'keys have shape {keys.shape} and dtype {keys.dtype}; expected {images.shape[:1]}, one '
+      'typed key an image, as from jax.random.split(key, B).'
     )
   if augmentation == Augmentation():
     return images

@@ -117,7 +117,7 @@ def load_dataset(
   if image_size is not None and (
     len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size)
   ):
-    raise UserError(f'image_size is {image_size!r}; wanted (H, W), two whole numbers of pixels.')
+    raise UserError(f'image_size is {image_size!r}; expected (H, W), two whole numbers of pixels.')
   size = None if image_size is None else (image_size[0], image_size[1])
   if name in _without_files():
     images, labels, class_names = _without_files()[name](split, size)
@@ -144,8 +144,8 @@ def mean_image(images: np.ndarray) -> np.ndarray:
   """
   if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
     raise UserError(
-      f'images have shape {images.shape} and dtype {images.dtype}; wanted uint8 [N, H, W, C] with '
-      'N > 0.'
+      f'images have shape {images.shape} and dtype {images.dtype}; expected uint8 [N, H, W, C] '
+      'with N > 0.'
     )
   return (images.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
 
@@ -158,7 +158,7 @@ def to_device_input(images: jax.Array, mean: jax.Array) -> jax.Array:
   """
   if images.dtype != jnp.uint8 or images.shape[-3:] != mean.shape:
     raise UserError(
-      f'images have shape {images.shape} and dtype {images.dtype}; wanted uint8 [..., H, W, C] '
+      f'images have shape {images.shape} and dtype {images.dtype}; expected uint8 [..., H, W, C] '
       f'with (H, W, C) = {mean.shape}, the shape of the mean image.'
     )
   return images.astype(jnp.float32) / 255 - mean
@@ -173,7 +173,7 @@ def _keep_classes(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
   for label in classes:
     if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-      raise UserError(f'classes hold {label!r}; wanted labels, whole numbers.')
+      raise UserError(f'classes hold {label!r}; expected labels, whole numbers.')
     if not 0 <= label < len(class_names):
       raise UserError(f'classes hold {label}; {name!r} has the labels 0 to {len(class_names) - 1}.')
     if list(classes).count(label) > 1:
@@ -244,38 +244,38 @@ def _find_prepared(name: str, base: Path) -> Path:
   if not match:
     raise unknown_name('data set', name, [*_prepared(base), *_without_files()])
   prepared = _prepared(base, match['set'])
-  wanted = name.removesuffix(f':{match["version"]}')
-  if wanted not in prepared:
-    variants = sorted(known for known in prepared if known.startswith(f'{wanted}/'))
+  asked = name.removesuffix(f':{match["version"]}')
+  if asked not in prepared:
+    variants = sorted(known for known in prepared if known.startswith(f'{asked}/'))
     if not variants:
-      raise _missing(match['set'], wanted, base)
+      raise _missing(match['set'], asked, base)
     if len(variants) > 1:
       raise UserError(
-        f'data set {wanted!r} is prepared in {base} in {len(variants)} configurations; wanted one '
+        f'data set {asked!r} is prepared in {base} in {len(variants)} configurations; expected one '
         f'of {", ".join(repr(variant) for variant in variants)}.'
       )
-    wanted = variants[0]
-  versions = prepared[wanted]
+    asked = variants[0]
+  versions = prepared[asked]
   version = match['version'] or max(versions, key=lambda v: [int(part) for part in v.split('.')])
   if version not in versions:
     raise UserError(
-      f'data set {wanted!r} is prepared in {base} in version {", ".join(sorted(versions))}; wanted '
-      f'{version}.'
+      f'data set {asked!r} is prepared in {base} in version {", ".join(sorted(versions))}; '
+      f'expected {version}.'
     )
   return versions[version]
 
 
-def _missing(base_name: str, wanted: str, base: Path) -> UserError:
+def _missing(base_name: str, asked: str, base: Path) -> UserError:
   """The error for a data set that is not there."""
-  tfds = _import_tfds(f'data set {wanted!r}')
+  tfds = _import_tfds(f'data set {asked!r}')
   offered = tfds.list_builders(with_community_datasets=False)
   if base_name in offered:
     return UserError(
-      f'data set {wanted!r} is not prepared in {base}. {_how_to_prepare(wanted, base)}'
+      f'data set {asked!r} is not prepared in {base}. {_how_to_prepare(asked, base)}'
     )
   prepared = _prepared(base)
   message = (
-    f'{unknown_name("data set", wanted, [*prepared, *_without_files()])} These need no files, or '
+    f'{unknown_name("data set", asked, [*prepared, *_without_files()])} These need no files, or '
     f'are prepared in {base}.'
   )
   near = difflib.get_close_matches(base_name, offered, n=3, cutoff=0.7)
@@ -326,8 +326,8 @@ def _open(name: str, folder: Path) -> tuple[Any, Any]:
   if 'array_record' not in formats:
     raise UserError(
       f'data set {name!r} in {folder} is stored as {" and ".join(sorted(formats))}, which is not '
-      'read without TensorFlow; wanted array_record. Prepare it anew, in another data directory or '
-      f'after removing this one. {_how_to_prepare(name, Path("DIR"))}'
+      'read without TensorFlow; expected array_record. Prepare it anew, in another data directory '
+      f'or after removing this one. {_how_to_prepare(name, Path("DIR"))}'
     )
   return tfds, builder
 
@@ -365,13 +365,13 @@ def _image_and_label(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     raise UserError(
       f'data set {name!r} is not one for image classification: it has the features '
       f'{found or type(info.features).__name__} and the supervised keys {info.supervised_keys}; '
-      'wanted one Image and one ClassLabel.'
+      'expected one Image and one ClassLabel.'
     )
   image = features[images[0]]
   if image.np_dtype != np.uint8 or image.shape[-1] not in _MODES:
     raise UserError(
       f'feature {images[0]!r} of data set {name!r} holds images of {np.dtype(image.np_dtype)} with '
-      f'{image.shape[-1]} channels; wanted uint8 with 1, 3 or 4.'
+      f'{image.shape[-1]} channels; expected uint8 with 1, 3 or 4.'
     )
   return images[0], labels[0]
 
@@ -428,7 +428,7 @@ def _decode(
   if not len(labels) or labels.min() < 0:
     raise UserError(
       f'{name}/{split} has {len(labels)} examples, {(labels < 0).sum()} of them without a label; '
-      'wanted some, all with one.'
+      'expected some, all with one.'
     )
   return images, labels
 

@@ -46,20 +46,20 @@ def nested_subsets(
   labels = _checked_labels(labels)
   if not (hasattr(key, 'dtype') and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
     raise UserError(
-      f'key is {type(key).__name__} with dtype {getattr(key, "dtype", None)}; wanted one typed '
+      f'key is {type(key).__name__} with dtype {getattr(key, "dtype", None)}; expected one typed '
       'key, as from jax.random.key(seed).'
     )
   if key.shape != ():
-    raise UserError(f'key has shape {key.shape}; wanted one key, of shape ().')
+    raise UserError(f'key has shape {key.shape}; expected one key, of shape ().')
   if (generator := str(jax.random.key_impl(key))) != 'threefry2x32':
     raise UserError(
-      f'key is of the generator {generator!r}; wanted threefry2x32, whose numbers are the same on '
-      'every machine: leave jax_default_prng_impl alone.'
+      f'key is of the generator {generator!r}; expected threefry2x32, whose numbers are the same '
+      'on every machine: leave jax_default_prng_impl alone.'
     )
   if not 0 < rate < 1:
-    raise UserError(f'rate is {rate}; wanted a number between 0 and 1, both excluded.')
+    raise UserError(f'rate is {rate}; expected a number between 0 and 1, both excluded.')
   if phases < 1:
-    raise UserError(f'phases is {phases}; wanted 1 or more.')
+    raise UserError(f'phases is {phases}; expected 1 or more.')
   # A flag of JAX's (JAX_THREEFRY_PARTITIONABLE) would give other subsets.
   with jax.threefry_partitionable(True):
     order = np.asarray(jax.random.permutation(key, labels.size))
@@ -113,7 +113,7 @@ def check_subsets(
   for stage, subset in enumerate(subsets):
     if subset.size < batch_size:
       raise UserError(
-        f'stage {stage} (0 is the whole set) has {subset.size} examples; wanted at least one '
+        f'stage {stage} (0 is the whole set) has {subset.size} examples; expected at least one '
         f'batch of {batch_size}. Use a smaller batch, fewer stages, a higher rate or more data.'
       )
     if labels is None:
@@ -122,7 +122,7 @@ def check_subsets(
       more = f' (and {len(missing) - 1} more such classes)' if len(missing) > 1 else ''
       raise UserError(
         f'stage {stage} (0 is the whole set) has {subset.size} examples but none of class '
-        f'{missing[0]}{more}; wanted all {len(classes)} classes. Use stratified subsets, fewer '
+        f'{missing[0]}{more}; expected all {len(classes)} classes. Use stratified subsets, fewer '
         'stages, a higher rate or more data.'
       )
 
@@ -131,6 +131,6 @@ def _checked_labels(labels: ArrayLike) -> np.ndarray:
   labels = np.asarray(labels)
   if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
     raise UserError(
-      f'labels have shape {labels.shape} and dtype {labels.dtype}; wanted [N] integers, N > 0.'
+      f'labels have shape {labels.shape} and dtype {labels.dtype}; expected [N] integers, N > 0.'
     )
   return labels

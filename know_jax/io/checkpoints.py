@@ -171,7 +171,7 @@ def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
 
   Raises:
     UserError: the checkpoint is missing, foreign, of another format version, incomplete or
-      altered, or differs from `like`; the file or leaf is named, with what was found and wanted.
+      altered, or differs from `like`; the file or leaf is named, with what was found and expected.
   """
   path = _absolute(path)
   with _os_errors(f'cannot read checkpoint {path}'):
@@ -182,7 +182,7 @@ def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
     tree = _orbax_restore(path, home / _WEIGHTS, manifest['leaves'], stored)
   _check_leaves(path, tree, manifest['leaves'], checksums=True)
   if like is not None:
-    trees.check_same(like, tree, names=('the tree wanted', f'checkpoint {path}'))
+    trees.check_same(like, tree, names=('the tree expected', f'checkpoint {path}'))
   return tree
 
 
@@ -245,7 +245,7 @@ def exists(path: str | os.PathLike) -> bool:
 def _host_leaves(tree: PyTree) -> PyTree:
   """The tree with NumPy arrays for leaves, but for those that no process has all of."""
   if not isinstance(tree, dict):
-    raise UserError(f'cannot save a tree of {type(tree)}; wanted nested dicts of arrays.')
+    raise UserError(f'cannot save a tree of {type(tree)}; expected nested dicts of arrays.')
   seen: dict[str, tuple[str, ...]] = {}
 
   def convert(node: Any, keys: tuple[str, ...]) -> Any:
@@ -253,7 +253,7 @@ def _host_leaves(tree: PyTree) -> PyTree:
     if isinstance(node, dict):
       for key in node:
         if not isinstance(key, str):
-          raise UserError(f'key {key!r} in {name!r} is of {type(key)}; wanted a string.')
+          raise UserError(f'key {key!r} in {name!r} is of {type(key)}; expected a string.')
       return {key: convert(child, (*keys, key)) for key, child in node.items()}
     # Orbax joins keys by dots for its file names; two leaves of one name overwrite each other.
     for separator in './':
@@ -271,13 +271,13 @@ def _host_leaves(tree: PyTree) -> PyTree:
 def _host_leaf(leaf: Any, name: str) -> np.ndarray | jax.Array:
   if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
     raise UserError(
-      f'leaf {name!r} is of {type(leaf)}; wanted a NumPy or JAX array, in nested dicts.'
+      f'leaf {name!r} is of {type(leaf)}; expected a NumPy or JAX array, in nested dicts.'
     )
   dtype = leaf.dtype
   numeric = jnp.issubdtype(dtype, np.number) or dtype == np.bool_
   if not numeric or not getattr(dtype, 'isnative', True):
     raise UserError(
-      f'leaf {name!r} has dtype {dtype}; wanted numbers in native byte order '
+      f'leaf {name!r} has dtype {dtype}; expected numbers in native byte order '
       '(of a random key: jax.random.key_data).'
     )
   if leaf.size == 0:
@@ -297,12 +297,12 @@ def _leaf_checksum(leaf: np.ndarray | jax.Array) -> str:
 
 
 def _check_leaves(
-  path: Path, tree: PyTree, wanted: dict[str, dict[str, Any]], *, checksums: bool
+  path: Path, tree: PyTree, expected: dict[str, dict[str, Any]], *, checksums: bool
 ) -> None:
   """Compares leaves, or Orbax's descriptions of them, with the manifest."""
   found = trees.named_leaves(tree)
-  if found.keys() != wanted.keys():
-    name = sorted(found.keys() ^ wanted.keys())[0]
+  if found.keys() != expected.keys():
+    name = sorted(found.keys() ^ expected.keys())[0]
     where = ('weights', 'manifest') if name in found else ('manifest', 'weights')
     raise UserError(
       f'checkpoint {path} is damaged: leaf {name!r} is in its {where[0]}, not in its {where[1]}.'
@@ -312,10 +312,10 @@ def _check_leaves(
     if checksums:
       have['sha256'] = _leaf_checksum(leaf)
     for what, value in have.items():
-      if value != wanted[name][what]:
+      if value != expected[name][what]:
         raise UserError(
-          f'checkpoint {path} is damaged: leaf {name!r} has {what} {value}; wanted '
-          f'{wanted[name][what]}, as in its manifest.'
+          f'checkpoint {path} is damaged: leaf {name!r} has {what} {value}; expected '
+          f'{expected[name][what]}, as in its manifest.'
         )
 
 
@@ -373,7 +373,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
   if not path.exists():
     return
   if not overwrite:
-    raise UserError(f'{path} exists; wanted a new path, or overwrite=True.')
+    raise UserError(f'{path} exists; expected a new path, or overwrite=True.')
   if not (path / _MANIFEST).is_file():
     # Replacing means deleting, and this may be anything.
     raise UserError(f'{path} exists and is not a know_jax checkpoint; it is not replaced.')
@@ -461,7 +461,7 @@ def _read_manifest(path: Path, home: Path) -> dict[str, Any]:
   if manifest.get('format') != FORMAT:
     raise UserError(
       f'{path} is not a know_jax checkpoint: its {_MANIFEST} has format '
-      f'{manifest.get("format")!r}; wanted {FORMAT!r}.'
+      f'{manifest.get("format")!r}; expected {FORMAT!r}.'
     )
   if manifest.get('version') != VERSION:
     raise UserError(
@@ -473,7 +473,7 @@ def _read_manifest(path: Path, home: Path) -> dict[str, Any]:
   # All files are read to compare their checksums, so they must not be of any size.
   size = sum(file['size'] for file in manifest['files'].values())
   if size > (most := 2 * _size(manifest['leaves']) + 2**12 * len(manifest['leaves']) + 2**20):
-    raise UserError(f'checkpoint {path} has files of {size} bytes; wanted at most {most}.')
+    raise UserError(f'checkpoint {path} has files of {size} bytes; expected at most {most}.')
   return manifest
 
 
@@ -506,22 +506,23 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
     return False
 
 
-def _check_files(path: Path, home: Path, wanted: dict[str, dict[str, Any]]) -> None:
+def _check_files(path: Path, home: Path, expected: dict[str, dict[str, Any]]) -> None:
   damaged = f'checkpoint {path} is damaged: file '
   found = {name: status for name, status in _walk(home) if name != _MANIFEST}
-  for name in sorted(found.keys() | wanted.keys()):
+  for name in sorted(found.keys() | expected.keys()):
     if name not in found:
       raise UserError(f'{damaged}{name!r} is missing.')
-    if name not in wanted:
+    if name not in expected:
       raise UserError(f'{damaged}{name!r} does not belong to it.')
     if not stat.S_ISREG(found[name].st_mode):
-      raise UserError(f'{damaged}{name!r} is a link or a device; wanted a plain file.')
-    if (size := found[name].st_size) != wanted[name]['size']:
-      raise UserError(f'{damaged}{name!r} has {size} bytes; wanted {wanted[name]["size"]}.')
-  for name, entry in wanted.items():
+      raise UserError(f'{damaged}{name!r} is a link or a device; expected a plain file.')
+    if (size := found[name].st_size) != expected[name]['size']:
+      raise UserError(f'{damaged}{name!r} has {size} bytes; expected {expected[name]["size"]}.')
+  for name, entry in expected.items():
     if (checksum := _file_checksum(home / name)) != entry['sha256']:
       raise UserError(
-        f'{damaged}{name!r} has been altered: it has SHA-256 {checksum}; wanted {entry["sha256"]}.'
+        f'{damaged}{name!r} has been altered: it has SHA-256 {checksum}; expected '
+        f'{entry["sha256"]}.'
       )
 
 
@@ -556,17 +557,17 @@ def _orbax_save(path: Path, directory: Path, tree: PyTree) -> None:
 
 
 def _orbax_restore(
-  path: Path, directory: Path, wanted: dict[str, dict[str, Any]], stored: int
+  path: Path, directory: Path, expected: dict[str, dict[str, Any]], stored: int
 ) -> PyTree:
   import orbax.checkpoint as ocp
 
-  if (size := _size(wanted)) > (memory := memory_bytes()):
+  if (size := _size(expected)) > (memory := memory_bytes()):
     raise UserError(f'checkpoint {path} holds {size} bytes; this machine has {memory}.')
   try:
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
       # Shapes first: reading allocates what they say.
       described = checkpointer.metadata(directory).item_metadata.tree
-      _check_leaves(path, described, wanted, checksums=False)
+      _check_leaves(path, described, expected, checksums=False)
       _check_chunks(path, described, stored)
     with _quiet(), ocp.PyTreeCheckpointer() as reader:
       # Also what was saved from several devices, which need not be there.
@@ -575,7 +576,7 @@ def _orbax_restore(
     for name, leaf in trees.named_leaves(tree).items():
       if not isinstance(leaf, np.ndarray):
         raise UserError(
-          f'checkpoint {path} is damaged: leaf {name!r} is of {type(leaf)}; wanted an array.'
+          f'checkpoint {path} is damaged: leaf {name!r} is of {type(leaf)}; expected an array.'
         )
     return tree
   except UserError:

@@ -107,7 +107,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
   given = local_path(path, 'history')
   try:
     if not given.is_file() and not given.is_dir():
-      raise UserError(f'{given}: no such file or folder; wanted the weights of a stage.')
+      raise UserError(f'{given}: no such file or folder; expected the weights of a stage.')
     if module := detect(given):
       return module.open(given)
     if given.is_dir():

@@ -63,23 +63,25 @@ def _dataset(file: Any, name: str, limit: int) -> Any:
     link = data.get(part, getlink=True) if isinstance(data, h5py.Group) and part in data else None
     # Links are not followed: they may lead to other files.
     if link is not None and not isinstance(link, h5py.HardLink):
-      raise _RefusedError(f'{name}: is a link to elsewhere; wanted the data set itself.')
+      raise _RefusedError(f'{name}: is a link to elsewhere; expected the data set itself.')
     if link is None:
       raise _RefusedError(f'{name}: is missing.')
     data = data[part]
   if not isinstance(data, h5py.Dataset):
-    raise _RefusedError(f'{name}: is a group (sparse, or a struct); wanted a full array.')
+    raise _RefusedError(f'{name}: is a group (sparse, or a struct); expected a full array.')
   if data.is_virtual or data.external:
-    raise _RefusedError(f'{name}: keeps its values in other files; wanted them in the file itself.')
+    raise _RefusedError(
+      f'{name}: keeps its values in other files; expected them in the file itself.'
+    )
   if data.dtype.kind != 'f' or data.dtype.itemsize not in (4, 8):
-    raise _RefusedError(f'{name}: has dtype {data.dtype}; wanted real single or double numbers.')
+    raise _RefusedError(f'{name}: has dtype {data.dtype}; expected real single or double numbers.')
   if data.shape is None:
-    raise _RefusedError(f'{name}: has no values (a null data space); wanted an array.')
+    raise _RefusedError(f'{name}: has no values (a null data space); expected an array.')
   # A chunk is read as a whole, however little of it the data set has.
   for part, shape in (('shape', data.shape), ('chunks of shape', data.chunks or ())):
     # `math.prod` counts in Python's integers, which do not overflow.
     if math.prod(map(int, shape)) > limit:
-      raise _RefusedError(f'{name}: has {part} {tuple(shape)}; wanted at most {limit} numbers.')
+      raise _RefusedError(f'{name}: has {part} {tuple(shape)}; expected at most {limit} numbers.')
   return data
 
 

@@ -53,7 +53,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
   """The lines of a `.jsonl` file, and the length of the file without a line that is cut off."""
   try:
     if path.exists() and not path.is_file():
-      raise UserError(f'{path} is a folder or a device; wanted a file.')
+      raise UserError(f'{path} is a folder or a device; expected a file.')
     data = path.read_bytes() if path.exists() else b''
   except OSError as error:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error

@@ -72,7 +72,7 @@ def open(path: Path) -> Weights:
     items = {item.name: item for item in _items(path)}
     name = next(iter(items)) if len(items) == 1 else next((n for n in _ITEMS if n in items), None)
     if name is None:
-      raise UserError(f'{path} has the items {", ".join(items)}; wanted the path of one.')
+      raise UserError(f'{path} has the items {", ".join(items)}; expected the path of one.')
     folder = items[name]
   return _open(path, folder, lambda: identify_files(path, files_below(folder)))
 

@@ -98,7 +98,7 @@ def open(path: Path) -> Weights:
   known = [path / name for name in _SINGLE if path / name in files]
   if len(files) > 1 and not known:
     raise UserError(
-      f'{path} has {len(files)} safetensors files and no {INDEX}; wanted an index, or the path '
+      f'{path} has {len(files)} safetensors files and no {INDEX}; expected an index, or the path '
       'of one file.'
     )
   return _open_files(path, (known or files)[:1], path)
@@ -114,7 +114,8 @@ def _open_index(index: Path, given: Path) -> Weights:
     # A plain name: an index must not lead to files of other folders.
     if not isinstance(file, str) or file in ('', '.', '..') or Path(file).name != file:
       raise UserError(
-        f'{index}: tensor {name!r} is said to be in {file!r}; wanted the name of a file beside it.'
+        f'{index}: tensor {name!r} is said to be in {file!r}; expected the name of a file beside '
+        'it.'
       )
     files.setdefault(index.with_name(file), set()).add(name)
   return _open_files(given, sorted(files), index.parent, files, (index.name, content))
@@ -173,12 +174,12 @@ def _read_header(path: Path) -> tuple[dict[str, Leaf], dict[str, str]]:
       length = int.from_bytes(file.read(8), 'little') if status.st_size >= 8 else 0
       if not 2 <= length <= min(_MAX_HEADER, status.st_size - 8):
         raise UserError(
-          f'{damaged}its header is said to have {length} bytes; wanted 2 to {_MAX_HEADER}, and no '
-          f'more than the {max(status.st_size - 8, 0)} that follow.'
+          f'{damaged}its header is said to have {length} bytes; expected 2 to {_MAX_HEADER}, and '
+          f'no more than the {max(status.st_size - 8, 0)} that follow.'
         )
       text = file.read(length)
       if not text.startswith(b'{'):
-        raise UserError(f'{damaged}its header begins with {text[:1]!r}; wanted an opening brace.')
+        raise UserError(f'{damaged}its header begins with {text[:1]!r}; expected an opening brace.')
       header = read_json(text, damaged.removesuffix(': '))
   except OSError as error:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error
@@ -190,7 +191,7 @@ def _read_header(path: Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   for name, (_, _, begin, end) in sorted(places.items(), key=lambda item: item[1][2:]):
     if begin != reached:
       raise UserError(
-        f'{damaged}tensor {name!r} begins at byte {begin}; wanted {reached}, where '
+        f'{damaged}tensor {name!r} begins at byte {begin}; expected {reached}, where '
         f'{f"tensor {last!r}" if last else "the header"} ends.'
       )
     reached, last = end, name
@@ -213,15 +214,15 @@ def _place(entry: Any, what: str) -> tuple[np.dtype, tuple[int, ...], int, int]:
     raise UserError(f'{what}is not described by dtype, shape and data_offsets.')
   dtype, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
   if not isinstance(dtype, str) or dtype not in {*DTYPES, *_BITS}:
-    raise UserError(f'{what}has dtype {dtype!r}; wanted one of {", ".join((*DTYPES, *_BITS))}.')
+    raise UserError(f'{what}has dtype {dtype!r}; expected one of {", ".join((*DTYPES, *_BITS))}.')
   if not counts(shape) or not counts(offsets) or len(offsets) != 2:
-    raise UserError(f'{what}has shape {shape!r} and data_offsets {offsets!r}; wanted counts.')
+    raise UserError(f'{what}has shape {shape!r} and data_offsets {offsets!r}; expected counts.')
   begin, end = offsets
   bits = _BITS[dtype] if dtype in _BITS else 8 * DTYPES[dtype].itemsize
   expected = math.prod(shape) * bits
   if (end - begin) * 8 != expected:
     raise UserError(
-      f'{what}has {end - begin} bytes; wanted {-(-expected // 8)}, for {dtype}{shape}.'
+      f'{what}has {end - begin} bytes; expected {-(-expected // 8)}, for {dtype}{shape}.'
     )
   if dtype in _BITS:
     return np.dtype('V1'), (end - begin,), begin, end

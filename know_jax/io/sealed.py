@@ -45,18 +45,18 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
   try:
     # A link may lead to any file; what is sealed is written in its place.
     if path.is_symlink():
-      raise UserError(f'{damaged}it is a link; wanted a plain file.')
+      raise UserError(f'{damaged}it is a link; expected a plain file.')
     if not path.is_file():
       raise UserError(f'{what} {path} is missing.')
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-      raise UserError(f'{damaged}{size} bytes found, at most {_MAX_JSON_BYTES} wanted.')
+      raise UserError(f'{damaged}{size} bytes; expected at most {_MAX_JSON_BYTES}.')
     data = path.read_bytes()
   except OSError as error:
     raise UserError(f'cannot read {what} {path}: {reason(error)}.') from error
   try:
     found = json.loads(data)
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{damaged}{error or "nested too deep"}; wanted JSON.') from error
+    raise UserError(f'{damaged}{error or "nested too deep"}; expected JSON.') from error
   if not isinstance(found, dict) or 'sha256' not in found:
     raise UserError(f'{damaged}it has no checksum of itself.')
   content = {key: value for key, value in found.items() if key != 'sha256'}

@@ -353,7 +353,7 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
     content = json.loads(data.decode(), object_pairs_hook=unique)
   except (ValueError, RecursionError) as error:
     text = str(error) if not isinstance(error, RecursionError) else 'nested too deep'
-    raise UserError(f'{what}: {text}; wanted JSON.') from error
+    raise UserError(f'{what}: {text}; expected JSON.') from error
   if not isinstance(content, dict):
-    raise UserError(f'{what}: found JSON of another form; wanted an object.')
+    raise UserError(f'{what}: found JSON of another form; expected an object.')
   return content

@@ -114,18 +114,18 @@ def check_config(config: Mapping[str, Any]) -> None:
       raise unknown_name('optimizer', name, OPTIMIZERS)
   for name in ('families', 'datasets', 'optimizers', 'schedules'):
     if not config[name]:
-      raise UserError(f'{name} is empty; wanted at least one name.')
+      raise UserError(f'{name} is empty; expected at least one name.')
   for name in (
     'rate', 'lr', 'batch_size', 'train_examples', 'epochs', 'pretrain_lr', 'pretrain_steps'
   ):  # fmt: skip
     low, high = config[name] if len(config[name]) == 2 else (0, 0)
     if not 0 < low <= high:
-      raise UserError(f'{name} is {tuple(config[name])}; wanted a range 0 < low <= high.')
+      raise UserError(f'{name} is {tuple(config[name])}; expected a range 0 < low <= high.')
   if config['seed'] < 0:
-    raise UserError(f'seed is {config["seed"]}; wanted at least 0.')
+    raise UserError(f'seed is {config["seed"]}; expected at least 0.')
   if config['runs'] < 1 or config['stages'] < 2:
     raise UserError(
-      f'runs is {config["runs"]} and stages {config["stages"]}; wanted at least 1 and 2.'
+      f'runs is {config["runs"]} and stages {config["stages"]}; expected at least 1 and 2.'
     )
 
 
@@ -303,11 +303,11 @@ def read_runs(output: str | Path) -> Iterator[Run]:
   for path in paths:
     about = read_sealed(path, 'run')
     if about.get('format') != FORMAT:
-      raise UserError(f'{path}: format {about.get("format")!r}; wanted {FORMAT!r}.')
+      raise UserError(f'{path}: format {about.get("format")!r}; expected {FORMAT!r}.')
     if not _well_formed(about):
-      raise UserError(f'{path}: is malformed; wanted what bin/collect.py writes.')
+      raise UserError(f'{path}: is malformed; expected what bin/collect.py writes.')
     if _about_path(folder.parent, about['number']) != path:
-      raise UserError(f'{path}: holds run {about["number"]}; wanted the run of its name.')
+      raise UserError(f'{path}: holds run {about["number"]}; expected the run of its name.')
     yield Run(about['number'], about, None if 'diverged' in about else _read_weights(path, about))
 
 
@@ -346,18 +346,18 @@ def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]
   try:
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
-      raise UserError(f'{file}: is a link or a device; wanted a plain file.')
+      raise UserError(f'{file}: is a link or a device; expected a plain file.')
     if status.st_size > (memory := memory_bytes()):
       raise UserError(f'{file}: has {status.st_size} bytes; this machine has {memory}.')
     data = file.read_bytes()
   except OSError as error:
     raise UserError(
-      f'{file}: cannot be read ({error.strerror}); wanted the weights of a run.'
+      f'{file}: cannot be read ({error.strerror}); expected the weights of a run.'
     ) from error
   found = hashlib.sha256(data).hexdigest()
   if found != about['weights_sha256']:
     raise UserError(
-      f'{file}: sha256 {found[:12]}...; wanted {about["weights_sha256"][:12]}..., as in {path}.'
+      f'{file}: sha256 {found[:12]}...; expected {about["weights_sha256"][:12]}..., as in {path}.'
     )
   try:
     # The library gives them in another order in every process.
@@ -372,7 +372,7 @@ def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]
     predicted = about['kinds'][name] != kinds.KEEP
     if leaf.shape[:1] != (stages,) or not leaf.size or (predicted and leaf.dtype != np.float32):
       raise UserError(
-        f'{file}: tensor {name!r} is {leaf.dtype}{list(leaf.shape)}; wanted float32, of {stages} '
+        f'{file}: tensor {name!r} is {leaf.dtype}{list(leaf.shape)}; expected float32, of {stages} '
         'stages, not empty.'
       )
     if not np.isfinite(leaf).all():

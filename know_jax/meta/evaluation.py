@@ -94,18 +94,18 @@ def check_config(config: Mapping[str, Any]) -> None:
     meta_training.check_config(config[recipe])
     if config[recipe]['leave_out']:
       raise UserError(
-        f"{recipe}.leave_out is {config[recipe]['leave_out']!r}; wanted '': the splits say what is "
-        'left out.'
+        f"{recipe}.leave_out is {config[recipe]['leave_out']!r}; expected '': the splits say what "
+        'is left out.'
       )
     if architecture and config[recipe]['architecture'] != architecture:
       raise UserError(
-        f'{recipe}.architecture is {config[recipe]["architecture"]!r}; wanted {architecture!r}.'
+        f'{recipe}.architecture is {config[recipe]["architecture"]!r}; expected {architecture!r}.'
       )
   for name in ('seed', 'validation_share', 'test_share'):
     if config['known_leaf'][name] != config['known'][name]:
       raise UserError(
         f'known_leaf.{name} is {config["known_leaf"][name]} and known.{name} '
-        f'{config["known"][name]}; wanted the same, as it decides the test runs.'
+        f'{config["known"][name]}; expected the same, as it decides the test runs.'
       )
   for name in config['predictors']:
     resolve(name)
@@ -121,14 +121,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     if name not in SPLITS:
       raise unknown_name('split', name, SPLITS)
   if config['resamples'] < 1:
-    raise UserError(f'resamples is {config["resamples"]}; wanted at least 1.')
+    raise UserError(f'resamples is {config["resamples"]}; expected at least 1.')
 
 
 def check_unique(names: Sequence[str]) -> None:
   """Checks that no two arms share a name; raises UserError."""
   for name in names:
     if names.count(name) > 1:
-      raise UserError(f'the arm {name!r} is there {names.count(name)} times; wanted it once.')
+      raise UserError(f'the arm {name!r} is there {names.count(name)} times; expected it once.')
 
 
 def run(
@@ -156,7 +156,7 @@ def run(
   official_theta = None if official is None else load_known(official)
   runs = {r.number: r for r in mat.read_any(data) if r.weights is not None}
   if config['networks'] and mat.is_mat_folder(data):
-    raise UserError(f'{data}: .mat files hold no networks to test; wanted networks=().')
+    raise UserError(f'{data}: .mat files hold no networks to test; expected networks=().')
   abouts = {number: run.about for number, run in runs.items()}
   groups = split_groups(config, abouts)
   identity = {

@@ -86,12 +86,12 @@ def read_mat(path: str | Path, *, number: int = 0, rate: float | None = None) ->
   """
   path = Path(path).expanduser()
   if not path.is_file():
-    raise UserError(f'{path}: no such file; wanted a .mat file of a meta-dataset.')
+    raise UserError(f'{path}: no such file; expected a .mat file of a meta-dataset.')
   config = {'stages': STAGES, **name_fields(path.stem), **({} if rate is None else {'rate': rate})}
   if not 0.0 < config.get('rate', 0.0) < 1.0:
     raise UserError(
-      f'{path}: the sampling rate is {config.get("rate", "not in the name")}; wanted one between 0 '
-      "and 1, in the file's name as in `_r0.5_`, or as `rate`."
+      f'{path}: the sampling rate is {config.get("rate", "not in the name")}; expected one between '
+      "0 and 1, in the file's name as in `_r0.5_`, or as `rate`."
     )
   found = hdf5.read_arrays(
     path, list(DATASETS), limit=MAX_WEIGHTS * STAGES, sort='HDF5 (MATLAB v7.3)'
@@ -125,7 +125,7 @@ def read_mat_folder(folder: str | Path) -> Iterator[collect.Run]:
   folder = Path(folder).expanduser()
   paths = sorted(folder.glob('*.mat'))
   if not paths:
-    raise UserError(f'{folder}: no .mat files; wanted a folder of them, one a run.')
+    raise UserError(f'{folder}: no .mat files; expected a folder of them, one a run.')
   for number, path in enumerate(paths):
     yield read_mat(path, number=number)
 
@@ -145,7 +145,7 @@ def read_any(folder: str | Path) -> Iterator[collect.Run]:
     return collect.read_runs(folder)
   if (Path(folder).expanduser() / 'runs').exists():
     raise UserError(
-      f'{folder}: holds .mat files and a folder `runs` of bin/collect.py; wanted one of them.'
+      f'{folder}: holds .mat files and a folder `runs` of bin/collect.py; expected one of them.'
     )
   return read_mat_folder(folder)
 
@@ -198,13 +198,13 @@ def _by_column(shape: tuple[int, ...], marked: bool, what: str) -> bool:
     if marked:
       raise UserError(
         f"{what}: HDF5 shows shape {shape} in a file marked as MATLAB's, which would show "
-        f'{shape[::-1]}; wanted (3, 3, N, {STAGES}) in MATLAB.'
+        f'{shape[::-1]}; expected (3, 3, N, {STAGES}) in MATLAB.'
       )
     return False
   if len(shape) == 4 and shape[2:] == KERNEL and shape[0] == STAGES:
     return True
   raise UserError(
-    f'{what}: HDF5 shows shape {shape}; wanted ({STAGES}, N, 3, 3), as MATLAB writes it, or '
+    f'{what}: HDF5 shows shape {shape}; expected ({STAGES}, N, 3, 3), as MATLAB writes it, or '
     f'(3, 3, N, {STAGES}).'
   )
 
@@ -214,7 +214,7 @@ def _check_axes(name: str, shape: tuple[int, ...], by_column: bool, what: str) -
   axes = DATASETS[name][1]
   if len(shown) != axes or shown[-1] != STAGES or 0 in shown:
     raise UserError(
-      f'{what}: has shape {shown}{" in MATLAB" if by_column else ""}; wanted {axes} axes, none '
+      f'{what}: has shape {shown}{" in MATLAB" if by_column else ""}; expected {axes} axes, none '
       f'empty, the last of the {STAGES} stages.'
     )
 
@@ -228,7 +228,7 @@ def _oldest_first(values: np.ndarray, by_column: bool, what: str) -> np.ndarray:
   if not np.isfinite(values).all():
     stage = int(np.argmin(np.isfinite(values).reshape(STAGES, -1).all(axis=1)))
     raise UserError(
-      f'{what}: stage {stage} (0 is the oldest) holds NaN or infinity in float32; wanted finite '
+      f'{what}: stage {stage} (0 is the oldest) holds NaN or infinity in float32; expected finite '
       'weights.'
     )
   return values

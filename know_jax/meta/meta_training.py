@@ -173,7 +173,7 @@ def run(
     if not np.isfinite(found['ratio']):
       raise DivergedError(
         f'the error on the validation runs was never finite for {kind!r} at learning rate '
-        f'{config["lr"]}; wanted a finite one.'
+        f'{config["lr"]}; expected a finite one.'
       )
   coefficients = fit_least_squares(train)
   card = {
@@ -233,8 +233,8 @@ def parts_of(
     parts[part] = [n for n in numbers if (left_out in names[n]) == (part == 'test')]
     if not parts[part]:
       raise UserError(
-        f'no run is left for {part} with leave_out={left_out!r}; wanted at least one: collect more '
-        'runs.'
+        f'no run is left for {part} with leave_out={left_out!r}; expected at least one: collect '
+        'more runs.'
       )
   return parts
 
@@ -249,11 +249,11 @@ def check_split(config: Mapping[str, Any]) -> None:
   shares = [config[name] for name in ('validation_share', 'test_share')]
   if not (min(shares) > 0 and sum(shares) < 1):
     raise UserError(
-      f'validation_share and test_share are {shares[0]} and {shares[1]}; wanted more than 0 each '
+      f'validation_share and test_share are {shares[0]} and {shares[1]}; expected more than 0 each '
       'and less than 1 together.'
     )
   if config['seed'] < 0:
-    raise UserError(f'seed is {config["seed"]}; wanted at least 0.')
+    raise UserError(f'seed is {config["seed"]}; expected at least 0.')
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -262,15 +262,15 @@ def check_config(config: Mapping[str, Any]) -> None:
     raise unknown_name('architecture', config['architecture'], ARCHITECTURES)
   for name in ('weights_per_run', 'batch_size', 'steps', 'validate_every', 'patience'):
     if config[name] < 1:
-      raise UserError(f'{name} is {config[name]}; wanted at least 1.')
+      raise UserError(f'{name} is {config[name]}; expected at least 1.')
   if config['steps'] < config['validate_every']:
     raise UserError(
-      f'steps is {config["steps"]}; wanted at least validate_every = {config["validate_every"]}, '
+      f'steps is {config["steps"]}; expected at least validate_every = {config["validate_every"]}, '
       'as parameters are chosen by validation.'
     )
   check_split(config)
   if config['weight_decay'] < 0:
-    raise UserError(f'weight_decay is {config["weight_decay"]}; wanted at least 0.')
+    raise UserError(f'weight_decay is {config["weight_decay"]}; expected at least 0.')
   learning_rates(config['schedule'], config['lr'], 1)
   loop.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
 

@@ -71,7 +71,7 @@ def split_runs(
   if not all(parts):
     raise UserError(
       f'{len(numbers)} runs split into {len(parts[0])} for training, {len(parts[1])} for '
-      f'validation and {len(parts[2])} for test; wanted at least one in each: collect more runs.'
+      f'validation and {len(parts[2])} for test; expected at least one in each: collect more runs.'
     )
   return parts
 
@@ -99,7 +99,7 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
       paths = sorted(path for path in run.weights if run.about['kinds'][path] == kind)
       leaves = [run.weights[path] for path in paths]
       if not leaves:
-        raise UserError(f'run {run.number} has no leaf of kind {kind!r}; wanted at least one.')
+        raise UserError(f'run {run.number} has no leaf of kind {kind!r}; expected at least one.')
       rng = np.random.default_rng([seed, run.number, KINDS.index(kind)])
       found, row = _draw(leaves, per_run, rng)
       weights[kind].append(found)
@@ -116,7 +116,7 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
           )
         moments[kind] += of_leaf
   if not numbers:
-    raise UserError('no finished run is left to draw weights from; wanted at least one.')
+    raise UserError('no finished run is left to draw weights from; expected at least one.')
   return Windows(
     tuple(numbers),
     {kind: np.stack(found) for kind, found in weights.items()},
@@ -143,7 +143,7 @@ def _draw(
   """
   stages = leaves[0].shape[0]
   if stages < SPAN:
-    raise UserError(f'a run has {stages} stages; wanted at least {SPAN}.')
+    raise UserError(f'a run has {stages} stages; expected at least {SPAN}.')
   windows = stages - SPAN + 1
   flat = [leaf.reshape(stages, -1) for leaf in leaves]
   chosen = rng.integers(len(flat), size=count)

@@ -107,7 +107,7 @@ def build_model(
       settings[key] = _checked(f'{key} of model {name!r}', settings[key], default)
   if family.width_multiple > 1 and settings.get('width', 0) % family.width_multiple:
     raise UserError(
-      f'width of model {name!r} is {width}; wanted a multiple of {family.width_multiple}.'
+      f'width of model {name!r} is {width}; expected a multiple of {family.width_multiple}.'
     )
   return family.module(dtype=_floating(name, dtype), axis_name=axis_name, **settings)
 
@@ -121,27 +121,27 @@ def _checked(what: str, value: Any, default: Any) -> Any:
   if isinstance(default, tuple):
     if isinstance(value, list | tuple) and len(value) == len(default) and all(map(positive, value)):
       return tuple(value)
-    wanted = f'{len(default)} positive integers'
+    expected = f'{len(default)} positive integers'
   elif isinstance(default, bool):
     if isinstance(value, bool):
       return value
-    wanted = 'True or False'
+    expected = 'True or False'
   elif isinstance(default, float):
     # A share, or a multiple of a width: 1.0.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and (0 < value < math.inf if default == 1 else 0 <= value < 1):
       return float(value)
-    wanted = 'a positive number' if default == 1 else 'a number from 0 to below 1'
+    expected = 'a positive number' if default == 1 else 'a number from 0 to below 1'
   else:
     if positive(value):
       return value
-    wanted = 'a positive integer'
-  raise UserError(f'{what} is {value!r}; wanted {wanted}.')
+    expected = 'a positive integer'
+  raise UserError(f'{what} is {value!r}; expected {expected}.')
 
 
 def _floating(name: str, dtype: Any) -> np.dtype:
   error = UserError(
-    f'dtype of model {name!r} is {dtype!r}; wanted a floating-point dtype that JAX computes in '
+    f'dtype of model {name!r} is {dtype!r}; expected a floating-point dtype that JAX computes in '
     '(float64 only where jax_enable_x64 is set).'
   )
   if dtype is None:  # NumPy takes it for float64.

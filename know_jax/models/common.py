@@ -147,11 +147,11 @@ class Classifier(nn.Module):
     """
     if x.ndim != 4 or min(x.shape[1:3]) < SMALLEST_IMAGE:
       raise UserError(
-        f'images have shape {tuple(x.shape)}; wanted [batch, height, width, channels] with height '
-        f'and width of at least {SMALLEST_IMAGE}.'
+        f'images have shape {tuple(x.shape)}; expected [batch, height, width, channels] with '
+        f'height and width of at least {SMALLEST_IMAGE}.'
       )
     if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise UserError(f'images have dtype {x.dtype}; wanted normalised floating-point images.')
+      raise UserError(f'images have dtype {x.dtype}; expected normalised floating-point images.')
     layers = Layers(self.dtype, self.axis_name, train, train and self.has_rng('dropout'))
     compute = self.feature_map if spatial else self.logits
     return compute(x.astype(self.dtype), layers).astype(jnp.float32)

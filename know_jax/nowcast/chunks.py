@@ -329,7 +329,7 @@ def _elementwise(
   saturates = job.predictor.saturates and job.is_watched
   # Residuals are the changes from step to step.
   taken = tuple(range(1, max(steps) + 1)) if saturates else steps
-  wanted = [taken.index(n) for n in steps]
+  asked = [taken.index(n) for n in steps]
   limits = dict(job.ranges).get(group[0].leaf.kind) if job.is_watched else None
   program = functools.partial(_row_program(), job.predictor, taken, job.rate)
 
@@ -345,10 +345,10 @@ def _elementwise(
       here = slice(place, place + stop - start)
       part, newest = predicted[:, here], row[-1, here]
       with np.errstate(over='ignore', invalid='ignore'):
-        group[i].out[:, start:stop] = part[wanted]
+        group[i].out[:, start:stop] = part[asked]
         facts = _facts(group[i], start, stop, newest, job)
         if saturates:
-          facts.residual = _residuals(newest, part)[wanted]
+          facts.residual = _residuals(newest, part)[asked]
         if limits is not None:
           weights, moves = largest_of(row[:, here]), largest_of(np.diff(row[:, here], axis=0))
           facts.outside = max(weights / limits[0], moves / limits[1])

@@ -280,14 +280,14 @@ def predict_blocks(
   stages, prepared = _flat(window), predictor.prepare(params)
   # Residuals are the changes from step to step.
   taken = tuple(range(1, max(steps) + 1)) if predictor.saturates else steps
-  wanted = jnp.asarray([taken.index(n) for n in steps])
+  asked = jnp.asarray([taken.index(n) for n in steps])
 
   def run(block: Any) -> tuple[jax.Array, jax.Array]:
     block = _stacked(block).astype(width)
     rolled = predictor.predict(block, prepared, rate, taken)
     check_shape(predictor, 'predictions', rolled, (len(taken), block.shape[1]))
     residual = residuals(block[-1], rolled) if predictor.saturates else jnp.zeros(len(taken), width)
-    return rolled[wanted].astype(dtype), residual[wanted]
+    return rolled[asked].astype(dtype), residual[asked]
 
   if size <= block_size and count is None:
     out, residual = run(stages)
@@ -358,11 +358,11 @@ def _batch(
   taken = tuple(range(1, max(steps) + 1)) if saturates else steps
   joined, _ = run(params, jnp.concatenate(flat, axis=1), taken)
   splits = np.cumsum([leaf.shape[1] for leaf in flat])[:-1]
-  wanted = jnp.asarray([taken.index(n) for n in steps])
+  asked = jnp.asarray([taken.index(n) for n in steps])
   found = []
   for part, row, window in zip(jnp.split(joined, splits, axis=1), flat, windows, strict=True):
-    predicted = part[wanted].reshape(len(steps), *window[0].shape).astype(window[0].dtype)
-    largest = residuals(row[-1], part)[wanted] if saturates else jnp.zeros(len(steps))
+    predicted = part[asked].reshape(len(steps), *window[0].shape).astype(window[0].dtype)
+    largest = residuals(row[-1], part)[asked] if saturates else jnp.zeros(len(steps))
     found.append((predicted, largest))
   return found
 

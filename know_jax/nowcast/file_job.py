@@ -127,7 +127,7 @@ def prepare(
   """
   made = resolve_all(predictors, options)
   if not history:
-    raise UserError('the history is empty; wanted the weights of at least one stage.')
+    raise UserError('the history is empty; expected the weights of at least one stage.')
   stages = [open_weights(path) for path in stages_.expand(history)]
   stages_.check_paths(stages)
   if lora not in lora_.CHOICES:

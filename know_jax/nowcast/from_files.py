@@ -111,7 +111,9 @@ def _check_space(job: Job, output: Path) -> None:
     if path.is_file()
   )
   if (free := shutil.disk_usage(output).free) < total - there:
-    raise UserError(f'{output} has {free} bytes free; wanted {total - there} for the predictions.')
+    raise UserError(
+      f'{output} has {free} bytes free; expected {total - there} for the predictions.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,14 +246,14 @@ def _index(job: Job, shards: Mapping[str, Shard]) -> tuple[str, dict[str, Any]] 
   return name, {**content, 'metadata': {**content.get('metadata', {}), **total}}
 
 
-def _is_intact(path: Path, wanted: dict[str, Any]) -> bool:
+def _is_intact(path: Path, expected: dict[str, Any]) -> bool:
   """Whether a file, or the files of a folder, are as they were when they were finished."""
-  if 'files' in wanted:
-    return all(_is_intact(path / name, entry) for name, entry in wanted['files'].items())
-  if not path.is_file() or path.stat().st_size != wanted['size']:
+  if 'files' in expected:
+    return all(_is_intact(path / name, entry) for name, entry in expected['files'].items())
+  if not path.is_file() or path.stat().st_size != expected['size']:
     return False
   with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest() == wanted['sha256']
+    return hashlib.file_digest(file, 'sha256').hexdigest() == expected['sha256']
 
 
 def _whole(job: Job, path: str) -> str:
@@ -327,7 +329,7 @@ class _LeafHistory:
       raise UserError(
         f'leaf {self.leaf.path!r} has {stage[place]} at weight {start + place} of '
         f'{self.written.size} in stage {number} of {len(self.readers)} (0 is the oldest), '
-        f'{self.readers[number].what}; wanted finite weights at every stage.'
+        f'{self.readers[number].what}; expected finite weights at every stage.'
       )
 
 

@@ -30,9 +30,11 @@ def check_steps(steps: Any, least: int) -> int:
   try:
     steps = operator.index(steps)
   except TypeError as error:
-    raise UserError(f'steps is {steps!r}; wanted a Python integer of at least {least}.') from error
+    raise UserError(
+      f'steps is {steps!r}; expected a Python integer of at least {least}.'
+    ) from error
   if steps < least:
-    raise UserError(f'steps is {steps}; wanted at least {least}.')
+    raise UserError(f'steps is {steps}; expected at least {least}.')
   return steps
 
 
@@ -109,8 +111,8 @@ def _check_devices(leaves: list[Any], job: Job) -> None:
       if len(bound) > 1:
         (first, other), (where, there) = bound.values(), map(_named_devices, bound)
         raise UserError(
-          f'leaf {other!r} lies on {there}, and {first!r} on {where}; wanted the same devices for '
-          'all leaves.'
+          f'leaf {other!r} lies on {there}, and {first!r} on {where}; expected the same devices '
+          'for all leaves.'
         )
 
 
@@ -140,7 +142,7 @@ def plan_of(
   health_.check_on_bad(on_bad)
   name, made = resolve(predictor, options)
   if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
-    raise UserError(f'rate is {rate!r}; wanted a Python number in (0, 1).')
+    raise UserError(f'rate is {rate!r}; expected a Python number in (0, 1).')
   history = read_history(params_history, kinds, stacked)
   found = set(history.kinds)
   theta, ranges = checked_theta(name, made, theta, found, steps)

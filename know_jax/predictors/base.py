@@ -250,7 +250,7 @@ def check_number(what: str, value: Any, *, integer: bool = False) -> None:
   sort = numbers.Integral if integer else numbers.Real
   if not isinstance(value, sort) or not math.isfinite(value):
     noun = 'integer' if integer else 'number'
-    raise UserError(f'{what} is {value!r}; wanted a finite Python {noun}.')
+    raise UserError(f'{what} is {value!r}; expected a finite Python {noun}.')
 
 
 def by_kind(what: str, defaults: Mapping[str, float], value: Any) -> tuple[tuple[str, float], ...]:
@@ -268,7 +268,7 @@ def by_kind(what: str, defaults: Mapping[str, float], value: Any) -> tuple[tuple
     given = dict(value) if isinstance(value, Mapping | tuple) else dict.fromkeys(KINDS, value)
   except (TypeError, ValueError) as error:
     raise UserError(
-      f'{what} is {value!r}; wanted a number, or a mapping kind -> number.'
+      f'{what} is {value!r}; expected a number, or a mapping kind -> number.'
     ) from error
   for kind, number in given.items():
     if kind not in KINDS:

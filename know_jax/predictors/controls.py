@@ -128,13 +128,13 @@ def _checked_rows(value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:
     given = {kind: tuple(float(number) for number in row) for kind, row in dict(value).items()}
   except (TypeError, ValueError) as error:
     raise UserError(
-      f'least_squares option coefficients is {value!r}; wanted a mapping kind -> numbers.'
+      f'least_squares option coefficients is {value!r}; expected a mapping kind -> numbers.'
     ) from error
   lengths = {len(row) for row in given.values()}
   if set(given) != set(KINDS) or len(lengths) != 1 or lengths & {0, 1}:
     raise UserError(
       f'least_squares option coefficients has { ({k: len(v) for k, v in given.items()}) } numbers; '
-      f'wanted S of them, the same S of at least 2, for each of {", ".join(KINDS)}.'
+      f'expected S of them, the same S of at least 2, for each of {", ".join(KINDS)}.'
     )
   for kind, row in given.items():
     for number in row:

@@ -190,7 +190,7 @@ def rollout(fused: Any, windows: jax.Array, steps: tuple[int, ...]) -> jax.Array
   Args:
     fused: `fuse` of the parameters of one KNOWN.
     windows: `[S, N]`, oldest stage first.
-    steps: the steps wanted, ascending, each at least 1.
+    steps: the steps asked for, ascending, each at least 1.
 
   Returns:
     The predicted weights, `[len(steps), N]`.

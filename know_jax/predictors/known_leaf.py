@@ -176,7 +176,7 @@ def rollout(
     params: Flax parameters of one network.
     moments: the leaf's G `[S, S]`.
     rate: r.
-    steps: the n wanted, ascending, each at least 1.
+    steps: the n asked for, ascending, each at least 1.
 
   Returns:
     `[len(steps), S]`.
@@ -190,7 +190,7 @@ def slide(step_fn: Any, moments: jax.Array, steps: tuple[int, ...]) -> jax.Array
   Args:
     step_fn: the moments `[S, S]` of a window -> the coefficients `[S]` of its next step.
     moments: of the real window.
-    steps: the n wanted, ascending, each at least 1.
+    steps: the n asked for, ascending, each at least 1.
 
   Returns:
     The coefficients of the real window's v in theta^-n - theta^0, `[len(steps), S]`.

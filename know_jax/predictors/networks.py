@@ -44,7 +44,7 @@ class _Network(Predictor):
       for path, shape in parameter_shapes(found).items():
         if found.get(path) != shape:
           raise UserError(
-            f'theta[{kind!r}] has {path!r} of shape {found.get(path)}; wanted {shape}, as '
+            f'theta[{kind!r}] has {path!r} of shape {found.get(path)}; expected {shape}, as '
             'load_known gives it.'
           )
     if kinds and (network := network_of({kind: theta[kind] for kind in kinds})) != self.network:

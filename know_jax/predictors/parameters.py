@@ -177,18 +177,18 @@ def read_card(path: str | Path | None = None) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: the card in the header is no JSON ({error}).') from error
   if not isinstance(card, dict):
-    raise UserError(f'{path}: the card in the header is {type(card)}; wanted a JSON object.')
+    raise UserError(f'{path}: the card in the header is {type(card)}; expected a JSON object.')
   return card
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   if not path.is_file():
     raise UserError(
-      f'{path}: no such file; wanted a safetensors file of KNOWN, or a folder with '
+      f'{path}: no such file; expected a safetensors file of KNOWN, or a folder with '
       f'{", ".join(_KERAS_FILES.values())}.'
     )
   if (size := path.stat().st_size) > _MAX_BYTES:
-    raise UserError(f'{path}: {size} bytes; wanted a file of KNOWN, of at most {_MAX_BYTES}.')
+    raise UserError(f'{path}: {size} bytes; expected a file of KNOWN, of at most {_MAX_BYTES}.')
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       metadata = file.metadata() or {}
@@ -198,7 +198,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     raise UserError(f'{path}: not a readable safetensors file ({error}).') from error
   if metadata.get('format') != FORMAT:
     raise UserError(
-      f'{path}: format {metadata.get("format")!r} in the header; wanted {FORMAT!r}, as '
+      f'{path}: format {metadata.get("format")!r} in the header; expected {FORMAT!r}, as '
       'bin/meta_train.py writes.'
     )
   # Files written before there were checksums have none. One that is damaged still has three keys.
@@ -206,7 +206,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     raise UserError(f'{path}: is damaged: {min(unknown)!r} in the header is no part of the format.')
   if 'sha256' in metadata and (found := _checksum(tensors, metadata)) != metadata['sha256']:
     raise UserError(
-      f'{path}: is damaged: it has the checksum {found}; wanted {metadata["sha256"]}, as in its '
+      f'{path}: is damaged: it has the checksum {found}; expected {metadata["sha256"]}, as in its '
       'header.'
     )
   return tensors, metadata
@@ -229,7 +229,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _load_keras(folder: Path) -> dict[str, Any]:
-  wanted = {
+  expected = {
     f'{keras}/{keras}/{what}:0': f'{ours}/{what}'
     for ours, keras in _KERAS_LAYERS.items()
     for what in ('kernel', 'bias')
@@ -242,10 +242,10 @@ def _load_keras(folder: Path) -> dict[str, Any]:
         f'{path}: no such file; the folder must hold {", ".join(_KERAS_FILES.values())}.'
       )
     try:
-      found = hdf5.read_arrays(path, list(wanted), limit=_MAX_NUMBERS, sort='HDF5 (Keras)')
+      found = hdf5.read_arrays(path, list(expected), limit=_MAX_NUMBERS, sort='HDF5 (Keras)')
     except UserError as error:
       raise UserError(f'{path}: not the Keras weights of KNOWN ({error}).') from error
-    tensors |= {f'{kind}/{ours}': found[keras].values for keras, ours in wanted.items()}
+    tensors |= {f'{kind}/{ours}': found[keras].values for keras, ours in expected.items()}
   _check_theta(tensors, str(folder))
   return _nest(tensors)
 
@@ -272,24 +272,24 @@ def paper_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
-  wanted: dict[str, tuple[int, ...]] = {}
+  expected: dict[str, tuple[int, ...]] = {}
   for kind in kinds.KINDS:
     found = {
       name.removeprefix(f'{kind}/'): leaf.shape
       for name, leaf in tensors.items()
       if name.startswith(f'{kind}/')
     }
-    wanted |= {f'{kind}/{name}': shape for name, shape in parameter_shapes(found).items()}
-  for name in [*wanted, *tensors]:
+    expected |= {f'{kind}/{name}': shape for name, shape in parameter_shapes(found).items()}
+  for name in [*expected, *tensors]:
     if name not in tensors:
       raise UserError(f'{where}: lacks tensor {name!r} of KNOWN.')
-    if name not in wanted:
+    if name not in expected:
       raise UserError(f'{where}: has tensor {name!r}, which is no part of KNOWN.')
     leaf = tensors[name]
-    if leaf.shape != wanted[name] or leaf.dtype != np.float32:
+    if leaf.shape != expected[name] or leaf.dtype != np.float32:
       raise UserError(
-        f'{where}: tensor {name!r} is {leaf.dtype}{list(leaf.shape)}; wanted '
-        f'float32{list(wanted[name])}.'
+        f'{where}: tensor {name!r} is {leaf.dtype}{list(leaf.shape)}; expected '
+        f'float32{list(expected[name])}.'
       )
     if not np.isfinite(leaf).all():
       raise UserError(f'{where}: tensor {name!r} holds NaN or infinity.')

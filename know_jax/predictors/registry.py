@@ -75,7 +75,7 @@ def resolve_all(predictors: Iterable[Any], options: Mapping[str, Any] | None = N
       raise UserError(f'two predictors are called {name!r}; register one by another name.')
     found[name] = made
   if not found:
-    raise UserError(f'no predictor is given; wanted some of {", ".join(REGISTRY)}.')
+    raise UserError(f'no predictor is given; expected some of {", ".join(REGISTRY)}.')
   return found
 
 

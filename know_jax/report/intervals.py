@@ -41,7 +41,7 @@ def bootstrap_interval(
   """
   lengths = np.array([len(group) for group in groups])
   if not lengths.size or not lengths.all():
-    raise UserError(f'the groups have {lengths.tolist()} values; wanted at least one in each.')
+    raise UserError(f'the groups have {lengths.tolist()} values; expected at least one in each.')
   values = np.zeros((lengths.size, lengths.max()))
   for row, group in zip(values, groups, strict=True):
     row[: len(group)] = group
@@ -67,7 +67,7 @@ def sign_flip_test(differences: ArrayLike) -> float:
   """
   values = np.asarray(differences, np.float64)
   if not 1 <= values.size <= _MOST_FLIPS:
-    raise UserError(f'found {values.size} differences; wanted 1 to {_MOST_FLIPS}.')
+    raise UserError(f'found {values.size} differences; expected 1 to {_MOST_FLIPS}.')
   sums = np.zeros(1)
   for value in values:
     sums = np.concatenate([sums + value, sums - value])

@@ -215,7 +215,7 @@ def _parse(argv: list[str]) -> list[str]:
   except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise UserError(f'wrong flags: {error}') from error
   if rest[1:]:
-    raise UserError(f'unexpected argument {rest[1]!r}; wanted flags only, as in --workdir=PATH.')
+    raise UserError(f'unexpected argument {rest[1]!r}; expected flags only, as in --workdir=PATH.')
   if values['verbosity'].using_default_value:
     # Warnings and errors; left as it is, absl would choose INFO.
     values.verbosity = -1  # type: ignore[assignment]
@@ -283,7 +283,7 @@ def _load_config(source: str) -> ConfigDict:
   except Exception as error:
     raise UserError(f'config file {path!r} fails: {type(error).__name__}: {error}') from error
   if not isinstance(config, ConfigDict):
-    raise UserError(f'config file {path!r} gives {type(config)}; wanted a ConfigDict.')
+    raise UserError(f'config file {path!r} gives {type(config)}; expected a ConfigDict.')
   return config
 
 

@@ -130,7 +130,7 @@ class MetricsLog:
     line = restored(plain({'step': step, **scalars}, 'metrics'))
     for name, value in line.items():
       if not isinstance(value, int if name == 'step' else (int, float)):
-        raise UserError(f'metrics.{name} is {value!r} of {type(value)}; wanted a number.')
+        raise UserError(f'metrics.{name} is {value!r} of {type(value)}; expected a number.')
     values = {name: value for name, value in line.items() if name != 'step'}
     summary = Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()])
     try:

@@ -133,7 +133,7 @@ class RunRecord:
 
     def check_seen() -> None:
       if not (workdir / _RECORD).exists():
-        raise UserError(f'{workdir} has no {_RECORD}; wanted a folder that all processes share.')
+        raise UserError(f'{workdir} has no {_RECORD}; expected a folder that all processes share.')
 
     in_all(check_seen)
     return cls(workdir, content)
@@ -187,15 +187,15 @@ class RunRecord:
     if content.get('format') != FORMAT or content.get('version') != VERSION:
       raise UserError(
         f'record {path} has format {content.get("format")!r}, version '
-        f'{content.get("version")!r}; wanted {FORMAT!r}, version {VERSION}.'
+        f'{content.get("version")!r}; expected {FORMAT!r}, version {VERSION}.'
       )
     header = {'config': dict, 'environment': dict, 'resumed_in': list}
-    for name, wanted in header.items():
-      if not isinstance(content.get(name), wanted):
-        raise UserError(f'record {path} is malformed: its {name} is no {wanted.__name__}.')
+    for name, expected in header.items():
+      if not isinstance(content.get(name), expected):
+        raise UserError(f'record {path} is malformed: its {name} is no {expected.__name__}.')
     if content.get('kind') != kind:
       raise UserError(
-        f'workdir {workdir} holds a run of another kind: found {content.get("kind")!r}, wanted '
+        f'workdir {workdir} holds a run of another kind: found {content.get("kind")!r}, expected '
         f'{kind!r}. Give another --workdir.'
       )
     return cls(workdir, content)
@@ -257,19 +257,19 @@ class RunRecord:
     self._content = content
 
 
-def _differences(found: Any, wanted: Any, field: str = '') -> list[str]:
-  """`field: found X, wanted Y` for every leaf in which two configs differ."""
-  if isinstance(found, dict) and isinstance(wanted, dict):
+def _differences(found: Any, expected: Any, field: str = '') -> list[str]:
+  """`field: found X, expected Y` for every leaf in which two configs differ."""
+  if isinstance(found, dict) and isinstance(expected, dict):
     return [
       difference
-      for key in dict.fromkeys((*found, *wanted))
+      for key in dict.fromkeys((*found, *expected))
       for difference in _differences(
-        found.get(key, _Missing), wanted.get(key, _Missing), f'{field}.{key}' if field else key
+        found.get(key, _Missing), expected.get(key, _Missing), f'{field}.{key}' if field else key
       )
     ]
   # As text, because 1 == 1.0 == True.
-  same = _show(found) == _show(wanted)
-  return [] if same else [f'{field}: found {_show(found)}, wanted {_show(wanted)}']
+  same = _show(found) == _show(expected)
+  return [] if same else [f'{field}: found {_show(found)}, expected {_show(expected)}']
 
 
 class _Missing:

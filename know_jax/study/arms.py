@@ -182,7 +182,9 @@ def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
       'each a name of its own.'
     )
   if not any(arm.group == MAIN and is_naive(arm) for arm in found):
-    raise UserError("arms lack 'persistence'; wanted it, because all others are compared with it.")
+    raise UserError(
+      "arms lack 'persistence'; expected it, because all others are compared with it."
+    )
   return found
 
 
@@ -198,13 +200,13 @@ def _entry(entry: Any, field: str) -> dict[str, Any]:
     entry = {'predictor': entry}
   if not isinstance(entry, Mapping) or 'predictor' not in entry:
     raise UserError(
-      f'{field} hold {entry!r}; wanted the name of a predictor, or a dict with one as predictor.'
+      f'{field} hold {entry!r}; expected the name of a predictor, or a dict with one as predictor.'
     )
   for name in entry:
     if name not in _FIELDS:
       raise unknown_name(f'field of an entry of {field}', name, _FIELDS)
   if (field == 'ablations') != ('group' in entry):
-    raise UserError(f'{field} hold {entry!r}; wanted a group in ablations, and none in arms.')
+    raise UserError(f'{field} hold {entry!r}; expected a group in ablations, and none in arms.')
   return dict(entry)
 
 
@@ -214,7 +216,7 @@ def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
   history = entry.get('history', config['history'])
   if not 2 <= history <= source['stages']:
     raise UserError(
-      f'arm {predictor!r} has history {history}; wanted 2 to {source["stages"]}, source.stages.'
+      f'arm {predictor!r} has history {history}; expected 2 to {source["stages"]}, source.stages.'
     )
   given = {'group': MAIN, 'name': '', 'rate': source['rate'], **entry, 'history': history}
   given.pop('steps', None)
@@ -230,7 +232,7 @@ def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
   if arm.batch_norm not in BATCH_NORM_POLICIES:
     raise unknown_name('BatchNorm policy', arm.batch_norm, BATCH_NORM_POLICIES)
   if not 0 < arm.lr_scale < math.inf:
-    raise UserError(f'arm {predictor!r} has lr_scale {arm.lr_scale}; wanted a positive number.')
+    raise UserError(f'arm {predictor!r} has lr_scale {arm.lr_scale}; expected a positive number.')
   for kind in arm.kinds:
     if kind not in KINDS:
       raise unknown_name('kind', kind, KINDS)
@@ -248,16 +250,16 @@ def _hashable(value: Any) -> Any:
   return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
-def _steps(arm: Arm, wanted: Sequence[int] | None, most: int) -> Sequence[int]:
-  """The steps of a predictor: those wanted, else all up to `most` that it can do."""
+def _steps(arm: Arm, expected: Sequence[int] | None, most: int) -> Sequence[int]:
+  """The steps of a predictor: those expected, else all up to `most` that it can do."""
   if ':' not in arm.predictor and arm.predictor not in REGISTRY:
     raise unknown_name('predictor', arm.predictor, (*REGISTRY, *UNPREDICTED))
   resolve(arm.predictor, dict(arm.options))
   if arm.predictor == 'persistence':
     return (0,)
-  steps = range(1, most + 1) if wanted is None else wanted
+  steps = range(1, most + 1) if expected is None else expected
   possible = [step for step in steps if can_predict(arm, step, arm.history)]
-  if not possible or (wanted is not None and len(possible) < len(steps)):
+  if not possible or (expected is not None and len(possible) < len(steps)):
     failed = next((step for step in steps if step not in possible), 1)
     obstacle = _obstacle(arm.predictor, arm.options, arm.theta, failed, arm.history)
     raise UserError(f'arm {arm.predictor!r} cannot do step {failed}: {obstacle}')

@@ -114,14 +114,14 @@ class Study:
     most = {'source_seeds': math.inf, 'transfer_seeds': _MOST_TRANSFER_SEEDS, 'steps': math.inf}
     for field, limit in most.items():
       if not 1 <= config[field] <= limit:
-        raise UserError(f'{field} is {config[field]}; wanted 1 to {limit:g}.')
+        raise UserError(f'{field} is {config[field]}; expected 1 to {limit:g}.')
     amounts = config['amounts']
     if not amounts or len(set(amounts)) < len(amounts) or not all(0 < a <= 1 for a in amounts):
-      raise UserError(f'amounts are {tuple(amounts)}; wanted different shares in (0, 1].')
+      raise UserError(f'amounts are {tuple(amounts)}; expected different shares in (0, 1].')
     epochs = config['transfer']['epochs']
     for epoch in config['curve_epochs']:
       if not 0 <= epoch <= epochs:
-        raise UserError(f'curve_epochs hold {epoch}; wanted 0 to {epochs}, transfer.epochs.')
+        raise UserError(f'curve_epochs hold {epoch}; expected 0 to {epochs}, transfer.epochs.')
 
   def sources_folder(self, workdir: Path) -> Path:
     """Where the forgetting runs are."""

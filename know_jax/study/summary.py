@@ -38,7 +38,7 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
   if len(places) < len(workdirs):
     names = [Path(workdir).name for workdir in workdirs]
     twice = next(name for name in names if names.count(name) > 1)
-    raise UserError(f'two studies are called {twice!r}; wanted names that tell them apart.')
+    raise UserError(f'two studies are called {twice!r}; expected names that tell them apart.')
   found, body, counts, beyond = {}, [], [], []
   for name, workdir in places.items():
     rows, lines, main, naive = report.read_lines(workdir)

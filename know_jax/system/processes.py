@@ -44,14 +44,16 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
   detected = coordinator == DETECTED
   if detected != (processes is None) or detected != (process is None):
     raise UserError(
-      f'coordinator is {coordinator!r}, with processes {processes} and process {process}; wanted '
+      f'coordinator is {coordinator!r}, with processes {processes} and process {process}; expected '
       f'HOST:PORT with both, or {DETECTED!r} with neither.'
     )
   if processes is not None and process is not None and not 0 <= process < processes:
-    raise UserError(f'process is {process}; wanted 0 to {processes - 1}, of {processes} processes.')
+    raise UserError(
+      f'process is {process}; expected 0 to {processes - 1}, of {processes} processes.'
+    )
   host, _, port = coordinator.rpartition(':')
   if not detected and not (host and port.isdecimal()):
-    raise UserError(f'coordinator is {coordinator!r}; wanted HOST:PORT or {DETECTED!r}.')
+    raise UserError(f'coordinator is {coordinator!r}; expected HOST:PORT or {DETECTED!r}.')
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # It would take SIGTERM away from us; `training.fit` has the processes stop at the same step.
   jax.config.update('jax_enable_preemption_service', False)
@@ -69,7 +71,7 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     raise UserError(f'{what}: {error}') from error
   if devices != here * jax.process_count():
     raise UserError(
-      f'process {jax.process_index()} has {here} devices of {devices}; wanted as many in each of '
+      f'process {jax.process_index()} has {here} devices of {devices}; expected as many in each of '
       f'the {jax.process_count()} processes.'
     )
 
@@ -131,7 +133,7 @@ def check_same(values: Mapping[str, Any], what: str) -> None:
       if first.get(name) != other.get(name):
         raise UserError(
           f'{what}: {name} is {first.get(name)!r} in process 0 and {other.get(name)!r} in process '
-          f'{process}; wanted the same in all.'
+          f'{process}; expected the same in all.'
         )
 
 

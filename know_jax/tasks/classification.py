@@ -127,7 +127,7 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   if absent := sorted(set(range(train.num_classes)) - set(train.labels.tolist())):
     raise UserError(
       f'class {train.class_names[absent[0]]!r} has no example in {train.name}/{train.split}; '
-      'wanted some of each class.'
+      'expected some of each class.'
     )
   return task(
     network_of(network, train.num_classes),
@@ -207,7 +207,7 @@ def _draw(train: Dataset, examples: int, seed: int) -> Dataset:
     return train
   if not 0 < examples < len(train.labels):
     raise UserError(
-      f'train_examples is {examples}; wanted 0 (all) to {len(train.labels)}, the size of '
+      f'train_examples is {examples}; expected 0 (all) to {len(train.labels)}, the size of '
       f'{train.name}/{train.split}.'
     )
   share = examples / len(train.labels)

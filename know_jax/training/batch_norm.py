@@ -111,13 +111,13 @@ def _recalibrate(
 ) -> Variables:
   if num_batches < 1 or batch_size < 1:
     raise UserError(
-      f'recalibrate was given num_batches={num_batches}, batch_size={batch_size}; wanted both to '
+      f'recalibrate was given num_batches={num_batches}, batch_size={batch_size}; expected both to '
       'be at least 1.'
     )
   sizes = [len(leaf) for leaf in jax.tree.leaves(batch)]
-  if (examples := min(sizes, default=0)) < (wanted := num_batches * batch_size):
+  if (examples := min(sizes, default=0)) < (expected := num_batches * batch_size):
     raise UserError(
-      f'recalibrate was given {examples} examples; wanted at least {wanted} '
+      f'recalibrate was given {examples} examples; expected at least {expected} '
       f'(num_batches {num_batches} x batch_size {batch_size}).'
     )
   total = None

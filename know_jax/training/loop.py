@@ -37,10 +37,10 @@ def check_batch_size(batch_size: int, examples: int, what: str) -> None:
   if batch_size < 1 or batch_size % devices:
     where = f' of {processes} processes' if processes > 1 else ''
     raise UserError(
-      f'batch_size is {batch_size}; wanted a positive multiple of the {devices} devices{where}.'
+      f'batch_size is {batch_size}; expected a positive multiple of the {devices} devices{where}.'
     )
   if examples < batch_size:
-    raise UserError(f'{what} has {examples} examples; wanted at least batch_size = {batch_size}.')
+    raise UserError(f'{what} has {examples} examples; expected at least batch_size = {batch_size}.')
 
 
 def fit(
@@ -260,7 +260,7 @@ class Course:
     self._sums, self._pending = {}, []
     if not np.isfinite(metrics['loss']):
       raise DivergedError(
-        f'the loss is {metrics["loss"]} in epoch {epoch} at learning rate {self._lr}; wanted a '
+        f'the loss is {metrics["loss"]} in epoch {epoch} at learning rate {self._lr}; expected a '
         'finite one.'
       )
     self._on_epoch(epoch, metrics)
@@ -297,7 +297,7 @@ def check_finite(trained: TrainState, lr: float) -> None:
   for path, leaf in trees.named_leaves(trained.variables).items():
     if not np.isfinite(leaf).all():
       raise DivergedError(
-        f'leaf {path!r} holds NaN or infinity after the last step at learning rate {lr}; wanted '
+        f'leaf {path!r} holds NaN or infinity after the last step at learning rate {lr}; expected '
         'finite weights.'
       )
 

@@ -78,7 +78,7 @@ class Recipe:
     if self.optimizer not in OPTIMIZERS:
       raise unknown_name('optimizer', self.optimizer, OPTIMIZERS)
     if self.weight_decay < 0:
-      raise UserError(f'weight_decay is {self.weight_decay}; wanted at least 0.')
+      raise UserError(f'weight_decay is {self.weight_decay}; expected at least 0.')
     if self.accumulate < 1:
       raise UserError(f'accumulate is {self.accumulate}; expected at least 1.')
 
@@ -141,7 +141,7 @@ def learning_rates(schedule: str, lr: float, total_steps: int) -> np.ndarray:
   if schedule not in SCHEDULES:
     raise unknown_name('schedule', schedule, SCHEDULES)
   if not (np.isfinite(lr) and lr >= 0):
-    raise UserError(f'the learning rate is {lr}; wanted a finite number of at least 0.')
+    raise UserError(f'the learning rate is {lr}; expected a finite number of at least 0.')
   done = np.arange(total_steps, dtype=np.float64) / max(total_steps, 1)
   return (lr * SCHEDULES[schedule](done)).astype(np.float32)
 

@@ -167,21 +167,21 @@ def windows_of(count=300):
 
 def test_all_rivals_predict_what_know_jax_does():
   history, theta = histories.of_network(SMALL), references.random_theta()
-  wanted = named_leaves(api.predict(history, predictor='known', theta=theta))
+  expected = named_leaves(api.predict(history, predictor='known', theta=theta))
   newest = named_leaves(history[-1])
-  assert min(np.abs(leaf - newest[path]).max() for path, leaf in wanted.items()) > 0.01
+  assert min(np.abs(leaf - newest[path]).max() for path, leaf in expected.items()) > 0.01
   for chunk in (1000, 10**6):
     found = predicting.plain_vmap(theta, chunk)(history)
     assert {path: leaf.shape for path, leaf in found.items()} == {
-      path: leaf.shape for path, leaf in wanted.items()
+      path: leaf.shape for path, leaf in expected.items()
     }
-    assert 0 < predicting.largest_difference(found, wanted) < 1e-5
+    assert 0 < predicting.largest_difference(found, expected) < 1e-5
 
 
 def test_a_difference_is_seen():
-  wanted = {'a': np.zeros((2, 3)), 'b': np.ones(2)}
+  expected = {'a': np.zeros((2, 3)), 'b': np.ones(2)}
   found = {'a': np.zeros((2, 3)), 'b': np.array([1.0, 1.25])}
-  assert predicting.largest_difference(found, wanted) == 0.25
+  assert predicting.largest_difference(found, expected) == 0.25
   assert predicting.check_equal('NumPy', 0.25, 0.5) == 0.25
   for difference in (0.75, np.nan):
     with pytest.raises(ArithmeticError, match='NumPy differs by'):
@@ -211,8 +211,8 @@ def test_keras_computes_what_the_module_does():
   history = histories.of_network(SMALL)
   keras = keras_rivals.KerasKNOWN(theta, windows, (32, 128))
   assert keras.batch_size in (32, 128)
-  found, wanted = keras(history), predicting.plain_vmap(theta, 100)(history)
-  assert predicting.largest_difference(found, wanted) < 1e-5
+  found, expected = keras(history), predicting.plain_vmap(theta, 100)(history)
+  assert predicting.largest_difference(found, expected) < 1e-5
 
 
 # --- histories, times, memory ---------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_noise_is_what_networks_are_trained_on():
 def test_mistakes_are_found_before_anything_is_measured(monkeypatch, tmp_path):
   with pytest.raises(UserError, match=r"unknown section 'memry'\. Did you mean 'memory'"):
     runner.run(tmp_path / 'a.md', only=['memry'])
-  with pytest.raises(UserError, match=r"'.*a\.txt'; wanted a Markdown file"):
+  with pytest.raises(UserError, match=r"'.*a\.txt'; expected a Markdown file"):
     runner.run(tmp_path / 'a.txt')
   real = os.access
   monkeypatch.setattr(os, 'access', lambda path, mode: path[:5] != '/proc' and real(path, mode))

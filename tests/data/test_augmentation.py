@@ -61,18 +61,18 @@ def test_warp_is_the_affine_transform_of_scipy(shape):
   found = warp(jnp.asarray(images), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), distortion))
   assert found.dtype == jnp.float32
   for i, image in enumerate(images.astype(np.float64)):
-    wanted = keras_affine(image, distortion.angle[i], distortion.shift[i], distortion.zoom[i])
+    expected = keras_affine(image, distortion.angle[i], distortion.shift[i], distortion.zoom[i])
     # Coordinates up to 32 in float32 (2e-6 of a pixel, a few roundings), slopes up to 2 a pixel.
-    np.testing.assert_allclose(found[i], wanted, atol=5e-5)
+    np.testing.assert_allclose(found[i], expected, atol=5e-5)
 
 
 def test_warp_of_half_precision_interpolates_in_float32():
   images = some_images((4, 8, 8, 1), jnp.bfloat16)
   distortion = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), some_distortion(4))
   found = warp(jnp.asarray(images), distortion)
-  wanted = warp(jnp.asarray(images, jnp.float32), distortion)
+  expected = warp(jnp.asarray(images, jnp.float32), distortion)
   assert found.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
+  np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
 def test_a_quarter_turn_is_exact_about_the_centre():
@@ -90,8 +90,8 @@ def test_shift_moves_rows_then_columns_and_repeats_the_edge():
   distortion = Distortion(
     jnp.zeros(1), jnp.array([[2.0, -1.0]]), jnp.ones((1, 2)), jnp.array([False])
   )
-  wanted = np.pad(image, ((0, 0), (0, 2), (1, 0), (0, 0)), mode='edge')[:, 2:, :-1]
-  np.testing.assert_allclose(warp(jnp.asarray(image), distortion), wanted, atol=1e-6)
+  expected = np.pad(image, ((0, 0), (0, 2), (1, 0), (0, 0)), mode='edge')[:, 2:, :-1]
+  np.testing.assert_allclose(warp(jnp.asarray(image), distortion), expected, atol=1e-6)
 
 
 def test_draws_are_uniform_in_their_ranges():
@@ -155,8 +155,8 @@ def test_augment_is_a_flip_of_a_warp_and_a_function_of_each_key():
   whole = augment(keys, images, ALL)
   drawn = draw(keys, ALL, (12, 12))
   warped = np.asarray(warp(images, drawn))
-  wanted = np.where(np.asarray(drawn.flip)[:, None, None, None], warped[:, :, ::-1], warped)
-  np.testing.assert_array_equal(whole, wanted)
+  expected = np.where(np.asarray(drawn.flip)[:, None, None, None], warped[:, :, ::-1], warped)
+  np.testing.assert_array_equal(whole, expected)
   np.testing.assert_array_equal(whole, augment(keys, images, ALL))
   assert not np.allclose(whole, augment(jax.random.split(jax.random.key(4), 16), images, ALL))
 
@@ -179,14 +179,14 @@ def test_the_result_does_not_depend_on_the_split_over_devices():
 @pytest.mark.parametrize(
   ('values', 'message'),
   [
-    ({'rotation': -1.0}, 'rotation is -1.0; wanted a number from 0 to 180 degrees'),
+    ({'rotation': -1.0}, 'rotation is -1.0; expected a number from 0 to 180 degrees'),
     ({'rotation': 181}, 'rotation is 181'),
     ({'rotation': float('nan')}, 'rotation is nan'),
-    ({'shift': 1.0}, 'shift is 1.0; wanted a number from 0 to below 1'),
+    ({'shift': 1.0}, 'shift is 1.0; expected a number from 0 to below 1'),
     ({'shift': '0.1'}, "shift is '0.1'"),
     ({'zoom': 1.0}, 'zoom is 1.0'),
     ({'zoom': True}, 'zoom is True'),
-    ({'flip': 1}, 'flip is 1; wanted True or False'),
+    ({'flip': 1}, 'flip is 1; expected True or False'),
   ],
 )
 def test_bad_settings(values, message):
@@ -196,11 +196,11 @@ def test_bad_settings(values, message):
 
 def test_bad_inputs():
   keys = jax.random.split(jax.random.key(0), 2)
-  with pytest.raises(UserError, match='dtype uint8; wanted'):
+  with pytest.raises(UserError, match='dtype uint8; expected'):
     augment(keys, jnp.zeros((2, 4, 4, 1), jnp.uint8), ALL)
   with pytest.raises(UserError, match=r'images have shape \(2, 4, 4\)'):
     augment(keys, jnp.zeros((2, 4, 4)), ALL)
-  with pytest.raises(UserError, match=r'keys have shape \(2,\).* wanted \(3,\)'):
+  with pytest.raises(UserError, match=r'keys have shape \(2,\).* expected \(3,\)'):
     augment(keys, jnp.zeros((3, 4, 4, 1)), ALL)
-  with pytest.raises(UserError, match='dtype uint32; wanted'):
+  with pytest.raises(UserError, match='dtype uint32; expected'):
     augment(jax.random.key_data(keys), jnp.zeros((2, 4, 4, 1)), ALL)

@@ -104,8 +104,8 @@ def test_pictures_are_upright_and_resized(tmp_path):
     load_dataset(str(tmp_path), 'train')
   images = load_dataset(str(tmp_path), 'train', image_size=(6, 4)).images
   assert images.shape == (2, 6, 4, 1)
-  wanted = Image.fromarray(np.rot90(array, -1)).resize((4, 6), Image.Resampling.BILINEAR)
-  assert (images[0, ..., 0] == np.asarray(wanted)).all()
+  expected = Image.fromarray(np.rot90(array, -1)).resize((4, 6), Image.Resampling.BILINEAR)
+  assert (images[0, ..., 0] == np.asarray(expected)).all()
 
 
 def test_a_folder_is_a_data_set_of_a_run(splits):

@@ -136,9 +136,9 @@ def test_digits_are_those_of_scikit_learn():
   both = np.concatenate([train.images, test.images])
   assert both.dtype == np.uint8
   assert both.max() == 255
-  wanted = np.rint(raw.images.astype(np.float64) / 16 * 255).astype(np.uint8)[..., None]
+  expected = np.rint(raw.images.astype(np.float64) / 16 * 255).astype(np.uint8)[..., None]
   labels = np.concatenate([train.labels, test.labels])
-  np.testing.assert_array_equal(_hashes(both, labels), _hashes(wanted, raw.target))
+  np.testing.assert_array_equal(_hashes(both, labels), _hashes(expected, raw.target))
 
 
 def test_the_split_of_the_digits_is_stratified_and_fixed():
@@ -154,8 +154,8 @@ def test_digits_resized():
   small = load_dataset('digits', 'test')
   large = load_dataset('digits', 'test', image_size=(16, 12))
   assert large.images.shape == (355, 16, 12, 1)
-  wanted = Image.fromarray(small.images[3, ..., 0]).resize((12, 16), Image.Resampling.BILINEAR)
-  np.testing.assert_array_equal(large.images[3, ..., 0], wanted)
+  expected = Image.fromarray(small.images[3, ..., 0]).resize((12, 16), Image.Resampling.BILINEAR)
+  np.testing.assert_array_equal(large.images[3, ..., 0], expected)
 
 
 def test_classes_are_kept_in_the_order_given():
@@ -185,7 +185,7 @@ def test_arrays_cannot_be_changed_by_accident():
     ({'classes': (3, 10)}, 'classes hold 10; .* labels 0 to 9'),
     ({'classes': (-1,)}, 'classes hold -1'),
     ({'classes': (3, 3)}, 'classes hold 3 more than once'),
-    ({'classes': ('3',)}, "classes hold '3'; wanted labels"),
+    ({'classes': ('3',)}, "classes hold '3'; expected labels"),
     ({'image_size': (8,)}, r'image_size is \(8,\)'),
     ({'image_size': (8, 0)}, r'image_size is \(8, 0\)'),
   ],
@@ -266,12 +266,12 @@ def test_images_of_differing_sizes_need_a_size(tmp_path):
   ):
     load_dataset('tiny', 'train', data_dir=tmp_path)
   found = load_dataset('tiny', 'train', data_dir=tmp_path, image_size=(3, 5))
-  wanted = [
+  expected = [
     np.asarray(Image.fromarray(image[0]).resize((5, 3), Image.Resampling.BILINEAR))
     for image in (one, two)
   ]
   np.testing.assert_array_equal(
-    _hashes(found.images, found.labels), _hashes(np.stack(wanted), np.zeros(2, int))
+    _hashes(found.images, found.labels), _hashes(np.stack(expected), np.zeros(2, int))
   )
 
 
@@ -287,7 +287,7 @@ def test_the_newest_version_or_the_one_named(tmp_path):
     prepare(tmp_path, {'train': some_examples(count)[1]}, version=version)
   assert len(load_dataset('tiny', 'train', data_dir=tmp_path).labels) == 3
   assert len(load_dataset('tiny:2.0.0', 'train', data_dir=tmp_path).labels) == 2
-  with pytest.raises(UserError, match=r'in version 10.0.0, 2.0.0; wanted 3.0.0'):
+  with pytest.raises(UserError, match=r'in version 10.0.0, 2.0.0; expected 3.0.0'):
     load_dataset('tiny:3.0.0', 'train', data_dir=tmp_path)
 
 
@@ -298,7 +298,9 @@ def test_configurations_are_named_by_a_slash(tmp_path):
   assert len(load_dataset('many', 'train', data_dir=tmp_path).labels) == 6
   shutil.copytree(folder.parent, tmp_path / 'many' / 'large')
   assert len(load_dataset('many/large:1.0.0', 'train', data_dir=tmp_path).labels) == 6
-  with pytest.raises(UserError, match="2 configurations; wanted one of 'many/large', 'many/small'"):
+  with pytest.raises(
+    UserError, match="2 configurations; expected one of 'many/large', 'many/small'"
+  ):
     load_dataset('many', 'train', data_dir=tmp_path)
 
 
@@ -352,7 +354,7 @@ def test_a_set_in_another_format_is_refused(tmp_path):
   assert '"fileFormat": "array_record"' in text
   info.write_text(text.replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'))
   with pytest.raises(
-    UserError, match=r'stored as tfrecord.* wanted array_record\. Prepare it anew'
+    UserError, match=r'stored as tfrecord.* expected array_record\. Prepare it anew'
   ):
     load_dataset('tiny', 'train', data_dir=tmp_path)
 
@@ -513,11 +515,11 @@ def test_mean_image_and_input():
   images = rng.integers(0, 256, (300, 4, 5, 3), np.uint8)
   mean = mean_image(images)
   assert mean.dtype == np.float32
-  wanted = (images.astype(np.float64) / 255).mean(axis=0)
-  np.testing.assert_allclose(mean, wanted, rtol=1e-7, atol=1e-7)
+  expected = (images.astype(np.float64) / 255).mean(axis=0)
+  np.testing.assert_allclose(mean, expected, rtol=1e-7, atol=1e-7)
   found = jax.jit(to_device_input)(jnp.asarray(images), jnp.asarray(mean))
   assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, images.astype(np.float64) / 255 - wanted, atol=3e-7)
+  np.testing.assert_allclose(found, images.astype(np.float64) / 255 - expected, atol=3e-7)
 
 
 def test_mean_image_of_many_images_does_not_drift():
@@ -529,12 +531,12 @@ def test_mean_image_of_many_images_does_not_drift():
 
 @pytest.mark.parametrize('images', [np.zeros((0, 2, 2, 1), np.uint8), np.zeros((3, 2, 2, 1))])
 def test_mean_image_of_something_else(images):
-  with pytest.raises(UserError, match='wanted uint8'):
+  with pytest.raises(UserError, match='expected uint8'):
     mean_image(images)
 
 
 def test_inputs_of_something_else():
-  with pytest.raises(UserError, match='dtype float32; wanted uint8'):
+  with pytest.raises(UserError, match='dtype float32; expected uint8'):
     to_device_input(jnp.zeros((3, 2, 2, 1)), jnp.zeros((2, 2, 1)))
   with pytest.raises(UserError, match=r'\(H, W, C\) = \(2, 2, 1\)'):
     to_device_input(jnp.zeros((3, 2, 2, 3), jnp.uint8), jnp.zeros((2, 2, 1)))

@@ -57,12 +57,12 @@ def test_subsets_are_nested_sorted_and_of_the_right_sizes(counts, rate, phases, 
 
 
 @pytest.mark.parametrize(
-  ('size', 'rate', 'wanted'),
+  ('size', 'rate', 'expected'),
   [(1000, 0.5, [1000, 500, 250, 125, 63]), (10, 0.3, [10, 3, 1, 0, 0]), (7, 0.5, [7, 4, 2, 1, 1])],
 )
-def test_sizes_round_half_up(size, rate, wanted):
+def test_sizes_round_half_up(size, rate, expected):
   subsets = nested_subsets(jax.random.key(0), np.zeros(size, int), rate=rate, phases=5)
-  assert [subset.size for subset in subsets] == wanted
+  assert [subset.size for subset in subsets] == expected
 
 
 @hypothesis.given(counts=class_counts(), rate=st.floats(0.3, 0.95), seed=st.integers(0, 2**31))
@@ -219,7 +219,7 @@ def test_subsets_do_not_depend_on_where_the_key_is(rate, phases, stratified, see
     ({'key': 3}, 'key is int'),
     ({'key': np.zeros(2, np.uint32)}, 'dtype uint32'),
     ({'key': jax.random.split(jax.random.key(0))}, r'key has shape \(2,\)'),
-    ({'key': jax.random.key(0, impl='rbg')}, "generator 'rbg'; wanted threefry2x32"),
+    ({'key': jax.random.key(0, impl='rbg')}, "generator 'rbg'; expected threefry2x32"),
   ],
 )
 def test_bad_arguments(change, message):
@@ -234,7 +234,7 @@ def test_check_subsets():
   subsets = [np.arange(8), np.array([0, 4, 5, 6, 7]), np.array([0, 4, 5])]
   check_subsets(subsets[:2], labels, batch_size=5)
   with pytest.raises(
-    UserError, match=r'stage 1 \(0 is the whole set\) has 5 examples; wanted .* batch of 6'
+    UserError, match=r'stage 1 \(0 is the whole set\) has 5 examples; expected .* batch of 6'
   ):
     check_subsets(subsets[:2], labels, batch_size=6)
   with pytest.raises(
@@ -243,5 +243,5 @@ def test_check_subsets():
     check_subsets(subsets, labels, batch_size=3)
   # Where there are no classes, the sizes are all there is to check.
   check_subsets(subsets, None, batch_size=3)
-  with pytest.raises(UserError, match=r'stage 2 .* has 3 examples; wanted .* batch of 4'):
+  with pytest.raises(UserError, match=r'stage 2 .* has 3 examples; expected .* batch of 4'):
     check_subsets(subsets, None, batch_size=4)

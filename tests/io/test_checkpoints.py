@@ -147,7 +147,7 @@ def test_metadata_exists_and_overwrite(tmp_path):
   assert checkpoints.save(path, small_tree(1), metadata=metadata) == path
   assert checkpoints.exists(path)
   assert checkpoints.read_metadata(path) == metadata
-  with pytest.raises(UserError, match=r'/c exists; wanted a new path, or overwrite=True'):
+  with pytest.raises(UserError, match=r'/c exists; expected a new path, or overwrite=True'):
     checkpoints.save(path, small_tree(2))
   assert bits(checkpoints.restore(path)) == bits(small_tree(1))
   checkpoints.save(path, small_tree(2), overwrite=True)
@@ -202,7 +202,7 @@ def test_nothing_is_printed_and_the_log_is_left_as_it_was(tmp_path, capfd):
     ({'a': {1: np.ones(2)}}, "key 1 in 'a'"),
     ({'a': np.ones((0, 3))}, r"leaf 'a' is empty, of shape \(0, 3\)"),
     ({'a': np.array(['x'])}, "leaf 'a' has dtype <U1"),
-    ({'a': np.ones(2, '>f4')}, "leaf 'a' has dtype >f4; wanted numbers in native byte order"),
+    ({'a': np.ones(2, '>f4')}, "leaf 'a' has dtype >f4; expected numbers in native byte order"),
     ({'a': jax.random.key(0)}, "leaf 'a' has dtype key<fry>.*key_data"),
     ({'a.b': np.ones(2), 'a': {'b': np.zeros(2)}}, "'a.b'.* and .*'a', 'b'.* share one name"),
     ({'a/b': np.ones(2), 'a': {'b': np.zeros(2)}}, "'a/b'.* and .*'a', 'b'.* share one name"),
@@ -330,17 +330,23 @@ def reseal(path: Path, change) -> None:
   ('change', 'message'),
   [
     (lambda m: m.update(version=2), r'has format version 2; this version of know_jax reads 1'),
-    (lambda m: m.update(format='x'), r"manifest.json has format 'x'; wanted 'know_jax checkpoint'"),
+    (
+      lambda m: m.update(format='x'),
+      r"manifest.json has format 'x'; expected 'know_jax checkpoint'",
+    ),
     (lambda m: m.pop('leaves'), 'malformed'),
     (lambda m: m['leaves'].update(step=3), 'malformed'),
     (lambda m: m['leaves']['step'].update(shape=[-1]), 'malformed'),
     (lambda m: m['files']['weights/_METADATA'].pop('size'), 'malformed'),
     (lambda m: m['leaves'].pop('step'), "leaf 'step' is in its weights, not in its manifest"),
     (lambda m: m['leaves'].update(new=m['leaves']['step']), "leaf 'new' is in its manifest, not"),
-    (lambda m: m['leaves']['step'].update(shape=[1]), r"leaf 'step' has shape \[\]; wanted \[1\]"),
+    (
+      lambda m: m['leaves']['step'].update(shape=[1]),
+      r"leaf 'step' has shape \[\]; expected \[1\]",
+    ),
     (lambda m: m['leaves']['step'].update(shape=[2**50]), 'bytes; this machine has'),
-    (lambda m: m['leaves']['step'].update(dtype='int64'), "leaf 'step' has dtype int32; wanted"),
-    (lambda m: m['leaves']['step'].update(sha256='0'), "leaf 'step' has sha256 .*; wanted 0, as"),
+    (lambda m: m['leaves']['step'].update(dtype='int64'), "leaf 'step' has dtype int32; expected"),
+    (lambda m: m['leaves']['step'].update(sha256='0'), "leaf 'step' has sha256 .*; expected 0, as"),
     (lambda m: m['files'].update({'../x': {'size': 1, 'sha256': ''}}), r"'../x' is missing"),
   ],
 )
@@ -385,7 +391,7 @@ def test_like_names_the_leaf_that_differs(intact):
     checkpoints.restore(intact, like=shapes)
   del shapes['params']['head']
   with pytest.raises(
-    UserError, match=r"has leaf 'params/head/kernel', which the tree wanted lacks"
+    UserError, match=r"has leaf 'params/head/kernel', which the tree expected lacks"
   ):
     checkpoints.restore(intact, like=shapes)
 

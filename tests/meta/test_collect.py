@@ -113,9 +113,9 @@ def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
   settings = collect.run_config(config_dict(tiny_config()), 0)
   record = forgetting.run(settings, tmp_path / 'direct', show_progress=False)
   trajectory, _ = workdirs.load_trajectory(tmp_path / 'direct')
-  wanted = trees.named_leaves(trajectory.weights)
-  assert set(run.weights) == set(wanted)
-  for path, leaf in wanted.items():
+  expected = trees.named_leaves(trajectory.weights)
+  assert set(run.weights) == set(expected)
+  for path, leaf in expected.items():
     np.testing.assert_array_equal(run.weights[path], leaf, err_msg=path)
     assert leaf.shape[0] == 7
   assert run.about['kinds'] == kinds.leaf_kinds(trajectory.newest)
@@ -284,9 +284,9 @@ def test_a_killed_collection_trains_nothing_twice(collected, tmp_path, monkeypat
   assert sorted(path.name for path in (tmp_path / 'runs').iterdir()) == [
     f'0000{number}.{suffix}' for number in (0, 1) for suffix in ('json', 'safetensors')
   ]
-  for run, wanted in zip(collect.read_runs(tmp_path), collect.read_runs(alone), strict=True):
-    assert run.about.keys() == wanted.about.keys()
-    assert run.about['weights_sha256'] == wanted.about['weights_sha256']
+  for run, expected in zip(collect.read_runs(tmp_path), collect.read_runs(alone), strict=True):
+    assert run.about.keys() == expected.about.keys()
+    assert run.about['weights_sha256'] == expected.about['weights_sha256']
 
 
 def test_a_run_that_another_worker_is_at_comes_round_again(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def test_windows_do_not_depend_on_the_order_of_leaves():
 def test_windows_need_runs_kinds_and_stages():
   with pytest.raises(UserError, match='no finished run'):
     sample_windows([dataclasses.replace(synthetic_run(0), weights=None)], 5, seed=0)
-  with pytest.raises(UserError, match='has 5 stages; wanted at least 6'):
+  with pytest.raises(UserError, match='has 5 stages; expected at least 6'):
     sample_windows([synthetic_run(0, stages=5)], 5, seed=0)
   lacking = synthetic_run(0)
   del lacking.weights['f/bias']
@@ -160,8 +160,8 @@ def test_windows_know_the_moments_of_the_leaf_that_they_are_from():
       ((path, start),) = found
       history = source.weights[path].reshape(7, -1)[start : start + 5].astype(np.float64)
       v = np.concatenate([np.diff(history, axis=0), history[-1:]])
-      wanted = v @ v.T / history.shape[1]
-      np.testing.assert_allclose(windows.moments['fc'][leaf], wanted, rtol=1e-5, atol=1e-9)
+      expected = v @ v.T / history.shape[1]
+      np.testing.assert_allclose(windows.moments['fc'][leaf], expected, rtol=1e-5, atol=1e-9)
   np.testing.assert_array_equal(windows.rates, [0.5, 0.5])
 
 
@@ -175,9 +175,9 @@ def test_split_is_disjoint_complete_fixed_and_alike_in_every_group():
   assert sorted(itertools.chain(*parts)) == list(range(40))
   assert parts == split_runs(dict(reversed(abouts(40).items())), 0, (0.2, 0.3))
   assert parts != split_runs(abouts(40), 1, (0.2, 0.3))
-  for part, wanted in zip(parts, (5, 2, 3), strict=True):
+  for part, expected in zip(parts, (5, 2, 3), strict=True):
     # Four groups of ten: two families on two data sets.
-    assert all(abs(sum(n % 4 == group for n in part) - wanted) <= 1 for group in range(4))
+    assert all(abs(sum(n % 4 == group for n in part) - expected) <= 1 for group in range(4))
   with pytest.raises(UserError, match='collect more runs'):
     split_runs(abouts(2), 0, (0.2, 0.2))
 
@@ -221,9 +221,9 @@ def test_the_paper_loss_is_the_mean_absolute_error_of_the_plain_module_and_its_p
   windows = sample_windows([synthetic_run(0), synthetic_run(1)], 50, seed=0)
   rows = windows.weights['conv'].reshape(-1, SPAN)
   residual = jax.vmap(lambda w: known.KNOWN().apply({'params': params}, w))(rows[:, :-1])
-  wanted = np.abs(rows[:, -2] + np.asarray(residual, np.float64) - rows[:, -1]).mean()
+  expected = np.abs(rows[:, -2] + np.asarray(residual, np.float64) - rows[:, -1]).mean()
   found = meta_training.batch_loss('paper', params, batch_of(windows, 'conv'))
-  np.testing.assert_allclose(found, wanted + known.penalty(params), rtol=1e-5)
+  np.testing.assert_allclose(found, expected + known.penalty(params), rtol=1e-5)
 
 
 def test_the_conditioned_loss_is_the_error_over_that_of_copying_averaged_over_runs():
@@ -255,8 +255,8 @@ def test_batches_are_functions_of_seed_and_step_and_weigh_runs_alike():
     assert a[kind]['windows'].shape == (8, 500, SPAN)
     run = a[kind]['windows'][..., 0].astype(int)
     np.testing.assert_allclose(np.bincount(run.ravel(), minlength=4) / 4000, 0.25, atol=0.03)
-    wanted = 1 / windows.copying(kind)[run]
-    np.testing.assert_allclose(a[kind]['weight'], wanted, rtol=1e-6)
+    expected = 1 / windows.copying(kind)[run]
+    np.testing.assert_allclose(a[kind]['weight'], expected, rtol=1e-6)
 
 
 def test_least_squares_against_numpy_and_what_it_must_find():
@@ -269,9 +269,9 @@ def test_least_squares_against_numpy_and_what_it_must_find():
       scale = np.sqrt((move**2).sum())
       rows.append(np.concatenate([np.diff(w[:, :-1], axis=1), w[:, -2:-1]], axis=1) / scale)
       targets.append(move / scale)
-    wanted = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=1e-12)[0]
+    expected = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=1e-12)[0]
     design = np.concatenate(rows)
-    np.testing.assert_allclose(design @ found[kind], design @ wanted, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(design @ found[kind], design @ expected, rtol=1e-3, atol=1e-6)
     # Every weight moves by -10 % of itself.
     w = windows.weights[kind][0].astype(np.float64)
     v = np.concatenate([np.diff(w[:, :-1], axis=1), w[:, -2:-1]], axis=1)
@@ -307,8 +307,8 @@ def test_the_files_written_load_and_say_where_they_come_from(trained, synthetic_
   chosen = [
     run for run in collect.read_runs(synthetic_runs) if run.number in record['runs']['train']
   ]
-  wanted = fit_least_squares(sample_windows(chosen, config.weights_per_run, 0))
-  assert fitted == wanted
+  expected = fit_least_squares(sample_windows(chosen, config.weights_per_run, 0))
+  assert fitted == expected
 
 
 @pytest.mark.parametrize('trained', ['conditioned'], indirect=True)
@@ -365,11 +365,11 @@ def test_an_interrupted_training_ends_with_the_same_bits(
   monkeypatch.setattr(meta_training, 'draw_batch', draw)
   record = meta_training.run(config, synthetic_runs, tmp_path)
   for name in ('known.safetensors', 'metrics.jsonl'):
-    wanted, found = (workdir / name).read_bytes(), (tmp_path / name).read_bytes()
+    expected, found = (workdir / name).read_bytes(), (tmp_path / name).read_bytes()
     if name.endswith('jsonl'):
-      assert found == wanted
+      assert found == expected
     else:
-      a, b = safetensors.numpy.load(wanted), safetensors.numpy.load(found)
+      a, b = safetensors.numpy.load(expected), safetensors.numpy.load(found)
       for leaf in a:
         np.testing.assert_array_equal(a[leaf], b[leaf])
   assert list(record['validation_error']) == list(KINDS)
@@ -379,7 +379,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 def test_bad_settings_are_named(synthetic_runs, tmp_path):
   config = tiny_config()
   config.steps = 10
-  with pytest.raises(UserError, match='steps is 10; wanted at least validate_every = 20'):
+  with pytest.raises(UserError, match='steps is 10; expected at least validate_every = 20'):
     meta_training.run(config, synthetic_runs, tmp_path / 'a')
   config = tiny_config()
   config.batch_size = 12

@@ -178,9 +178,9 @@ def test_channels_are_rounded_as_in_the_publications_code():
   ('settings', 'message'),
   [
     ({'output_stride': 12}, r'output_stride of deeplabv3plus is 12; expected one of \(8, 16, 32\)'),
-    ({'width': 0.0}, "width of model 'deeplabv3plus' is 0.0; wanted a positive number"),
-    ({'rates': (1, 2)}, 'wanted 3 positive integers'),
-    ({'dropout': True}, 'is True; wanted a number from 0 to below 1'),
+    ({'width': 0.0}, "width of model 'deeplabv3plus' is 0.0; expected a positive number"),
+    ({'rates': (1, 2)}, 'expected 3 positive integers'),
+    ({'dropout': True}, 'is True; expected a number from 0 to below 1'),
   ],
 )
 def test_bad_settings_are_refused(settings, message):

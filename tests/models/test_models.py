@@ -97,16 +97,16 @@ def test_every_leaf_has_its_kind_without_an_override(name):
   for path, leaf in named_leaves(variables['params']).items():
     layer, _, leaf_name = path.rpartition('/')
     if layer in norms:
-      wanted = 'keep'
+      expected = 'keep'
     elif leaf_name == 'bias':
-      wanted = 'bias'
+      expected = 'bias'
     else:
       # Dense and attention, told here by the layer's name, not by its rank as leaf_kinds does it.
       dense = ('head', 'dense', 'dense1', 'dense2', 'query', 'key', 'value', 'out')
-      wanted = 'fc' if layer.split('/')[-1] in dense else 'conv'
+      expected = 'fc' if layer.split('/')[-1] in dense else 'conv'
       assert leaf_name == 'kernel'
-      assert leaf.ndim == 4 or wanted == 'fc'
-    assert kinds[path] == wanted, path
+      assert leaf.ndim == 4 or expected == 'fc'
+    assert kinds[path] == expected, path
   if 'batch_stats' in variables:
     whole = leaf_kinds(variables)
     assert {kind for path, kind in whole.items() if path.startswith('batch_stats/')} == {'keep'}
@@ -182,7 +182,7 @@ def test_batch_norm_synchronises_in_training_only(name):
 
   x = jax.ShapeDtypeStruct((3, 2, 28, 28, 1), jnp.float32)
   layers = len(jax.tree.leaves(variables.get('batch_stats', {}))) // 2
-  for train, wanted in ((True, ('devices', False)), (False, (None, True))):
+  for train, expected in ((True, ('devices', False)), (False, (None, True))):
     found.clear()
 
     def apply(v, x, train=train):
@@ -190,7 +190,7 @@ def test_batch_norm_synchronises_in_training_only(name):
 
     with nn.intercept_methods(record):
       jax.eval_shape(jax.vmap(apply, in_axes=(None, 0), axis_name='devices'), variables, x)
-    assert found == [wanted] * layers
+    assert found == [expected] * layers
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -332,16 +332,16 @@ def test_max_pool_equals_reduce_window(size):
     return nn.max_pool(x, (2, 2), strides=(2, 2))
 
   cotangent = images((size[0] // 2, size[1] // 2, 3))
-  got, wanted = (both_ways(f, (x,), cotangent) for f in (max_pool, reference))
-  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+  got, expected = (both_ways(f, (x,), cotangent) for f in (max_pool, reference))
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_max_pool_gives_the_gradient_of_a_tie_to_the_first():
   for values in itertools.product([0.0, 1.0], repeat=4):
     grad = jax.grad(lambda x: max_pool(x).sum())(jnp.array(values).reshape(1, 2, 2, 1))
-    wanted = np.zeros(4)
-    wanted[np.argmax(values)] = 1
-    np.testing.assert_array_equal(grad.ravel(), wanted)
+    expected = np.zeros(4)
+    expected[np.argmax(values)] = 1
+    np.testing.assert_array_equal(grad.ravel(), expected)
 
 
 def test_max_pool_is_differentiated_forwards_and_twice():
@@ -353,8 +353,8 @@ def test_max_pool_is_differentiated_forwards_and_twice():
     grad = jax.grad(lambda x: (f(x) ** 3).sum())
     return jax.jvp(f, (x,), (direction,))[1], jax.jvp(grad, (x,), (direction,))[1]
 
-  got, wanted = both(max_pool), both(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, wanted)
+  got, expected = both(max_pool), both(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
 
 
 @pytest.mark.parametrize(
@@ -394,8 +394,8 @@ def test_depthwise_equals_grouped_convolution(size, options):
     return layer.apply({'params': params}, x)
 
   cotangent = images((-(-size[0] // stride), -(-size[1] // stride), 3), seed=2)
-  got, wanted = (both_ways(f, (x, params), cotangent) for f in (ours, reference))
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+  got, expected = (both_ways(f, (x, params), cotangent) for f in (ours, reference))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -415,8 +415,8 @@ def test_shuffle_is_the_channel_shuffle_of_two_groups():
   left, right = images((2, 3, 4), seed=1), images((2, 3, 4), seed=2)
   # Zhang et al. 2018, section 3.1: reshape to (groups, n), transpose, flatten.
   both = np.concatenate([left, right], axis=-1)
-  wanted = both.reshape(2, 2, 3, 2, 4).swapaxes(-1, -2).reshape(2, 2, 3, 8)
-  np.testing.assert_array_equal(shuffle(left, right), wanted)
+  expected = both.reshape(2, 2, 3, 2, 4).swapaxes(-1, -2).reshape(2, 2, 3, 8)
+  np.testing.assert_array_equal(shuffle(left, right), expected)
 
 
 def test_vit_knows_where_a_patch_was_by_its_position_alone():
@@ -465,14 +465,14 @@ def test_the_options_there_are():
     ({'name': 'resnet19'}, "unknown model 'resnet19'. Did you mean 'resnet18'"),
     ({'name': 'cnn', 'depth': 3}, r"'cnn' has no option 'depth'; its options: convs \(default 3\)"),
     ({'name': 'resnet18', 'blocks': 3}, "'resnet18' has no option 'blocks'; its options: none"),
-    ({'name': 'cnn', 'width': 0}, "width of model 'cnn' is 0; wanted a positive integer"),
-    ({'name': 'cnn', 'width': 8.0}, "width of model 'cnn' is 8.0; wanted a positive integer"),
-    ({'name': 'cnn', 'convs': True}, "convs of model 'cnn' is True; wanted a positive integer"),
-    ({'name': 'vit', 'num_classes': 0}, "num_classes of model 'vit' is 0; wanted a positive"),
-    ({'name': 'vit', 'width': 30}, "width of model 'vit' is 30; wanted a multiple of 4"),
-    ({'name': 'cnn', 'dtype': jnp.int32}, "dtype of model 'cnn' is .*int32.*; wanted a floating"),
-    ({'name': 'cnn', 'dtype': 'float33'}, "dtype of model 'cnn' is 'float33'; wanted a floating"),
-    ({'name': 'cnn', 'dtype': None}, "dtype of model 'cnn' is None; wanted a floating"),
+    ({'name': 'cnn', 'width': 0}, "width of model 'cnn' is 0; expected a positive integer"),
+    ({'name': 'cnn', 'width': 8.0}, "width of model 'cnn' is 8.0; expected a positive integer"),
+    ({'name': 'cnn', 'convs': True}, "convs of model 'cnn' is True; expected a positive integer"),
+    ({'name': 'vit', 'num_classes': 0}, "num_classes of model 'vit' is 0; expected a positive"),
+    ({'name': 'vit', 'width': 30}, "width of model 'vit' is 30; expected a multiple of 4"),
+    ({'name': 'cnn', 'dtype': jnp.int32}, "dtype of model 'cnn' is .*int32.*; expected a floating"),
+    ({'name': 'cnn', 'dtype': 'float33'}, "dtype of model 'cnn' is 'float33'; expected a floating"),
+    ({'name': 'cnn', 'dtype': None}, "dtype of model 'cnn' is None; expected a floating"),
     ({'name': 'cnn', 'dtype': 'float64'}, "dtype of model 'cnn' is 'float64'; .* jax_enable_x64"),
   ],
 )
@@ -484,9 +484,9 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
   ('x', 'message'),
   [
-    (np.zeros((8, 8, 1), np.float32), r'shape \(8, 8, 1\); wanted \[batch, height'),
+    (np.zeros((8, 8, 1), np.float32), r'shape \(8, 8, 1\); expected \[batch, height'),
     (np.zeros((2, 7, 8, 1), np.float32), r'shape \(2, 7, 8, 1\); .* at least 8'),
-    (np.zeros((2, 8, 8, 1), np.uint8), 'dtype uint8; wanted normalised floating-point'),
+    (np.zeros((2, 8, 8, 1), np.uint8), 'dtype uint8; expected normalised floating-point'),
   ],
 )
 @pytest.mark.parametrize('name', MODELS)

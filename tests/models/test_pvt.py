@@ -248,11 +248,14 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
   ('settings', 'message'),
   [
     ({'name': 'pvt_v2_b0', 'depths': (1, 1, 1, 1)}, "no option 'depths'; its options: stem_stride"),
-    ({'name': 'pvt_v2', 'depths': (1, 1)}, r'depths of .* is \(1, 1\); wanted 4 positive integers'),
-    ({'name': 'pvt_v2', 'depths': (1, 1, 0, 1)}, 'wanted 4 positive integers'),
-    ({'name': 'pvt_v2', 'linear': 1}, "linear of model 'pvt_v2' is 1; wanted True or False"),
-    ({'name': 'pvt_v2', 'drop_path': 1.0}, 'is 1.0; wanted a number from 0 to below 1'),
-    ({'name': 'pvt_v2', 'width': 16.0}, "width of model 'pvt_v2' is 16.0; wanted a positive int"),
+    (
+      {'name': 'pvt_v2', 'depths': (1, 1)},
+      r'depths of .* is \(1, 1\); expected 4 positive integers',
+    ),
+    ({'name': 'pvt_v2', 'depths': (1, 1, 0, 1)}, 'expected 4 positive integers'),
+    ({'name': 'pvt_v2', 'linear': 1}, "linear of model 'pvt_v2' is 1; expected True or False"),
+    ({'name': 'pvt_v2', 'drop_path': 1.0}, 'is 1.0; expected a number from 0 to below 1'),
+    ({'name': 'pvt_v2', 'width': 16.0}, "width of model 'pvt_v2' is 16.0; expected a positive int"),
   ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -242,7 +242,7 @@ def test_a_registered_predictor_has_a_name_everywhere(monkeypatch):
     np.testing.assert_array_equal(by_name[path], leaf)
   for options, message in (
     ({'strenght': 1.0}, "predictor 'halfway' has no option 'strenght'; it has strength, way"),
-    ({'strength': 'a'}, "halfway option strength is 'a'; wanted a finite Python number"),
+    ({'strength': 'a'}, "halfway option strength is 'a'; expected a finite Python number"),
     ({'way': 'bakc'}, "unknown way 'bakc'. Did you mean 'back'"),
   ):
     with pytest.raises(UserError, match=message):

@@ -139,10 +139,10 @@ def forecast(history, predictor, steps=3, **options):
   ]
 
 
-def assert_predicted(found, wanted, exact=True):
-  assert list(found) == sorted(wanted)
+def assert_predicted(found, expected, exact=True):
+  assert list(found) == sorted(expected)
   for path, leaf in found.items():
-    want = np.asarray(wanted[path])
+    want = np.asarray(expected[path])
     assert (leaf.dtype, leaf.shape) == (want.dtype, want.shape), path
     if exact or not trees.is_floating(leaf):
       assert leaf.tobytes() == want.tobytes(), path
@@ -172,9 +172,9 @@ def test_predictions_are_those_of_forecast(tmp_path, dtype, exact, close):
   folders = run(files, tmp_path / 'out', predictors=(*exact, *close), rate=0.4)
   assert folders == [tmp_path / 'out' / name / n for name in (*exact, *close) for n in '123']
   for predictor in (*exact, *close):
-    for n, wanted in enumerate(forecast(history, predictor, rate=0.4), 1):
+    for n, expected in enumerate(forecast(history, predictor, rate=0.4), 1):
       folder = tmp_path / 'out' / predictor / str(n)
-      assert_predicted(load(folder), wanted, exact=predictor in exact)
+      assert_predicted(load(folder), expected, exact=predictor in exact)
       assert len(list(folder.glob('*.safetensors'))) == 3
       card = read_sealed(folder / 'nowcast.json', 'card')
       assert (card['predictor'], card['steps'], card['rate']) == (predictor, n, 0.4)
@@ -193,8 +193,8 @@ def test_float64_needs_x64(tmp_path):
     run(files, tmp_path / 'out')
   with jax.enable_x64(True):
     run(files, tmp_path / 'out', predictors=['log_fit'], steps=2)
-    for n, wanted in enumerate(forecast(history, 'log_fit', 2), 1):
-      assert_predicted(load(tmp_path / 'out' / 'log_fit' / str(n)), wanted)
+    for n, expected in enumerate(forecast(history, 'log_fit', 2), 1):
+      assert_predicted(load(tmp_path / 'out' / 'log_fit' / str(n)), expected)
 
 
 def test_no_more_than_a_slice_is_read_at_once(tmp_path, monkeypatch):
@@ -212,13 +212,13 @@ def test_tsv_sees_matrices_whole_and_those_of_pytorch_alike(tmp_path):
     {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     for _ in range(3)
   ]
-  wanted = know_jax.predict(flax, 2, predictor='tsv')
+  expected = know_jax.predict(flax, 2, predictor='tsv')
   run(save_all(tmp_path, flax), tmp_path / 'out', predictors=['tsv'], steps=2)
-  assert_predicted(load(tmp_path / 'out' / 'tsv' / '2'), wanted)
+  assert_predicted(load(tmp_path / 'out' / 'tsv' / '2'), expected)
   torch = [{'conv/weight': s['conv/kernel'].transpose(3, 2, 0, 1).copy()} for s in flax]
   run(save_all(tmp_path / 'torch', torch), tmp_path / 'torch', predictors=['tsv'], steps=2)
   found = load(tmp_path / 'torch' / 'tsv' / '2')['conv/weight'].transpose(2, 3, 1, 0)
-  np.testing.assert_allclose(found, wanted['conv/kernel'], atol=1e-4)
+  np.testing.assert_allclose(found, expected['conv/kernel'], atol=1e-4)
 
 
 # --- kills, damage, repetition --------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_the_script(tmp_path, files, whole):
       ),
       (
         (history, f'--output={output}', '--rate=2'),
-        'rate is 2.0; wanted a Python number in (0, 1)',
+        'rate is 2.0; expected a Python number in (0, 1)',
       ),
       (
         (f'--history={large}', f'--output={output}', '--predictor=tsv', '--memory=1', '--steps=1'),
@@ -398,9 +398,9 @@ def test_an_output_is_of_one_call(tmp_path, files):
   before = snapshot(output)
   other = save_all(tmp_path, make_history(jnp.bfloat16, seed=1))
   for history, options, message in (
-    (files, {'rate': 0.3}, r'rate: found 0\.5, wanted 0\.3\. Give another --output'),
-    (files, {'steps': 2}, 'steps: found 3, wanted 2'),
-    (files, {'kinds': {'scalar/bias': 'keep'}}, 'scalar/bias: found "bias", wanted "keep"'),
+    (files, {'rate': 0.3}, r'rate: found 0\.5, expected 0\.3\. Give another --output'),
+    (files, {'steps': 2}, 'steps: found 3, expected 2'),
+    (files, {'kinds': {'scalar/bias': 'keep'}}, 'scalar/bias: found "bias", expected "keep"'),
     (other, {}, 'history: found '),
   ):
     with pytest.raises(UserError, match=message):
@@ -418,7 +418,7 @@ def test_an_output_is_of_one_call(tmp_path, files):
 def test_a_full_disk_is_noticed_before(tmp_path, files, monkeypatch):
   usage = type('Usage', (), {'free': 1000})
   monkeypatch.setattr(from_files.shutil, 'disk_usage', lambda _: usage)
-  with pytest.raises(UserError, match=r'out has 1000 bytes free; wanted \d+ for the predictions'):
+  with pytest.raises(UserError, match=r'out has 1000 bytes free; expected \d+ for the predictions'):
     run(files, tmp_path / 'out')
   assert not list((tmp_path / 'out').rglob('*'))
 
@@ -433,11 +433,11 @@ def test_a_full_disk_is_noticed_before(tmp_path, files, monkeypatch):
     ({'more/bias': np.zeros(3)}, r"stage 1 .* has leaf 'more/bias', which the newest stage"),
     (
       {'conv/bias': np.zeros(6, np.float32)},
-      r"leaf 'conv/bias' has shape \(6,\) in stage 1 .*; wanted \(5,\), as in the newest",
+      r"leaf 'conv/bias' has shape \(6,\) in stage 1 .*; expected \(5,\), as in the newest",
     ),
     (
       {'conv/bias': np.zeros(5, np.float16)},
-      r"leaf 'conv/bias' has dtype float16 in stage 1 .*; wanted float32",
+      r"leaf 'conv/bias' has dtype float16 in stage 1 .*; expected float32",
     ),
   ],
 )
@@ -455,7 +455,7 @@ def test_stages_that_differ(tmp_path, change, message):
     ({'predictors': ['shrik']}, "unknown predictor 'shrik'. Did you mean 'shrink'"),
     ({'predictors': []}, 'no predictor is given'),
     ({'predictors': ['task_vector'], 'steps': 5}, 'needs a history of 6 stages for steps=5'),
-    ({'steps': 0}, 'steps is 0; wanted at least 1'),
+    ({'steps': 0}, 'steps is 0; expected at least 1'),
     ({'on_bad': 'weep'}, "unknown choice of on_bad 'weep'"),
     ({'kinds': {'dense': 'dense'}}, "unknown kind of 'dense' 'dense'"),
     ({'kinds': {'(': 'fc'}}, r"kinds: '\(' is no regular expression"),
@@ -501,13 +501,13 @@ def test_bad_leaves_keep_their_newest_weights(tmp_path):
     texts = [str(w.message) for w in caught if issubclass(w.category, health.PredictionWarning)]
     return found, texts
 
-  wanted, texts = warned(lambda: forecast(history, **told))
+  expected, texts = warned(lambda: forecast(history, **told))
   assert "'dense/kernel' (fc) at step 1: a residual is saturated" in texts[0]
   assert len(texts) == 1 or 'outside' in texts[1]
   for _ in range(2):  # Also where all is done.
     folders, found = warned(lambda: run(files, tmp_path / 'out', **options))
     assert found == texts
-  for folder, stage in zip(folders, wanted, strict=True):
+  for folder, stage in zip(folders, expected, strict=True):
     assert_predicted(load(folder), stage)
     assert read_sealed(folder / 'nowcast.json', 'card')['kept_newest'] == ['dense/kernel']
   with pytest.raises(UserError, match=r"1 of 1 leaves .*'dense/kernel'"):
@@ -542,28 +542,28 @@ def write_header(path, header, data=b'\0' * 8, length=None):
 @pytest.mark.parametrize(
   ('header', 'message'),
   [
-    ({'a': entry(offsets=(0, 16))}, "'a' has 16 bytes; wanted 8, for F32"),
+    ({'a': entry(offsets=(0, 16))}, "'a' has 16 bytes; expected 8, for F32"),
     ({'a': entry(shape=(4,), offsets=(0, 16))}, 'take 16 bytes; found 8'),
     ({'a': entry(shape=(1,), offsets=(0, 4))}, 'take 4 bytes; found 8'),
-    ({'a': entry(), 'b': entry()}, "'b' begins at byte 0; wanted 8, where tensor 'a' ends"),
-    ({'a': entry(shape=(1,), offsets=(4, 8))}, 'begins at byte 4; wanted 0, where the header'),
+    ({'a': entry(), 'b': entry()}, "'b' begins at byte 0; expected 8, where tensor 'a' ends"),
+    ({'a': entry(shape=(1,), offsets=(4, 8))}, 'begins at byte 4; expected 0, where the header'),
     ({'a': entry(offsets=(8, 0))}, 'has -8 bytes'),
-    ({'a': entry(offsets=(-8, 0))}, 'wanted counts'),
-    ({'a': entry(shape=(2**62, 4), offsets=(0, 0))}, 'has 0 bytes; wanted 73786976294838206464'),
-    ({'a': entry(shape=(-1, -2))}, 'wanted counts'),
-    ({'a': entry(shape=(True, 2))}, 'wanted counts'),
-    ({'a': entry(shape=(2.0,))}, 'wanted counts'),
-    ({'a': entry(dtype='F3_E4M3', shape=(8,))}, "'a' has dtype 'F3_E4M3'; wanted one of F64"),
+    ({'a': entry(offsets=(-8, 0))}, 'expected counts'),
+    ({'a': entry(shape=(2**62, 4), offsets=(0, 0))}, 'has 0 bytes; expected 73786976294838206464'),
+    ({'a': entry(shape=(-1, -2))}, 'expected counts'),
+    ({'a': entry(shape=(True, 2))}, 'expected counts'),
+    ({'a': entry(shape=(2.0,))}, 'expected counts'),
+    ({'a': entry(dtype='F3_E4M3', shape=(8,))}, "'a' has dtype 'F3_E4M3'; expected one of F64"),
     ({'a': entry(dtype=['F32'])}, 'has dtype'),
     ({'a': 3}, 'not described by'),
     ({'a.b': entry(), 'a/b': entry(offsets=(8, 16))}, "'a.b' and 'a/b' have the same path 'a/b'"),
     ({'__metadata__': {'a': 1}, 'a': entry()}, '__metadata__ is no mapping to strings'),
     ({}, 'take 0 bytes; found 8'),
     ([1], "begins with b'\\['"),
-    (b'{"a":', 'wanted JSON'),
+    (b'{"a":', 'expected JSON'),
     (b'{"a":1,"a":1}', 'a name stands twice'),
-    (b'{"\xff":1}', 'wanted JSON'),
-    (b'{"\\ud800":1}', 'wanted JSON'),
+    (b'{"\xff":1}', 'expected JSON'),
+    (b'{"\\ud800":1}', 'expected JSON'),
     (b'{"a":' + b'[' * 100_000, 'nested too deep'),
   ],
 )
@@ -582,7 +582,7 @@ def test_hostile_lengths_and_folders(tmp_path):
   file = tmp_path / 'a.safetensors'
   for length in (0, 10**9, 2**64 - 1):
     write_header(file, {'a': entry()}, length=length)
-    with pytest.raises(UserError, match=f'header is said to have {length} bytes; wanted 2 to'):
+    with pytest.raises(UserError, match=f'header is said to have {length} bytes; expected 2 to'):
       open_weights(file)
   file.write_bytes(b'abc')
   with pytest.raises(UserError, match='header is said to have 0 bytes'):
@@ -599,7 +599,7 @@ def test_hostile_lengths_and_folders(tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   for weight_map, message in (
     ({'a': '../a.safetensors', 'b': 'b.safetensors'}, "'a' is said to be in '../a.safetensors'"),
-    ({'a': str(tmp_path / 'a.safetensors')}, 'wanted the name of a file beside it'),
+    ({'a': str(tmp_path / 'a.safetensors')}, 'expected the name of a file beside it'),
     ({'a': 3}, "'a' is said to be in 3"),
     ({'a': 'c.safetensors'}, 'cannot read .*c.safetensors: No such file'),
     ({'a': 'b.safetensors'}, "b.safetensors lacks tensor 'a', which the index has"),
@@ -645,13 +645,13 @@ def test_what_is_accepted_the_library_reads_alike(tmp_path_factory, data):
   with contextlib.suppress(UserError):
     found = open_weights(file).leaves
     with safetensors.safe_open(file, framework='numpy') as library:
-      wanted = {name: library.get_tensor(name) for name in library.keys()}  # noqa: SIM118
+      expected = {name: library.get_tensor(name) for name in library.keys()}  # noqa: SIM118
     assert {leaf.name: (leaf.shape, leaf.dtype) for leaf in found.values()} == {
-      name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()
+      name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()
     }
     for leaf in found.values():
       with leaf.open(file.parent) as reader:
-        assert reader.read(0, leaf.size).tobytes() == wanted[leaf.name].tobytes()
+        assert reader.read(0, leaf.size).tobytes() == expected[leaf.name].tobytes()
 
 
 # --- Orbax ----------------------------------------------------------------------------------------
@@ -680,8 +680,8 @@ def test_orbax_checkpoints(tmp_path):
     checkpointer.save(stages[3], nested(history[3]))
   stages.append(save_file(tmp_path / 'newest.safetensors', history[4]))
   run(stages, tmp_path / 'out', predictors=['log_fit'])
-  for n, wanted in enumerate(forecast(history, 'log_fit'), 1):
-    assert_predicted(load(tmp_path / 'out' / 'log_fit' / str(n)), wanted)
+  for n, expected in enumerate(forecast(history, 'log_fit'), 1):
+    assert_predicted(load(tmp_path / 'out' / 'log_fit' / str(n)), expected)
 
   with pytest.raises(UserError, match=r"leaf 'dense/kernel' of .*0 is stored in chunks of 20000"):
     run(stages, tmp_path / 'small', memory=50000)
@@ -702,13 +702,13 @@ def test_chunks_are_put_together(tmp_path, chunks):
   import tensorstore as ts
 
   # A checkpoint of Orbax without OCDBT.
-  wanted = np.arange(140, dtype=np.float32).reshape(5, 7, 4)
+  expected = np.arange(140, dtype=np.float32).reshape(5, 7, 4)
   spec = {
     'driver': 'zarr',
     'kvstore': {'driver': 'file', 'path': f'{tmp_path}/a.kernel/'},
     'metadata': {'shape': [5, 7, 4], 'chunks': chunks, 'dtype': '<f4'},
   }
-  ts.open(spec, create=True).result().write(wanted).result()
+  ts.open(spec, create=True).result().write(expected).result()
   (tmp_path / '_METADATA').write_text('{}')
   leaf = open_weights(tmp_path).leaves['a/kernel']
   assert (leaf.shape, leaf.dtype, leaf.chunk_bytes) == ((5, 7, 4), np.float32, 4 * np.prod(chunks))

@@ -58,9 +58,9 @@ def test_checkpoints_hold_what_predict_gives(predicted, known_file, name):
   theta = {'theta': know_jax.load_known(known_file)} if name == 'known' else {}
   for steps in (1, 2):
     path = workdir / 'predictions' / name / str(steps)
-    wanted = know_jax.predict(stages_of(workdir), steps, predictor=name, rate=0.4, **theta)
+    expected = know_jax.predict(stages_of(workdir), steps, predictor=name, rate=0.4, **theta)
     restored = checkpoints.restore(path)
-    assert_close(restored, jax.device_get(wanted), rtol=1e-6, atol=1e-7)
+    assert_close(restored, jax.device_get(expected), rtol=1e-6, atol=1e-7)
     assert_same_bits(jax.device_get(orbax_restore(path)), restored)
     (mine,) = [p for p in found if (p.predictor, p.steps) == (name, steps)]
     assert mine.path == path
@@ -170,17 +170,17 @@ def test_the_picture_is_drawn(predicted):
 
 def test_batch_norm_policies(predicted, copy):
   _, kept = predicted
-  (wanted,) = [p for p in kept if (p.predictor, p.steps) == ('shrink', 1)]
+  (expected,) = [p for p in kept if (p.predictor, p.steps) == ('shrink', 1)]
   newest = workdirs.restore_stage(copy, 0)
-  assert_same_bits(wanted.variables['batch_stats'], newest['batch_stats'])
-  assert_same_bits(wanted.variables['params']['norm1'], newest['params']['norm1'])
+  assert_same_bits(expected.variables['batch_stats'], newest['batch_stats'])
+  assert_same_bits(expected.variables['params']['norm1'], newest['params']['norm1'])
 
   def run(policy, **options):
     found = from_run.run(copy, predictors=['shrink'], steps=1, batch_norm=policy, **options)[1]
     assert checkpoints.read_metadata(found.path)['batch_norm'] == policy
     assert_same_bits(checkpoints.restore(found.path), found.variables)
     for layer in ('conv1', 'conv2', 'conv3', 'dense', 'head'):
-      assert_same_bits(found.variables['params'][layer], wanted.variables['params'][layer])
+      assert_same_bits(found.variables['params'][layer], expected.variables['params'][layer])
     return found.variables
 
   reset = run('reset')
@@ -191,7 +191,7 @@ def test_batch_norm_policies(predicted, copy):
     assert (reset['batch_stats'][layer]['var'] == 1).all()
 
   found = run('recalibrate', recalibration_batches=3)
-  assert_same_bits(found['params'], wanted.variables['params'])
+  assert_same_bits(found['params'], expected.variables['params'])
   # The first convolution of the first 3 x 128 training images, in float64.
   task = load_task(config_dict(small_config()))
   images = model_inputs(task.train.images[:384], task.train.images).astype(np.float64)
@@ -213,12 +213,12 @@ def test_batch_norm_policies(predicted, copy):
       {'predictors': ['shrink', 'average'], 'steps': 5},
       r"predictor 'average' can do at most steps=4 with the 5 stages of .*/run; found steps=5",
     ),
-    ({'steps': 0}, 'steps is 0; wanted at least 1'),
-    ({'predictors': []}, 'no predictor is given; wanted some of'),
+    ({'steps': 0}, 'steps is 0; expected at least 1'),
+    ({'predictors': []}, 'no predictor is given; expected some of'),
     ({'known': '/nowhere', 'predictors': ['shrink', 'known']}, '/nowhere: no such file'),
     (
       {'batch_norm': 'recalibrate', 'recalibration_batches': 5},
-      'recalibrate was given 625 examples; wanted at least 640',
+      'recalibrate was given 625 examples; expected at least 640',
     ),
   ],
 )

@@ -135,11 +135,11 @@ def test_a_saturated_residual_is_told(way, size):
   saturated[0, 0] = 0.1  # A leaf that never moved would be left alone.
   history = history_of(**{'a/bias': list(at_rest), 'b/bias': list(saturated)})
   # tanh(100 x 0.01) is not saturated; one step on tanh(100 x 0.77) is.
-  for steps, wanted in ((1, ["'b/bias' (bias) at step 1"]), (2, ["'a/bias'", "'b/bias'"])):
+  for steps, expected in ((1, ["'b/bias' (bias) at step 1"]), (2, ["'a/bias'", "'b/bias'"])):
     found, (told,) = caught(WAYS[way], history, steps=steps, predictor='known', theta=theta)
     message = str(told.message)
-    assert all(text in message for text in wanted) and 'a residual is saturated, at 1;' in message
-    assert message.startswith(f'known: {len(wanted)} of 2 leaves')
+    assert all(text in message for text in expected) and 'a residual is saturated, at 1;' in message
+    assert message.startswith(f'known: {len(expected)} of 2 leaves')
     np.testing.assert_array_equal(found['b/bias'], saturated[-1])
   np.testing.assert_array_equal(found['a/bias'], at_rest[-1])
 

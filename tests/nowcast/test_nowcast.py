@@ -95,15 +95,17 @@ def bits(leaf):
   return np.asarray(leaf).tobytes()
 
 
-def assert_identical(found, wanted):
-  trees.check_same(wanted, found, names=('wanted', 'found'))
-  for (path, a), b in zip(trees.named_leaves(found).items(), jax.tree.leaves(wanted), strict=True):
+def assert_identical(found, expected):
+  trees.check_same(expected, found, names=('expected', 'found'))
+  for (path, a), b in zip(
+    trees.named_leaves(found).items(), jax.tree.leaves(expected), strict=True
+  ):
     assert bits(a) == bits(b), path
 
 
-def assert_close(found, wanted, rtol=1e-5, atol=1e-6):
-  chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
-  chex.assert_trees_all_close(found, wanted, rtol=rtol, atol=atol)
+def assert_close(found, expected, rtol=1e-5, atol=1e-6):
+  chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+  chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)
 
 
 # --- structure, shapes, dtypes --------------------------------------------------------------------
@@ -145,8 +147,8 @@ HALF = {
 def test_half_precision_is_computed_in_float32_and_given_back(name):
   history = [jax.tree.map(lambda w, d: w.astype(d), stage, HALF) for stage in make_history()]
   in_float32 = [jax.tree.map(lambda leaf: leaf.astype(np.float32), stage) for stage in history]
-  wanted = jax.tree.map(lambda w, d: w.astype(d), predict(in_float32, 2, name), HALF)
-  assert_identical(predict(history, 2, name), wanted)
+  expected = jax.tree.map(lambda w, d: w.astype(d), predict(in_float32, 2, name), HALF)
+  assert_identical(predict(history, 2, name), expected)
 
 
 # --- transformations ------------------------------------------------------------------------------
@@ -169,14 +171,14 @@ def test_under_jit_with_the_history_a_constant(name):
 def test_a_forecast_under_jit_and_vmap():
   history = drop_int64(with_kept(make_history(shapes=TINY)))
   forecast = functools.partial(know_jax.forecast, steps=2, predictor='linear_fit')
-  wanted = jax.tree.map(jnp.asarray, forecast(history).weights)
+  expected = jax.tree.map(jnp.asarray, forecast(history).weights)
   found = jax.jit(forecast)(history).weights
-  assert_close(found.pop('head'), wanted['head'])
-  assert_identical(found, {k: wanted[k] for k in found})
+  assert_close(found.pop('head'), expected['head'])
+  assert_identical(found, {k: expected[k] for k in found})
   batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), history)
   found = jax.tree.map(operator.itemgetter(1), jax.vmap(forecast)(batch).weights)
-  assert_close(found.pop('head'), wanted['head'])
-  assert_identical(found, {k: wanted[k] for k in found})
+  assert_close(found.pop('head'), expected['head'])
+  assert_identical(found, {k: expected[k] for k in found})
 
 
 def test_the_prediction_of_an_nnx_state_is_one():
@@ -187,10 +189,10 @@ def test_the_prediction_of_an_nnx_state_is_one():
 
   nets = [Net(nnx.Rngs(seed)) for seed in range(5)]
   history = [nnx.state(net) for net in nets]
-  wanted = know_jax.predict([nnx.to_pure_dict(state) for state in history], theta=THETA)
+  expected = know_jax.predict([nnx.to_pure_dict(state) for state in history], theta=THETA)
   nnx.update(nets[0], know_jax.predict(history, theta=THETA))
-  assert_identical(nnx.to_pure_dict(nnx.state(nets[0])), wanted)
-  assert (wanted['head']['kernel'] != history[-1]['head']['kernel'][...]).all()
+  assert_identical(nnx.to_pure_dict(nnx.state(nets[0])), expected)
+  assert (expected['head']['kernel'] != history[-1]['head']['kernel'][...]).all()
 
 
 def test_jit_of_predict_itself():
@@ -205,8 +207,8 @@ def test_under_vmap(name):
   histories = [make_history(shapes=TINY, seed=seed) for seed in range(3)]
   batch = jax.tree.map(lambda *leaves: np.stack(leaves), *histories)
   found = jax.vmap(lambda h: predict(h, 2, name))(batch)
-  wanted = [predict(history, 2, name) for history in histories]
-  assert_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), *wanted))
+  expected = [predict(history, 2, name) for history in histories]
+  assert_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
 
 
 def inner(a, b):
@@ -230,9 +232,9 @@ def test_the_gradient_for_the_history(name):
 
   with jax.enable_x64(True):
     gradient = jax.grad(loss)(history)
-    wanted = central_difference(loss, history, direction)
-    np.testing.assert_allclose(inner(gradient, direction), wanted, rtol=1e-6)
-    assert abs(wanted) > 1e-4
+    expected = central_difference(loss, history, direction)
+    np.testing.assert_allclose(inner(gradient, direction), expected, rtol=1e-6)
+    assert abs(expected) > 1e-4
 
 
 @pytest.mark.parametrize('name', ['known_leaf', 'known'])
@@ -248,9 +250,9 @@ def test_the_gradient_for_theta(name):
 
   with jax.enable_x64(True):
     gradient = jax.grad(loss)(theta)
-    wanted = central_difference(loss, theta, direction, width=1e-6)
-    np.testing.assert_allclose(inner(gradient, direction), wanted, rtol=1e-6)
-    assert abs(wanted) > 1e-4
+    expected = central_difference(loss, theta, direction, width=1e-6)
+    np.testing.assert_allclose(inner(gradient, direction), expected, rtol=1e-6)
+    assert abs(expected) > 1e-4
 
 
 @EVERY
@@ -297,11 +299,11 @@ def sharded_history(stacked, axis_type):
 
 
 def assert_sharded(found, shardings):
-  for (path, leaf), wanted in zip(
+  for (path, leaf), expected in zip(
     trees.named_leaves(found).items(), jax.tree.leaves(shardings), strict=True
   ):
     assert len(leaf.sharding.device_set) == 8, path
-    assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (path, leaf.sharding)
+    assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (path, leaf.sharding)
 
 
 # Of the coordinate-wise functions, which share all code that knows of shards, one in both forms.
@@ -323,11 +325,11 @@ def test_on_sharded_arrays(name, form):
 
 @pytest.mark.parametrize('name', ['known_leaf', 'known', 'tsv'])
 def test_on_sharded_arrays_under_jit(name):
-  wanted = predict(make_history(), 1, name)
+  expected = predict(make_history(), 1, name)
   for form in FORMS.values():
     history, shardings = sharded_history(*form)
     found = jax.jit(lambda h: predict(h, 1, name))(history)
-    assert_close(found, wanted)
+    assert_close(found, expected)
     # A traced array shows its sharding only where the axes are explicit.
     if name == 'known_leaf' and AxisType.Explicit in form:
       assert_sharded(found, shardings)
@@ -445,10 +447,10 @@ def test_kinds_choose_the_network_and_what_is_kept():
   kinds = {'a': 'conv', 'b': 'bias'}
   found = know_jax.predict(history, theta=THETA, kinds=lambda path, leaf: kinds[path])
   for path, kind in kinds.items():
-    wanted = know_jax.predict(
+    expected = know_jax.predict(
       [{'c': s['a']} for s in history], theta=THETA, kinds=lambda path, leaf, kind=kind: kind
     )
-    assert_identical(found[path], wanted['c'])
+    assert_identical(found[path], expected['c'])
   assert (np.asarray(found['a']) != found['b']).any()
   with pytest.warns(KindsWarning, match='nothing is predicted: all of 2 leaves are kept'):
     kept = know_jax.predict(history, theta={}, kinds=lambda path, leaf: 'keep')
@@ -522,11 +524,11 @@ BLOCKS = {f'fc{n}': {'kernel': (n, 1)} for n in (1, 15, 16, 17, 45)} | {
 
 def test_blocks_give_what_the_plain_module_gives(small_blocks):
   history = make_history(shapes=BLOCKS)
-  wanted = plain_known(history, 2)
-  assert_close(know_jax.predict(history, 2, theta=THETA), wanted)
+  expected = plain_known(history, 2)
+  assert_close(know_jax.predict(history, 2, theta=THETA), expected)
   # Rows of two kinds and of many lengths.
   assert chunks._row_program()._cache_size() == 1
-  assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), wanted)
+  assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), expected)
 
 
 @pytest.mark.parametrize('name', ['known', 'magmax'])
@@ -583,12 +585,12 @@ def test_threads_give_the_same_bits(monkeypatch, small_blocks):
   _residuals = chunks._residuals
   monkeypatch.setattr(chunks, '_residuals', spy)
   monkeypatch.setattr(chunks, 'processors', lambda: 1)
-  wanted = know_jax.forecast(history, 3, theta=THETA)
+  expected = know_jax.forecast(history, 3, theta=THETA)
   assert names == {'MainThread'}
   monkeypatch.setattr(chunks, 'processors', lambda: 3)
   found = know_jax.forecast(history, 3, theta=THETA)
   assert len(names) > 2
-  for stage, other in zip(found, wanted, strict=True):
+  for stage, other in zip(found, expected, strict=True):
     assert_same_bits(stage, other)
 
 
@@ -631,9 +633,9 @@ def test_blocks_in_half_precision(small_blocks):
   stages = np.random.default_rng(0).normal(size=(5, 37, 1)).astype(np.float16)
   history = [{'a': {'kernel': stage}} for stage in stages]
   in_float32 = jax.tree.map(lambda leaf: leaf.astype(np.float32), history)
-  wanted = know_jax.predict(in_float32, 2, theta=THETA, on_bad='ignore')
-  wanted = jax.tree.map(lambda leaf: leaf.astype(np.float16), wanted)
-  assert_identical(know_jax.predict(history, 2, theta=THETA, on_bad='ignore'), wanted)
+  expected = know_jax.predict(in_float32, 2, theta=THETA, on_bad='ignore')
+  expected = jax.tree.map(lambda leaf: leaf.astype(np.float16), expected)
+  assert_identical(know_jax.predict(history, 2, theta=THETA, on_bad='ignore'), expected)
 
 
 def test_blocks_under_vmap(small_blocks):
@@ -764,11 +766,11 @@ def test_known_needs_as_many_stages_as_theta_reads(nothing_runs):
 @pytest.mark.parametrize(
   ('steps', 'message'),
   [
-    (-1, 'steps is -1; wanted at least [01]'),
-    (1.0, r'steps is 1\.0; wanted a Python integer'),
-    ('2', "steps is '2'; wanted a Python integer"),
-    (None, 'steps is None; wanted a Python integer'),
-    (np.ones(2, int), r'steps is array\(\[1, 1\]\); wanted a Python integer'),
+    (-1, 'steps is -1; expected at least [01]'),
+    (1.0, r'steps is 1\.0; expected a Python integer'),
+    ('2', "steps is '2'; expected a Python integer"),
+    (None, 'steps is None; expected a Python integer'),
+    (np.ones(2, int), r'steps is array\(\[1, 1\]\); expected a Python integer'),
   ],
 )
 def test_steps_must_be_a_natural_number(steps, message, nothing_runs):
@@ -776,7 +778,7 @@ def test_steps_must_be_a_natural_number(steps, message, nothing_runs):
 
 
 def test_a_forecast_has_at_least_one_step(nothing_runs):
-  with pytest.raises(UserError, match='steps is 0; wanted at least 1'):
+  with pytest.raises(UserError, match='steps is 0; expected at least 1'):
     know_jax.forecast(make_history(), 0, predictor='persistence')
 
 
@@ -786,13 +788,13 @@ def test_steps_may_be_a_numpy_integer_but_no_traced_one():
     know_jax.predict(history, np.int64(2), predictor='average'),
     know_jax.predict(history, 2, predictor='average'),
   )
-  with pytest.raises(UserError, match=r'steps is .*; wanted a Python integer'):
+  with pytest.raises(UserError, match=r'steps is .*; expected a Python integer'):
     jax.jit(lambda n: know_jax.predict(history, n, predictor='average'))(2)
 
 
 @pytest.mark.parametrize('rate', [0, 1, -0.5, 2, math.nan, math.inf, '0.5', None, np.ones(2)])
 def test_the_rate_is_between_0_and_1(rate, nothing_runs):
-  fails(r'rate is .*; wanted a Python number in \(0, 1\)', make_history(), rate=rate)
+  fails(r'rate is .*; expected a Python number in \(0, 1\)', make_history(), rate=rate)
 
 
 def test_stages_that_differ_are_told_by_leaf_and_stage(nothing_runs):
@@ -809,11 +811,11 @@ def test_stages_that_differ_are_told_by_leaf_and_stage(nothing_runs):
     rf"stage 1 has leaf 'x', which {newest} lacks", lambda s: s.update(x=np.ones(1, np.float32))
   )
   differ(
-    rf"leaf 'head/kernel' has shape \(4, 16\) in stage 1; wanted \(16, 4\), as in {newest}",
+    rf"leaf 'head/kernel' has shape \(4, 16\) in stage 1; expected \(16, 4\), as in {newest}",
     lambda s: s['head'].update(kernel=s['head']['kernel'].T),
   )
   differ(
-    rf"leaf 'head/kernel' has dtype float16 in stage 1; wanted float32, as in {newest}",
+    rf"leaf 'head/kernel' has dtype float16 in stage 1; expected float32, as in {newest}",
     lambda s: s['head'].update(kernel=s['head']['kernel'].astype(np.float16)),
   )
   differ(
@@ -851,7 +853,7 @@ def test_a_leaf_of_unknown_kind_is_an_error(nothing_runs):
 
 def test_stacked_leaves_must_agree_on_the_number_of_stages(nothing_runs):
   fails(
-    r"leaf 'b/bias' has 4 stages on axis 0 \(shape \(4, 3\)\); wanted 5, as leaf 'a/bias' has",
+    r"leaf 'b/bias' has 4 stages on axis 0 \(shape \(4, 3\)\); expected 5, as leaf 'a/bias' has",
     {'a': {'bias': np.ones((5, 2), np.float32)}, 'b': {'bias': np.ones((4, 3), np.float32)}},
   )
   fails("leaf 'bias' of the stacked history is a scalar", {'bias': np.float32(1)})
@@ -884,7 +886,7 @@ def test_theta_must_have_the_shapes_of_known(nothing_runs):
         theta={**THETA, 'conv': 1.0})  # fmt: skip
   short = jax.tree.map(lambda leaf: leaf, THETA)
   short['fc']['residual']['bias'] = np.zeros(2, np.float32)
-  fails(r"theta\['fc'\] has 'residual/bias' of shape \(2,\); wanted \(1,\)", make_history(),
+  fails(r"theta\['fc'\] has 'residual/bias' of shape \(2,\); expected \(1,\)", make_history(),
         theta=short)  # fmt: skip
 
 

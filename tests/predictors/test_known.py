@@ -53,22 +53,22 @@ def test_a_shorter_history_takes_fewer_parameters():
 
 @pytest.mark.parametrize('kind', kinds.KINDS)
 def test_the_module_gives_what_the_authors_keras_code_gave(kind, keras_pairs, official_theta):
-  histories, wanted = keras_pairs[kind]
-  assert wanted.std() > 1e-4
+  histories, expected = keras_pairs[kind]
+  assert expected.std() > 1e-4
   found = apply_module(official_theta[kind], histories)
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('kind', kinds.KINDS)
 def test_the_fused_form_gives_what_the_authors_keras_code_gave(kind, keras_pairs, official_theta):
-  histories, wanted = keras_pairs[kind]
+  histories, expected = keras_pairs[kind]
   found = known.residuals(official_theta[kind], jnp.asarray(histories.T))
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_predict_gives_what_the_authors_keras_code_gave(keras_pairs, official_theta):
   shapes = {'conv': (5, 5, 4, 10), 'fc': (20, 50), 'bias': (1000,)}
-  wanted = {kind: w[:, -1] + residual for kind, (w, residual) in keras_pairs.items()}
+  expected = {kind: w[:, -1] + residual for kind, (w, residual) in keras_pairs.items()}
   stages = [
     {
       'stem': {'kernel': keras_pairs['conv'][0][:, t].reshape(shapes['conv'])},
@@ -85,14 +85,14 @@ def test_predict_gives_what_the_authors_keras_code_gave(keras_pairs, official_th
   }  # fmt: skip
   for kind, leaf in found.items():
     assert leaf.shape == shapes[kind]
-    np.testing.assert_allclose(leaf.ravel(), wanted[kind], rtol=0, atol=1e-6, err_msg=kind)
+    np.testing.assert_allclose(leaf.ravel(), expected[kind], rtol=0, atol=1e-6, err_msg=kind)
 
 
 def test_keras_outputs_follow_from_the_formula_in_float64(keras_pairs, official_theta):
   # Of the reference rather than of the package: it is what other tests lean on.
-  for kind, (histories, wanted) in keras_pairs.items():
+  for kind, (histories, expected) in keras_pairs.items():
     found = references.known_residual(in_float64(official_theta[kind]), histories.astype(float))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6, err_msg=kind)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=kind)
 
 
 @pytest.mark.parametrize('form', ['module', 'fused'])
@@ -105,9 +105,9 @@ def test_the_formula_in_float64(form, theta):
     else:
       found = known.residuals(params, jnp.asarray(histories.T))
     assert found.dtype == jnp.float64
-  wanted = references.known_residual(in_float64(theta['conv']), histories)
-  assert np.abs(wanted).max() > 0.3
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+  expected = references.known_residual(in_float64(theta['conv']), histories)
+  assert np.abs(expected).max() > 0.3
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_the_fused_form_equals_the_module_in_float32(theta):
@@ -120,8 +120,8 @@ def test_rollout_slides_the_window_over_its_own_predictions(theta):
   histories = np.random.default_rng(2).normal(0, 0.1, (5, 40)).astype(np.float32)
   found = known.rollout(known.fuse(theta['bias']), jnp.asarray(histories), (1, 3, 4))
   params = in_float64(theta['bias'])
-  wanted = [references.known(histories.astype(float), n, params=params) for n in (1, 3, 4)]
-  np.testing.assert_allclose(found, np.stack(wanted), rtol=0, atol=3e-6)
+  expected = [references.known(histories.astype(float), n, params=params) for n in (1, 3, 4)]
+  np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=3e-6)
 
 
 # Of the two initialisers each is Keras' formula for the bound of a uniform distribution.
@@ -174,8 +174,8 @@ def test_the_penalty_is_the_l1_norm_of_embed_and_project():
   constant = jax.tree.map(lambda leaf: np.full_like(leaf, -2.0), params)
   kernels = (5 * 64 + 64 * 32) + (4 * 64 + 64 * 32)
   biases = 2 * (64 + 32)
-  wanted = 2.0 * (1e-6 * kernels + 0.1 * biases)
-  np.testing.assert_allclose(known.penalty(constant), wanted, rtol=1e-6)
+  expected = 2.0 * (1e-6 * kernels + 0.1 * biases)
+  np.testing.assert_allclose(known.penalty(constant), expected, rtol=1e-6)
 
 
 def test_the_penalty_leaves_the_other_layers_alone(theta):

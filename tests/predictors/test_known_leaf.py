@@ -89,8 +89,8 @@ def test_a_leaf_that_never_moved_stays_where_it_is_and_its_copies_decay():
   # One stage alone shows neither movement nor rest.
   free = {'predictor': 'known_leaf_history_free', 'theta': THETA}
   found = know_jax.predict(still[:1], 1, **free)
-  wanted = still[0]['b']['bias'] * (1 - THETA['bias']['decay'])
-  np.testing.assert_allclose(found['b']['bias'], wanted, rtol=1e-6)
+  expected = still[0]['b']['bias'] * (1 - THETA['bias']['decay'])
+  np.testing.assert_allclose(found['b']['bias'], expected, rtol=1e-6)
   without = {kind: {**params, 'decay': np.float32(0)} for kind, params in THETA.items()}
   found = know_jax.predict(still[:1], 2, **{**free, 'theta': without})
   np.testing.assert_array_equal(found['b']['bias'], still[0]['b']['bias'])
@@ -102,8 +102,8 @@ def test_moments_of_a_leaf_larger_than_a_block_are_those_of_the_whole():
   history = [{'a': {'kernel': rng.normal(t, 1, shape).astype(np.float32)}} for t in range(5)]
   stacked = np.stack([stage['a']['kernel'].ravel() for stage in history]).astype(np.float64)
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), THETA['fc'])
-  wanted = references.known_leaf(stacked, 1, params=params, rate=0.5).reshape(shape)
+  expected = references.known_leaf(stacked, 1, params=params, rate=0.5).reshape(shape)
   run = functools.partial(know_jax.predict, **LEAF)
   for predict in (run, jax.jit(run)):
     found = predict(history)['a']['kernel']
-    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)

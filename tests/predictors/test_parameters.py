@@ -37,9 +37,9 @@ def saved(theta, tmp_path):
   return path, rewrite
 
 
-def assert_same(found, wanted):
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+def assert_same(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize('history_length', [5, 3])
@@ -122,8 +122,8 @@ def test_theta_conditioned_on_the_leaf_comes_back_too(history_length, tmp_path):
 )
 def test_the_package_ships_weights_with_a_card(name, init):
   theta = load_known(shipped=name)
-  wanted = jax.eval_shape(init, jax.random.key(0))
-  trees.check_same(wanted, theta, names=('KNOWN', 'the shipped weights'))
+  expected = jax.eval_shape(init, jax.random.key(0))
+  trees.check_same(expected, theta, names=('KNOWN', 'the shipped weights'))
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
   card = parameters.read_card(parameters.SHIPPED[name])
   for part in ('meta_dataset', 'training'):
@@ -148,8 +148,8 @@ def test_the_shipped_coefficients_of_least_squares_are_those_of_the_default():
   stages = rng.normal(size=(5, 4, 3)).cumsum(axis=0).astype(np.float32)
   history = [{'a': {'kernel': stage}} for stage in stages]
   default = PREDICTORS['least_squares'](history)['a']['kernel']
-  wanted = references.least_squares(stages.astype(np.float64), 1, coefficients=found['fc'])
-  np.testing.assert_allclose(default, wanted, rtol=1e-5, atol=1e-6)
+  expected = references.least_squares(stages.astype(np.float64), 1, coefficients=found['fc'])
+  np.testing.assert_allclose(default, expected, rtol=1e-5, atol=1e-6)
 
 
 def fails(path, message):
@@ -160,7 +160,7 @@ def fails(path, message):
 
 def test_a_missing_file_is_an_error_that_says_what_is_wanted(tmp_path):
   fails(
-    tmp_path / 'nothing.safetensors', r'no such file; wanted .* or a folder with KNOWN_Conv\.h5'
+    tmp_path / 'nothing.safetensors', r'no such file; expected .* or a folder with KNOWN_Conv\.h5'
   )
 
 
@@ -176,9 +176,9 @@ def test_a_truncated_file_is_an_error(size, saved):
 def test_a_file_of_another_sort_is_an_error(saved):
   path, rewrite = saved
   rewrite({'format': 'pt'})
-  fails(path, r"format 'pt' in the header; wanted 'know_jax\.known/1'")
+  fails(path, r"format 'pt' in the header; expected 'know_jax\.known/1'")
   safetensors.numpy.save_file({'a': np.zeros(3, np.float32)}, path)
-  fails(path, "format None in the header; wanted 'know_jax.known/1'")
+  fails(path, "format None in the header; expected 'know_jax.known/1'")
 
 
 @pytest.mark.parametrize(
@@ -189,19 +189,19 @@ def test_a_file_of_another_sort_is_an_error(saved):
     ({'fc/extra': np.zeros(1, np.float32)}, "has tensor 'fc/extra', which is no part of KNOWN"),
     (
       {'bias/weights/gate/kernel': np.zeros((64, 8), np.float32)},
-      r"tensor 'bias/weights/gate/kernel' is float32\[64, 8\]; wanted float32\[8, 64\]",
+      r"tensor 'bias/weights/gate/kernel' is float32\[64, 8\]; expected float32\[8, 64\]",
     ),
     (
       {'fc/weights/embed/kernel': np.zeros((4, 64), np.float32)},
-      r"tensor 'fc/differences/embed/kernel' is float32\[4, 64\]; wanted float32\[3, 64\]",
+      r"tensor 'fc/differences/embed/kernel' is float32\[4, 64\]; expected float32\[3, 64\]",
     ),
     (
       {'conv/weights/embed/kernel': np.zeros((), np.float32)},
-      r"tensor 'conv/weights/embed/kernel' is float32\[\]; wanted float32\[5, 64\]",
+      r"tensor 'conv/weights/embed/kernel' is float32\[\]; expected float32\[5, 64\]",
     ),
     (
       {'bias/residual/bias': np.zeros(1, np.float64)},
-      r"tensor 'bias/residual/bias' is float64\[1\]; wanted float32\[1\]",
+      r"tensor 'bias/residual/bias' is float64\[1\]; expected float32\[1\]",
     ),
     (
       {'bias/residual/bias': np.full(1, np.nan, np.float32)},
@@ -237,8 +237,8 @@ def keras_folder(official, tmp_path):
 
 def test_the_authors_files_hold_the_weights_of_known(official):
   theta = load_known(official)
-  wanted = jax.eval_shape(known.init_theta, jax.random.key(0))
-  trees.check_same(wanted, theta, names=('KNOWN', "the authors' weights"))
+  expected = jax.eval_shape(known.init_theta, jax.random.key(0))
+  trees.check_same(expected, theta, names=('KNOWN', "the authors' weights"))
 
 
 def test_a_folder_without_the_authors_files_is_an_error(tmp_path):
@@ -269,4 +269,6 @@ def test_a_keras_file_of_another_width_is_an_error_that_names_the_tensor(keras_f
   with h5py.File(keras_folder / 'KNOWN_FC.h5', 'r+') as file:
     del file['dense_1/dense_1/kernel:0']
     file['dense_1/dense_1/kernel:0'] = np.zeros((64, 16), np.float32)
-  fails(keras_folder, r"'fc/weights/squeeze/kernel' is float32\[64, 16\]; wanted float32\[64, 8\]")
+  fails(
+    keras_folder, r"'fc/weights/squeeze/kernel' is float32\[64, 16\]; expected float32\[64, 8\]"
+  )

@@ -93,9 +93,9 @@ def check(name, options, leaves, length, rtol, atol, dtype):
   assert set(found) == set(history)
   for path, leaf in history.items():
     of_leaf = reference(name, path, leaves, options)
-    wanted = np.stack([of_leaf(leaf.astype(np.float64), n) for n in range(1, steps + 1)])
+    expected = np.stack([of_leaf(leaf.astype(np.float64), n) for n in range(1, steps + 1)])
     assert found[path].dtype == dtype
-    np.testing.assert_allclose(found[path], wanted, rtol=rtol, atol=atol, err_msg=path)
+    np.testing.assert_allclose(found[path], expected, rtol=rtol, atol=atol, err_msg=path)
 
 
 KNOWN_OPTIONS = {'theta': THETA}
@@ -226,8 +226,8 @@ def test_consensus_wants_two_masks_of_three(deltas, moves):
   values = [0.0]
   for delta in reversed(deltas):
     values.append(values[-1] + delta)
-  wanted = values[-1] + (values[-1] - values[0] if moves else 0)
-  assert predict_scalar(values, 3, predictor='consensus_ta') == wanted
+  expected = values[-1] + (values[-1] - values[0] if moves else 0)
+  assert predict_scalar(values, 3, predictor='consensus_ta') == expected
 
 
 def test_consensus_below_three_steps_is_the_task_vector():
@@ -303,10 +303,12 @@ def test_a_weight_is_predicted_from_its_own_history_alone(name, seed):
     path: np.where(untouched[path], leaf, leaf + rng.normal(size=leaf.shape))
     for path, leaf in history.items()
   }
-  wanted, found = small_forecast(name, history), small_forecast(name, other)
+  expected, found = small_forecast(name, history), small_forecast(name, other)
   for path, mask in untouched.items():
     rtol = 1e-6 if name == 'known_leaf_history_free' else 0
-    np.testing.assert_allclose(found[path][:, mask], wanted[path][:, mask], rtol=rtol, err_msg=path)
+    np.testing.assert_allclose(
+      found[path][:, mask], expected[path][:, mask], rtol=rtol, err_msg=path
+    )
 
 
 @pytest.mark.parametrize('name', OF_DEGREE_ONE)
@@ -322,10 +324,10 @@ def test_weights_moved_about_with_other_signs_and_scale_have_such_predictions(na
     flat = leaf.reshape(len(leaf), -1)
     return (2.0**power * signs[path] * flat[:, orders[path]]).reshape(leaf.shape)
 
-  wanted = small_forecast(name, history)
+  expected = small_forecast(name, history)
   found = small_forecast(name, {path: moved(path, leaf) for path, leaf in history.items()})
   rtol = 1e-4 if name == 'exp_fit' else 1e-5
-  for path, leaf in wanted.items():
+  for path, leaf in expected.items():
     atol = 2e-6 * 2.0**power
     np.testing.assert_allclose(found[path], moved(path, leaf), rtol=rtol, atol=atol, err_msg=path)
 
@@ -338,9 +340,9 @@ def test_shifting_all_stages_shifts_the_prediction(name, seed, shift):
   history = {
     path: np.round(leaf * 2**12) / 2**12 for path, leaf in make_history(SMALL, 5, seed).items()
   }
-  wanted = small_forecast(name, history)
+  expected = small_forecast(name, history)
   found = small_forecast(name, {path: leaf + shift for path, leaf in history.items()})
-  for path, leaf in wanted.items():
+  for path, leaf in expected.items():
     np.testing.assert_allclose(found[path], leaf + shift, rtol=1e-6, atol=1e-5, err_msg=path)
 
 
@@ -365,9 +367,9 @@ def test_rotating_rows_and_columns_rotates_the_prediction_of_tsv(seed):
 
   with jax.enable_x64(True):
     forecast = functools.partial(know_jax.forecast, steps=2, predictor='tsv', on_bad='ignore')
-    wanted = forecast(history).weights
+    expected = forecast(history).weights
     found = forecast({path: rotated(path, leaf) for path, leaf in history.items()}).weights
-    for path, leaf in wanted.items():
+    for path, leaf in expected.items():
       # The nearer two singular values are, the less do the vectors beside them hold still.
       np.testing.assert_allclose(
         found[path], rotated(path, np.asarray(leaf)), atol=1e-9, err_msg=path
@@ -383,10 +385,10 @@ def test_tsv_sees_which_weights_share_a_row_or_a_column():
 
   with jax.enable_x64(True):
     forecast = functools.partial(know_jax.forecast, steps=2, predictor='tsv', on_bad='ignore')
-    wanted = np.asarray(forecast(history).weights['head/kernel'])
+    expected = np.asarray(forecast(history).weights['head/kernel'])
     shuffled = history | {'head/kernel': moved(history['head/kernel'])}
     found = np.asarray(forecast(shuffled).weights['head/kernel'])
-  assert np.abs(found - moved(wanted)).max() > 0.01
+  assert np.abs(found - moved(expected)).max() > 0.01
 
 
 @hypothesis.given(seed=seeds)
@@ -405,9 +407,9 @@ def test_rotating_all_weights_of_a_leaf_rotates_the_prediction_of_known_leaf(see
     forecast = functools.partial(
       know_jax.forecast, steps=4, predictor='known_leaf', theta=theta, on_bad='ignore'
     )
-    wanted = forecast(history).weights
+    expected = forecast(history).weights
     found = forecast({path: rotated(path, leaf) for path, leaf in history.items()}).weights
-  for path, leaf in wanted.items():
+  for path, leaf in expected.items():
     np.testing.assert_allclose(
       found[path], rotated(path, np.asarray(leaf)), rtol=1e-9, atol=1e-10, err_msg=path
     )
@@ -447,11 +449,11 @@ def test_known_leaf_splits_a_leaf_into_parts_that_have_moved_alike(seed):
     ('linear_fit', {'regressor': 'sizes'}, "unknown regressor 'sizes'. Did you mean 'size'"),
     ('linear_fit', {'regressor': None}, "unknown regressor 'None'"),
     ('task_vector', {'variant': 2}, "unknown variant '2'. Known: tau_n, two_point"),
-    ('task_vector', {'lam': '1'}, "task_vector option lam is '1'; wanted a finite Python number"),
-    ('task_vector', {'lam': float('nan')}, 'option lam is nan; wanted a finite'),
-    ('task_vector', {'lam': np.ones(2)}, 'option lam is .*; wanted a finite'),
-    ('shrink', {'c': None}, r"shrink option c\['conv'\] is None; wanted a finite"),
-    ('shrink', {'c': {'fc': float('inf')}}, r"shrink option c\['fc'\] is inf; wanted a finite"),
+    ('task_vector', {'lam': '1'}, "task_vector option lam is '1'; expected a finite Python number"),
+    ('task_vector', {'lam': float('nan')}, 'option lam is nan; expected a finite'),
+    ('task_vector', {'lam': np.ones(2)}, 'option lam is .*; expected a finite'),
+    ('shrink', {'c': None}, r"shrink option c\['conv'\] is None; expected a finite"),
+    ('shrink', {'c': {'fc': float('inf')}}, r"shrink option c\['fc'\] is inf; expected a finite"),
     (
       'shrink',
       {'c': {'dense': 0.1}},
@@ -460,7 +462,7 @@ def test_known_leaf_splits_a_leaf_into_parts_that_have_moved_alike(seed):
     (
       'shrink',
       {'c': (0.1, 0.2)},
-      r'shrink option c is \(0.1, 0.2\); wanted a number, or a mapping',
+      r'shrink option c is \(0.1, 0.2\); expected a number, or a mapping',
     ),
   ],
 )
@@ -473,7 +475,7 @@ def test_bad_names_and_options_are_errors(name, options, message):
 
 
 @pytest.mark.parametrize(
-  ('name', 'options', 'wanted'),  # For histories of 1, 2, 3 and 5 stages.
+  ('name', 'options', 'expected'),  # For histories of 1, 2, 3 and 5 stages.
   [
     ('persistence', {}, (None, None, None, None)),
     ('linear_fit', {}, (None, None, None, None)),
@@ -488,5 +490,5 @@ def test_bad_names_and_options_are_errors(name, options, message):
     ('known', {}, (None, None, None, None)),
   ],
 )
-def test_the_most_steps_that_a_predictor_can_do(name, options, wanted):
-  assert tuple(max_steps(resolve(name, options)[1], length) for length in (1, 2, 3, 5)) == wanted
+def test_the_most_steps_that_a_predictor_can_do(name, options, expected):
+  assert tuple(max_steps(resolve(name, options)[1], length) for length in (1, 2, 3, 5)) == expected

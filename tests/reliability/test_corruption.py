@@ -116,7 +116,7 @@ def test_no_random_corruption_of_other_formats_goes_unnoticed(tmp_path, thorough
   intact, damaged = tmp_path / 'intact', tmp_path / 'damaged'
   intact.mkdir()
   make(intact)
-  wanted = read(intact)
+  expected = read(intact)
   rng, caught = np.random.default_rng(0), 0
   for _ in range({'runs': 300}.get(what, 150) if thorough else 15):
     shutil.copytree(intact, damaged)
@@ -131,9 +131,9 @@ def test_no_random_corruption_of_other_formats_goes_unnoticed(tmp_path, thorough
       # that is not finished yet; what another one's file says of it is not believed.
       unfinished = way in ('delete', 'rename') and name.endswith('.json') and what == 'runs'
       assert way == 'stray' or unfinished, (way, name)
-      assert found == (without(wanted, name) if unfinished else wanted)
+      assert found == (without(expected, name) if unfinished else expected)
     shutil.rmtree(damaged)
-  assert read(intact) == wanted
+  assert read(intact) == expected
   assert caught > 0
   tally('corruptions caught', caught)
 
@@ -175,7 +175,7 @@ def test_a_run_under_another_number_is_refused(tmp_path):
   make_runs(tmp_path)
   for suffix in ('json', 'safetensors'):
     shutil.copy(tmp_path / f'runs/00001.{suffix}', tmp_path / f'runs/00007.{suffix}')
-  with pytest.raises(UserError, match=r'00007\.json: holds run 1; wanted the run of its name'):
+  with pytest.raises(UserError, match=r'00007\.json: holds run 1; expected the run of its name'):
     list(collect.read_runs(tmp_path))
 
 
@@ -254,8 +254,8 @@ def test_scripts_on_a_full_disk_go_on_once_there_is_space(tmp_path, request, tho
     assert_same_bits(checkpoints.restore(path), workdirs.restore_stage(finished, int(path.name)))
   assert (out / 'more.code').read_text().strip() == '0', (out / 'more.err').read_text()
   for stage in range(5):
-    found, wanted = (workdirs.restore_stage(w, stage) for w in (out / 'more.run', finished))
-    assert_same_bits(found, wanted)
+    found, expected = (workdirs.restore_stage(w, stage) for w in (out / 'more.run', finished))
+    assert_same_bits(found, expected)
   name = 'metrics.jsonl'
   assert (out / 'more.run' / name).read_text() == (finished / name).read_text()
 

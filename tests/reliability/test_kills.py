@@ -146,10 +146,10 @@ class Cast:
         assert done.err.endswith(f'{script}: terminated.\n')
       assert 'Traceback' not in done.err, done.err
       ended.append(done)
-    found, wanted = contents(folder), contents(whole)
-    assert sorted(found) == sorted(wanted)
+    found, expected = contents(folder), contents(whole)
+    assert sorted(found) == sorted(expected)
     for name, value in found.items():
-      assert value == wanted[name], name
+      assert value == expected[name], name
     shutil.rmtree(folder)
     return ended
 

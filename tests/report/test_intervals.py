@@ -82,7 +82,7 @@ def test_the_interval_is_a_function_of_its_seed():
 
 @pytest.mark.parametrize('groups', [[], [[1.0], []]])
 def test_nothing_to_draw_from(groups):
-  with pytest.raises(UserError, match='wanted at least one in each'):
+  with pytest.raises(UserError, match='expected at least one in each'):
     intervals.bootstrap_interval(groups)
 
 
@@ -93,11 +93,11 @@ def test_nothing_to_draw_from(groups):
 @given(st.lists(numbers, min_size=2, max_size=7))
 def test_sign_flips_equal_scipy(differences):
   found = intervals.sign_flip_test(differences)
-  wanted = scipy.stats.permutation_test(
+  expected = scipy.stats.permutation_test(
     (np.array(differences),), np.mean, permutation_type='samples', n_resamples=np.inf
   )
   # SciPy doubles the smaller of both sides, which are equal up to its own handling of ties.
-  assert found == pytest.approx(wanted.pvalue, abs=1e-12)
+  assert found == pytest.approx(expected.pvalue, abs=1e-12)
 
 
 @given(st.lists(numbers, min_size=1, max_size=8))
@@ -106,8 +106,8 @@ def test_sign_flips_equal_counting_exactly(differences):
   exact = [round(1000 * d) for d in differences]
   patterns = itertools.product((1, -1), repeat=len(exact))
   sums = [sum(s * d for s, d in zip(signs, exact, strict=True)) for signs in patterns]
-  wanted = np.mean([abs(total) >= abs(sum(exact)) for total in sums])
-  assert intervals.sign_flip_test(differences) == wanted
+  expected = np.mean([abs(total) >= abs(sum(exact)) for total in sums])
+  assert intervals.sign_flip_test(differences) == expected
 
 
 @pytest.mark.parametrize('n', range(1, 9))
@@ -118,15 +118,15 @@ def test_the_smallest_p(n):
 
 @pytest.mark.parametrize('n', [0, 21])
 def test_too_few_and_too_many_signs(n):
-  with pytest.raises(UserError, match=f'found {n} differences; wanted 1 to 20'):
+  with pytest.raises(UserError, match=f'found {n} differences; expected 1 to 20'):
     intervals.sign_flip_test([1.0] * n)
 
 
 @settings(deadline=None)
 @given(st.lists(numbers, min_size=2, max_size=9).filter(lambda x: np.std(x) > 1e-3))
 def test_paired_t_equals_scipy(differences):
-  wanted = scipy.stats.ttest_1samp(differences, 0.0).pvalue
-  assert intervals.paired_t_test(differences) == pytest.approx(wanted, rel=1e-9)
+  expected = scipy.stats.ttest_1samp(differences, 0.0).pvalue
+  assert intervals.paired_t_test(differences) == pytest.approx(expected, rel=1e-9)
 
 
 def test_paired_t_without_spread():
@@ -141,8 +141,8 @@ def test_paired_t_without_spread():
   st.floats(0.5, 0.999),
 )
 def test_the_t_interval_equals_scipy(means, level):
-  wanted = scipy.stats.ttest_1samp(means, 0.0).confidence_interval(level)
-  np.testing.assert_allclose(intervals.t_interval(means, level), wanted, rtol=1e-9, atol=1e-9)
+  expected = scipy.stats.ttest_1samp(means, 0.0).confidence_interval(level)
+  np.testing.assert_allclose(intervals.t_interval(means, level), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_t_interval_without_spread():

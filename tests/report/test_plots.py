@@ -21,12 +21,12 @@ def test_principal_plane_equals_a_singular_value_decomposition(count, size):
   np.testing.assert_allclose(shares, s[:2] ** 2 / (s**2).sum(), atol=1e-12)
   assert found.shape == (count, 2)
   for component in range(2):
-    wanted = u[:, component] * s[component]
+    expected = u[:, component] * s[component]
     scale = np.abs(points).max()
     middle = found[(count - 1) // 2, component]
     assert middle >= 0  # Which of the two signs it is.
-    sign = 1.0 if np.abs(found[:, component] - wanted).max() < 1e-6 * scale else -1.0
-    np.testing.assert_allclose(found[:, component], sign * wanted, atol=1e-6 * scale)
+    sign = 1.0 if np.abs(found[:, component] - expected).max() < 1e-6 * scale else -1.0
+    np.testing.assert_allclose(found[:, component], sign * expected, atol=1e-6 * scale)
 
 
 def test_principal_plane_equals_scikit_learn():

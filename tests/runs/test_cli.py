@@ -140,7 +140,7 @@ def script(scripts):
 DEFAULTS = {'lr': 1e-3, 'epochs': 5, 'flip': True, 'betas': (1, 2), 'to': None}
 
 
-def wanted(*, width=3, workdir='w', steps=3, **fields):
+def expected(*, width=3, workdir='w', steps=3, **fields):
   model = {'name': 'cnn', 'width': width}
   config = dict(sorted({**DEFAULTS, 'model': model, **fields}.items()))
   return f'{config} {workdir} {steps}\n'
@@ -158,7 +158,7 @@ def wanted(*, width=3, workdir='w', steps=3, **fields):
   ],
 )  # fmt: skip
 def test_flags_and_configs_are_read(scripts, script, args, result):
-  assert scripts.run(script, '--workdir=w', *args) == (0, wanted(**result), '')
+  assert scripts.run(script, '--workdir=w', *args) == (0, expected(**result), '')
 
 
 def test_classes_are_those_of_their_own_data_set(scripts, script):
@@ -173,11 +173,11 @@ def test_the_default_workdir_is_named(scripts, script):
   code, out, err = scripts.run(script)
   assert (code, err) == (0, '')
   assert out == (
-    f'No --workdir is given: {scripts.folder / "workdir"} is used.\n' + wanted(workdir='workdir')
+    f'No --workdir is given: {scripts.folder / "workdir"} is used.\n' + expected(workdir='workdir')
   )
   home = str(scripts.folder)
   out = scripts.run(script, '--workdir=~/w', HOME=home)[1]
-  assert out == wanted(workdir=f'{home}/w')
+  assert out == expected(workdir=f'{home}/w')
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_default_workdir_is_named(scripts, script):
     (['--config=imports.py'], "config file 'imports.py' fails: ModuleNotFoundError: No module"),
     (['--config=raises.py'], "config file 'raises.py' fails: ValueError: two lines"),
     (['--config=none.py'], "config file 'none.py': it has no function get_config."),
-    (['--config=list.py'], "config file 'list.py' gives <class 'list'>; wanted a ConfigDict."),
+    (['--config=list.py'], "config file 'list.py' gives <class 'list'>; expected a ConfigDict."),
     (['--config=syntax.py:x'], "config file 'syntax.py' fails: SyntaxError"),
     (
       ['--config=classes.py', '--config.data.dataset=mnist'],
@@ -211,7 +211,7 @@ def test_the_default_workdir_is_named(scripts, script):
     ),
     (['--setps=4'], "Unknown command line flag 'setps'. Did you mean: steps ?"),
     (['--steps=0'], 'flag --steps=0: 0 is not a positive integer'),
-    (['w'], "unexpected argument 'w'; wanted flags only, as in --workdir=PATH."),
+    (['w'], "unexpected argument 'w'; expected flags only, as in --workdir=PATH."),
   ],
 )
 def test_what_is_mistyped_is_told_in_one_line(scripts, script, args, message):

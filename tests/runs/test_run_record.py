@@ -95,15 +95,15 @@ def test_a_record_is_one_of_its_config_only(tmp_path):
   with pytest.raises(UserError) as caught:
     RunRecord.open(tmp_path, other, kind='forget')
   assert str(caught.value) == (
-    f'workdir {tmp_path} holds a run with another config. lr: found 0.001, wanted 0.1; '
-    'stages: found 5, wanted 5.0; model.width: found 16, wanted nothing; '
-    'model.depth: found nothing, wanted 2. Give another --workdir, or the config found there.'
+    f'workdir {tmp_path} holds a run with another config. lr: found 0.001, expected 0.1; '
+    'stages: found 5, expected 5.0; model.width: found 16, expected nothing; '
+    'model.depth: found nothing, expected 2. Give another --workdir, or the config found there.'
   )
   with pytest.raises(
-    UserError, match=r"another kind: found 'forget', wanted 'transfer'.*--workdir"
+    UserError, match=r"another kind: found 'forget', expected 'transfer'.*--workdir"
   ):
     RunRecord.open(tmp_path, CONFIG, kind='transfer')
-  with pytest.raises(UserError, match=r"another kind: found 'forget', wanted 'transfer'"):
+  with pytest.raises(UserError, match=r"another kind: found 'forget', expected 'transfer'"):
     RunRecord.read(tmp_path, 'transfer')
   assert (tmp_path / 'record.json').read_bytes() == before
 
@@ -111,7 +111,7 @@ def test_a_record_is_one_of_its_config_only(tmp_path):
 def test_nan_in_a_config_is_the_same_nan(tmp_path):
   RunRecord.open(tmp_path, {'x': math.nan, 'y': (1,)}, kind='forget')
   RunRecord.open(tmp_path, {'x': math.nan, 'y': [1]}, kind='forget')
-  with pytest.raises(UserError, match='x: found "NaN", wanted "Infinity"'):
+  with pytest.raises(UserError, match='x: found "NaN", expected "Infinity"'):
     RunRecord.open(tmp_path, {'x': math.inf, 'y': (1,)}, kind='forget')
 
 
@@ -142,13 +142,13 @@ def test_damaged_missing_and_foreign_records(tmp_path):
   with pytest.raises(UserError, match=r'record .*record.json is damaged or foreign'):
     RunRecord.read(tmp_path, 'forget')
   sealed.write_sealed(path, {'format': 'another', 'version': 1})
-  with pytest.raises(UserError, match=r"has format 'another', version 1; wanted 'know_jax run'"):
+  with pytest.raises(UserError, match=r"has format 'another', version 1; expected 'know_jax run'"):
     RunRecord.read(tmp_path, 'forget')
 
 
 def test_values_that_cannot_be_kept_leave_the_record_as_it_was(tmp_path):
   record = RunRecord.open(tmp_path, CONFIG, kind='forget')
-  with pytest.raises(UserError, match=r'record.x is .* wanted a dict'):
+  with pytest.raises(UserError, match=r'record.x is .* expected a dict'):
     record['x'] = object()
   with pytest.raises(UserError, match=r"record.x is the string 'NaN'"):
     record['x'] = 'NaN'

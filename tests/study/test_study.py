@@ -211,11 +211,11 @@ def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
   found = transfer.train_one(*arguments, config, 0, [2, 0, 1])
   whole = transfer.train_one(*arguments, config, 0)
   assert (found['accuracy'], found['loss']) == (whole['accuracy'], whole['loss'])
-  wanted = [
+  expected = [
     transfer.train_one(*arguments, config | {'epochs': epochs}, 0)['accuracy']
     for epochs in (0, 1, 2)
   ]
-  assert found['curve'] == list(zip((0, 1, 2), wanted, strict=True))
+  assert found['curve'] == list(zip((0, 1, 2), expected, strict=True))
   assert transfer.train_one(*arguments, config, 0, [])['curve'] == []
 
 
@@ -258,7 +258,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(monkeypatch, copy, 
   config = small_study(theta, transfer_seeds=1)
   config.arms = ('scratch', 'persistence', 'extra', *arms.shrink_sweep((0.5,)))
   runner.run(config, copy, show_progress=False)  # Trains nothing: all is there.
-  wanted = (copy / 'results.csv').read_bytes()
+  expected = (copy / 'results.csv').read_bytes()
   for path in ('journal.jsonl', 'results.csv', 'timings.csv', 'sources/1-1-r0.4/extra-3'):
     _remove(copy / path)
   rng, kills, countdown = random.Random(0), 0, 0
@@ -289,7 +289,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(monkeypatch, copy, 
           file.write(b'{"key": "0')
     countdown = -1
     runner.run(config, copy, show_progress=False)
-  assert (copy / 'results.csv').read_bytes() == wanted
+  assert (copy / 'results.csv').read_bytes() == expected
 
 
 def _remove(path):
@@ -440,8 +440,8 @@ def test_kinds_alone_move_their_leaves_only(source_run, study, theta, name):
   for chosen in (('conv',), ('fc',), ('bias',), ('conv', 'bias')):
     alone = dataclasses.replace(base, kinds=chosen)
     for path, leaf in trees.named_leaves(source_run.start(alone)[0]).items():
-      wanted = whole if found[path] in chosen else trees.named_leaves(newest)
-      assert leaf.tobytes() == np.asarray(wanted[path]).tobytes(), path
+      expected = whole if found[path] in chosen else trees.named_leaves(newest)
+      assert leaf.tobytes() == np.asarray(expected[path]).tobytes(), path
 
 
 def test_histories_are_the_newest_stages(source_run):
@@ -449,8 +449,8 @@ def test_histories_are_the_newest_stages(source_run):
 
   for length in (2, 3, 4):
     arm = arms.Arm('history', 'log_fit', 'log_fit', 1, length, 0.4)
-    wanted = predict(source_run.stages[-length:], predictor='log_fit', rate=0.4)
-    assert_same_bits(source_run.start(arm)[0], jax.device_get(wanted))
+    expected = predict(source_run.stages[-length:], predictor='log_fit', rate=0.4)
+    assert_same_bits(source_run.start(arm)[0], jax.device_get(expected))
 
 
 def test_batch_norm_policies_reach_the_weights(source_run):
@@ -590,8 +590,8 @@ def test_standard_ablations_are_arms():
     config.ablations = arms.standard_ablations(batch_norm=batch_norm)
     found = arms.arms_of(config_dict(config), batch_norm=batch_norm)
     groups = {arm.group for arm in found}
-    wanted = {'main', 'history', 'rate', 'kinds', 'learning rate'}
-    assert groups == wanted | ({'BatchNorm'} if batch_norm else set())
+    expected = {'main', 'history', 'rate', 'kinds', 'learning rate'}
+    assert groups == expected | ({'BatchNorm'} if batch_norm else set())
     assert {arm.history for arm in found if arm.group == 'history'} == {2, 3, 4}
 
 
@@ -608,21 +608,21 @@ def test_standard_ablations_are_arms():
     ({'arms': ('persistence', 'known_leaf')},
      "'known_leaf' cannot do step 1: .*needs a history of 5 stages"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'history': 6})},
-     "arm 'shrink' has history 6; wanted 2 to 5, source.stages"),
+     "arm 'shrink' has history 6; expected 2 to 5, source.stages"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'options': {'d': 1}})}, "has no option 'd'"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'kinds': ('cnv',)})}, "kind 'cnv'. Did you"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'batch_norm': 'rest'})}, "'rest'. Did"),
     ({'arms': ('persistence', {'predictor': 'extra', 'steps': (1,)})}, "'extra' has steps"),
     ({'arms': ('persistence', {'predictor': 'shrink', 'group': 'x'})}, 'and none in arms'),
-    ({'ablations': ('shrink',)}, 'wanted a group in ablations'),
-    ({'arms': ('persistence', {'predictor': 'shrink', 'lr_scale': 0})}, 'lr_scale 0.0; wanted a'),
-    ({'source_seeds': 0}, 'source_seeds is 0; wanted 1'),
-    ({'transfer_seeds': 1001}, 'transfer_seeds is 1001; wanted 1 to 1000'),
-    ({'amounts': (1.0, 2.0)}, r'amounts are \(1.0, 2.0\); wanted different shares'),
-    ({'amounts': (1.0, 0.05)}, 'stage 1 .* has 12 examples; wanted at least one batch of 16'),
-    ({'curve_epochs': (3,)}, 'curve_epochs hold 3; wanted 0 to 2, transfer.epochs'),
+    ({'ablations': ('shrink',)}, 'expected a group in ablations'),
+    ({'arms': ('persistence', {'predictor': 'shrink', 'lr_scale': 0})}, 'lr_scale 0.0; expected a'),
+    ({'source_seeds': 0}, 'source_seeds is 0; expected 1'),
+    ({'transfer_seeds': 1001}, 'transfer_seeds is 1001; expected 1 to 1000'),
+    ({'amounts': (1.0, 2.0)}, r'amounts are \(1.0, 2.0\); expected different shares'),
+    ({'amounts': (1.0, 0.05)}, 'stage 1 .* has 12 examples; expected at least one batch of 16'),
+    ({'curve_epochs': (3,)}, 'curve_epochs hold 3; expected 0 to 2, transfer.epochs'),
     ({'source.optimizer': 'adm'}, "unknown optimizer 'adm'"),
-    ({'transfer.batch_size': 20}, 'batch_size is 20; wanted a positive multiple of the 8'),
+    ({'transfer.batch_size': 20}, 'batch_size is 20; expected a positive multiple of the 8'),
     ({'transfer.image_size': (16, 16)}, "leaf 'params/dense/kernel' has shape"),
     ({'transfer.labels_per_class': 500}, 'labels_per_class is 500, but class'),
   ],
@@ -741,8 +741,8 @@ def test_differences_are_paired():
 def test_t_intervals_are_over_source_means():
   other = line('known_leaf', 'known_leaf', [[0.6, 0.6], [0.7, 0.75], [0.4, 0.5]])
   found = analysis.compare(other, NAIVE)
-  wanted = scipy.stats.ttest_1samp([5.0, 2.5, 5.0], 0.0).confidence_interval(0.95)
-  np.testing.assert_allclose((found.t_low, found.t_high), wanted)
+  expected = scipy.stats.ttest_1samp([5.0, 2.5, 5.0], 0.0).confidence_interval(0.95)
+  np.testing.assert_allclose((found.t_low, found.t_high), expected)
 
 
 def test_rows_that_share_weights_and_rate_are_one_training():
@@ -856,8 +856,8 @@ def test_the_report_says_what_the_rows_say(studied, reported):
   for name, arm in (('task_vector', 'task_vector'), ('persistence (naive)', 'persistence')):
     for step, cell in enumerate(body[name]):
       values = list(accuracy.get((arm, step), {}).values())
-      wanted = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if values else ''
-      assert cell == wanted
+      expected = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if values else ''
+      assert cell == expected
   # The paper's figures are of other networks.
   papers = [f'{row.p100} ± {row.sd100}' for row in tables.published(1).itertuples()]
   assert '92.40 ± 0.11' in papers and not [figure for figure in papers if figure in text]

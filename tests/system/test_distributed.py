@@ -122,16 +122,16 @@ def both(tmp_path_factory):
   return folder, run_both(folder, *commands)
 
 
-def assert_same_run(found, wanted):
+def assert_same_run(found, expected):
   """The same run but for rounding."""
   for stage in range(FEW_STEPS['stages']):
-    weights = [workdirs.restore_stage(workdir, stage) for workdir in (found, wanted)]
+    weights = [workdirs.restore_stage(workdir, stage) for workdir in (found, expected)]
     assert_close(*weights, rtol=1e-4, atol=1e-6)
-  metrics = [read_lines(workdir / 'metrics.jsonl') for workdir in (found, wanted)]
+  metrics = [read_lines(workdir / 'metrics.jsonl') for workdir in (found, expected)]
   assert [line['step'] for line in metrics[0]] == [1, 2]
   for line, other in zip(*metrics, strict=True):
     assert line == pytest.approx(other, rel=1e-4)
-  stages = [workdirs.finished_record(workdir)['stages'] for workdir in (found, wanted)]
+  stages = [workdirs.finished_record(workdir)['stages'] for workdir in (found, expected)]
   for stage, other in zip(*stages, strict=True):
     seconds = {'train_seconds': stage['train_seconds']}
     assert stage == pytest.approx({**other, **seconds}, rel=1e-4)
@@ -198,10 +198,10 @@ def test_a_cluster_tells_its_processes_who_they_are(tmp_path):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (('localhost:1', 2), 'with processes 2 and process None; wanted HOST:PORT with both, or'),
+    (('localhost:1', 2), 'with processes 2 and process None; expected HOST:PORT with both, or'),
     (('auto', 2, 0), "or 'auto' with neither"),
-    (('localhost:1', 2, 2), 'process is 2; wanted 0 to 1, of 2 processes'),
-    (('localhost', 2, 0), "coordinator is 'localhost'; wanted HOST:PORT or 'auto'"),
+    (('localhost:1', 2, 2), 'process is 2; expected 0 to 1, of 2 processes'),
+    (('localhost', 2, 0), "coordinator is 'localhost'; expected HOST:PORT or 'auto'"),
   ],
 )
 def test_wrong_ways_to_start_are_named(arguments, message):

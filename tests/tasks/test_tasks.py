@@ -366,7 +366,7 @@ def test_every_task_of_the_package_has_a_loader(name):
     ),
     (
       lambda: transfer.check_fits(task_of(head=below('haed')), []),
-      'of the leaves of the network none are in its head; wanted some .*there are head',
+      'of the leaves of the network none are in its head; expected some .*there are head',
     ),
   ],
 )
@@ -392,7 +392,7 @@ def test_tasks_that_differ_in_arrays_share_compilations():
   ('options', 'message'),
   [
     ('convs=1, depth=3', r"model 'cnn' has no option 'depth'; its options: convs \(default"),
-    ('convs=0', "convs of model 'cnn' is 0; wanted a positive integer"),
+    ('convs=0', "convs of model 'cnn' is 0; expected a positive integer"),
     ('convs', "model_options is 'convs'; expected keyword arguments, as 'depths="),
     ('convs=len', "model_options is 'convs=len'; expected keyword"),
     ("dtype='f'", 'model_options has dtype; expected options of the network alone'),

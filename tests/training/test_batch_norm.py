@@ -120,8 +120,8 @@ def test_recalibrate_averages_the_statistics_that_training_computes():
   got = named_leaves(new['batch_stats'])
   assert set(got) == set(first)
   for path, leaf in got.items():
-    wanted = (first[path] + second[path]) / 2
-    np.testing.assert_allclose(leaf, wanted, rtol=2e-5, atol=1e-5, err_msg=path)
+    expected = (first[path] + second[path]) / 2
+    np.testing.assert_allclose(leaf, expected, rtol=2e-5, atol=1e-5, err_msg=path)
 
 
 def test_recalibrate_forgets_the_old_statistics():
@@ -167,8 +167,8 @@ def test_recalibrate_keeps_float32_statistics_in_bfloat16():
   assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype('float32')}
   exact = apply_policy('recalibrate', small(), variables, x, **SETTINGS)
   for path, leaf in named_leaves(new['batch_stats']).items():
-    wanted = named_leaves(exact['batch_stats'])[path]
-    np.testing.assert_allclose(leaf, wanted, rtol=0.05, atol=0.05 * np.abs(wanted).max())
+    expected = named_leaves(exact['batch_stats'])[path]
+    np.testing.assert_allclose(leaf, expected, rtol=0.05, atol=0.05 * np.abs(expected).max())
 
 
 def test_reset_is_a_fresh_batch_norm_and_nothing_else():
@@ -179,8 +179,8 @@ def test_reset_is_a_fresh_batch_norm_and_nothing_else():
   assert sum('norm' in path for path in new) == 4 * 9  # stem, 2 in each block, 2 shortcuts
   for path, leaf in new.items():
     if 'norm' in path:
-      wanted = {'scale': 1, 'bias': 0, 'mean': 0, 'var': 1}[path.rpartition('/')[2]]
-      np.testing.assert_array_equal(leaf, np.full_like(given[path], wanted), err_msg=path)
+      expected = {'scale': 1, 'bias': 0, 'mean': 0, 'var': 1}[path.rpartition('/')[2]]
+      np.testing.assert_array_equal(leaf, np.full_like(given[path], expected), err_msg=path)
     else:
       assert leaf is given[path]
 
@@ -225,11 +225,15 @@ def test_without_batch_norm_every_policy_is_the_identity(name, policy):
   ('policy', 'given', 'message'),
   [
     ('recalibrated', {}, "unknown BatchNorm policy 'recalibrated'. Did you mean 'recalibrate'"),
-    ('recalibrate', {'num_batches': 3}, r'given 8 examples; wanted at least 12 \(num_batches 3 x'),
-    ('recalibrate', {'batch_size': 0}, 'num_batches=2, batch_size=0; wanted both'),
-    ('recalibrate', {'num_batches': -1}, 'num_batches=-1, batch_size=4; wanted both'),
-    ('recalibrate', {'x': None}, 'given 0 examples; wanted at least 8'),
-    ('recalibrate', {'x': np.zeros((0, 8, 8, 1))}, 'given 0 examples; wanted at least 8'),
+    (
+      'recalibrate',
+      {'num_batches': 3},
+      r'given 8 examples; expected at least 12 \(num_batches 3 x',
+    ),
+    ('recalibrate', {'batch_size': 0}, 'num_batches=2, batch_size=0; expected both'),
+    ('recalibrate', {'num_batches': -1}, 'num_batches=-1, batch_size=4; expected both'),
+    ('recalibrate', {'x': None}, 'given 0 examples; expected at least 8'),
+    ('recalibrate', {'x': np.zeros((0, 8, 8, 1))}, 'given 0 examples; expected at least 8'),
   ],
 )
 def test_bad_input_is_refused(policy, given, message):
@@ -273,9 +277,9 @@ def test_training_under_pmap_equals_one_device_with_the_whole_batch():
     train_shard, axis_name='devices', in_axes=(None, None, 0, 0)
   )(*args, *shards)
   np.testing.assert_allclose(got_logits.reshape(logits.shape), logits, rtol=1e-4, atol=1e-4)
-  for wanted, got in ((stats, got_stats), (grads, got_grads)):
-    wanted, got = named_leaves(wanted), named_leaves(got)
-    for path, leaf in wanted.items():
+  for expected, got in ((stats, got_stats), (grads, got_grads)):
+    expected, got = named_leaves(expected), named_leaves(got)
+    for path, leaf in expected.items():
       size = np.abs(leaf).max()
       for device in range(devices):
         np.testing.assert_allclose(got[path][device], leaf, atol=1e-4 * size, err_msg=path)

@@ -192,12 +192,12 @@ def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
   assert seen == parts
   monkeypatch.setattr(steps, 'microbatches', lambda batch_size: (batch_size,))
   steps._train_step.cache_clear()
-  whole, wanted = trained()
+  whole, expected = trained()
   assert seen == [64]
   # Sums in float32, taken in another order.
   assert_close(state, whole, rtol=1e-4, atol=1e-6)
   for epoch in (1, 2, 3):
-    assert metrics[epoch] == pytest.approx(wanted[epoch], rel=1e-5)
+    assert metrics[epoch] == pytest.approx(expected[epoch], rel=1e-5)
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adam', 'adamw'])
@@ -293,8 +293,8 @@ def test_every_step_augments_anew(digits, variables):
 
 def test_schedules_have_their_closed_forms():
   half = np.sqrt(0.5)
-  wanted = 0.2 * np.array([1, (1 + half) / 2, 0.5, (1 - half) / 2])
-  np.testing.assert_allclose(learning_rates('cosine', 0.2, 4), wanted, rtol=1e-6)
+  expected = 0.2 * np.array([1, (1 + half) / 2, 0.5, (1 - half) / 2])
+  np.testing.assert_allclose(learning_rates('cosine', 0.2, 4), expected, rtol=1e-6)
   np.testing.assert_allclose(learning_rates('cosine', 0.2, 4000).mean(), 0.1, rtol=1e-3)
   found = learning_rates('constant', 3e-3, 5)
   assert found.dtype == np.float32
@@ -444,10 +444,10 @@ def test_divergence_is_an_error(variables, task):
 @pytest.mark.parametrize(
   ('batch_size', 'examples', 'message'),
   [
-    (0, 96, 'batch_size is 0; wanted a positive multiple of the 8 devices'),
+    (0, 96, 'batch_size is 0; expected a positive multiple of the 8 devices'),
     (-8, 96, 'batch_size is -8; '),
     (12, 96, 'batch_size is 12; '),
-    (96, 95, 'the subset has 95 examples; wanted at least batch_size = 96'),
+    (96, 95, 'the subset has 95 examples; expected at least batch_size = 96'),
   ],
 )
 def test_batches_must_fit_devices_and_data(batch_size, examples, message):
@@ -460,9 +460,9 @@ def test_batches_must_fit_devices_and_data(batch_size, examples, message):
   ('make', 'message'),
   [
     (lambda: Recipe('adm'), "unknown optimizer 'adm'. Did you mean 'adam'"),
-    (lambda: Recipe(weight_decay=-1.0), 'weight_decay is -1.0; wanted at least 0'),
+    (lambda: Recipe(weight_decay=-1.0), 'weight_decay is -1.0; expected at least 0'),
     (lambda: learning_rates('cosin', 0.1, 3), "unknown schedule 'cosin'. Did you mean"),
-    (lambda: learning_rates('cosine', -0.1, 3), 'the learning rate is -0.1; wanted'),
+    (lambda: learning_rates('cosine', -0.1, 3), 'the learning rate is -0.1; expected'),
     (lambda: learning_rates('cosine', float('nan'), 3), 'the learning rate is nan'),
   ],
 )
