@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-# Before JAX is imported by anything: the suite runs on eight simulated devices.
+# Before JAX is imported by anything: the suite runs on eight simulated devices, and its many small
+# programs without LLVM's optimisations, which take longer than what they save.
 # A loaded machine may keep one of them waiting for longer than XLA's 40 seconds, after which it
 # would abort the process.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_force_host_platform_device_count=8'
+  + ' --xla_backend_optimization_level=0'
   + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 ).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

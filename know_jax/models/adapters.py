@@ -88,14 +88,20 @@ def _mode(call: Callable[..., Any], train: bool) -> dict[str, bool]:
   return {}
 
 
+@functools.lru_cache(maxsize=64)
+def _initialiser(module: nn.Module) -> Callable[..., Any]:
+  """`module.init` as one program: compiled operation by operation it takes ten times as long."""
+  mode: dict[str, Any] = _mode(module.__call__, False)
+  return jax.jit(functools.partial(module.init, **mode))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Linen:
   module: nn.Module
   inputs: tuple[str, ...]
 
   def init(self, key: jax.Array, batch: Mapping[str, Any]) -> Variables:
-    mode: dict[str, Any] = _mode(self.module.__call__, False)
-    return dict(self.module.init(key, *_inputs(batch, self.inputs), **mode))
+    return dict(_initialiser(self.module)(key, *_inputs(batch, self.inputs)))
 
   def apply(
     self, variables: Variables, batch: Mapping[str, Any], *, train: bool, key: jax.Array | None
@@ -138,7 +144,12 @@ class _NNX:
 
   def init(self, key: jax.Array, batch: Mapping[str, Any]) -> Variables:
     del batch
-    return self._variables(flax_nnx.state(self.make(flax_nnx.Rngs(key))))
+    return self._made(key)
+
+  @functools.cached_property
+  def _made(self) -> Callable[[jax.Array], Variables]:
+    # One program, as of linen's.
+    return jax.jit(lambda key: self._variables(flax_nnx.state(self.make(flax_nnx.Rngs(key)))))
 
   def _variables(self, state: Any) -> Variables:
     flat: dict[tuple[str, ...], Any] = {}

@@ -126,8 +126,8 @@ def load_pretrained(
   Raises:
     UserError: the file cannot be read, or its tensors, the head's apart, do not fit the module.
   """
-  fresh = module.init(jax.random.key(seed), jnp.zeros(_IMAGE), train=False)
-  start = start_from(module, path, fresh)
+  init = jax.jit(lambda key: module.init(key, jnp.zeros(_IMAGE), train=False))
+  start = start_from(module, path, init(jax.random.key(seed)))
   return start.variables, start.skipped
 
 
