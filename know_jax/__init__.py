@@ -14,6 +14,7 @@ from know_jax.predictors.controls import history_free
 from know_jax.predictors.known import KNOWN
 from know_jax.predictors.parameters import load_known
 from know_jax.predictors.registry import register_predictor
+from know_jax.recalibration import recalibrate
 from know_jax.recommendation import Recommendation, Start, recommend
 from know_jax.trajectory import Trajectory
 from know_jax.user_loop import forget, nested_subsets
@@ -36,6 +37,7 @@ __all__ = [
   'load_known',
   'nested_subsets',
   'predict',
+  'recalibrate',
   'recommend',
   'register_predictor',
 ]

@@ -22,6 +22,7 @@ ROWS = (
     'names',
     'kinds',
     'trajectory',
+    'recalibration',
   ),
   ('system/*',),
   ('io/*',),

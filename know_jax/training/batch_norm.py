@@ -7,6 +7,7 @@ does, and so is made by name and reported.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from know_jax.data.base import Batch
 from know_jax.errors import UserError, unknown_name
 from know_jax.models.adapters import Model, Variables
+from know_jax.recalibration import recalibrate
 from know_jax.tasks.base import Task
 from know_jax.trees import named_leaves, path_string
 
@@ -120,28 +122,13 @@ def _recalibrate(
       f'recalibrate was given {examples} examples; expected at least {expected} '
       f'(num_batches {num_batches} x batch_size {batch_size}).'
     )
-  total = None
-  for i in range(num_batches):
-    part = jax.tree.map(lambda x, i=i: x[i * batch_size : (i + 1) * batch_size], batch)
-    stats = _batch_statistics(model, variables, jax.tree.map(jnp.asarray, part))
-    total = stats if total is None else jax.tree.map(jnp.add, total, stats)
-  return {**variables, _STATS: jax.tree.map(lambda leaf: leaf / num_batches, total)}
+  parts = (
+    jax.tree.map(lambda x, i=i: jnp.asarray(x[i * batch_size : (i + 1) * batch_size]), batch)
+    for i in range(num_batches)
+  )
+  return recalibrate(_training_apply(model), variables, parts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _batch_statistics(model: Model, variables: Variables, batch: Batch) -> Any:
-  """The mean and variance of one batch at every BatchNorm layer, whatever its momentum.
-
-  A training step gives `new = m old + (1 - m) batch`. At `old = 0` that is `(1 - m) batch`, and its
-  derivative in the direction of ones is m.
-  """
-
-  def step(old: Any) -> Any:
-    given = {**variables, _STATS: old}
-    _, new = model.apply(given, batch, train=True, key=jax.random.key(0))
-    return new[_STATS]
-
-  zeros = jax.tree.map(jnp.zeros_like, variables[_STATS])
-  ones = jax.tree.map(jnp.ones_like, variables[_STATS])
-  new, momentum = jax.jvp(step, (zeros,), (ones,))
-  return jax.tree.map(lambda leaf, m: leaf / (1 - m), new, momentum)
+@functools.lru_cache(maxsize=64)
+def _training_apply(model: Model) -> Callable[[Variables, Batch], Any]:
+  return lambda variables, batch: model.apply(variables, batch, train=True, key=jax.random.key(0))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import know_jax
 from know_jax.errors import UserError
 from know_jax.models import build_model
 from know_jax.models.adapters import linen
@@ -101,6 +102,36 @@ def test_after_recalibrating_on_one_batch_eval_equals_train_on_it(name):
   scale = float(jnp.abs(train).max())
   np.testing.assert_allclose(recalibrated, train, atol=2e-5 * scale)
   assert float(jnp.abs(kept - train).max()) > 0.01 * scale
+
+
+def test_recalibrate_for_everybody_equals_numpy():
+  """`know_jax.recalibrate`, with batches of two sizes."""
+  model, x = OneLayer(), images(10)
+  variables = trained(model, x)
+  batches = [np.asarray(x[:6]), np.asarray(x[6:])]
+
+  def apply_fn(given, batch):
+    return model.apply(given, batch, train=True, mutable=['batch_stats'])
+
+  new = know_jax.recalibrate(apply_fn, variables, iter(batches))
+  dense = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables['params']['dense'])
+  hidden = [batch.astype(np.float64) @ dense['kernel'] + dense['bias'] for batch in batches]
+  for name, expected in (
+    ('mean', np.mean([h.mean((0, 1, 2)) for h in hidden], 0)),
+    ('var', np.mean([h.var((0, 1, 2)) for h in hidden], 0)),
+  ):
+    np.testing.assert_allclose(new['batch_stats']['norm'][name], expected, rtol=2e-4, atol=1e-5)
+  assert new['params'] is variables['params']
+  with pytest.raises(UserError, match='given no batch'):
+    know_jax.recalibrate(apply_fn, variables, [])
+  with pytest.raises(UserError, match='found the collections params; expected batch_stats'):
+    know_jax.recalibrate(apply_fn, {'params': variables['params']}, batches)
+  with pytest.raises(UserError, match=r"leaves 'norm/mean' of batch_stats as it is; expected trai"):
+    know_jax.recalibrate(
+      lambda v, b: model.apply(v, b, train=False, mutable=['batch_stats']), variables, batches
+    )
+  with pytest.raises(UserError, match=r"apply_fn returned .*; expected \(outputs, {'batch_stats'"):
+    know_jax.recalibrate(lambda v, b: model.apply(v, b, train=False), variables, batches)
 
 
 def test_recalibrate_averages_the_statistics_that_training_computes():
