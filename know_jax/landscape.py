@@ -70,17 +70,11 @@ def default_config() -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-  """A plane in the space of the weights that predictors move.
+  """A plane in the space of the weights that predictors move."""
 
-  Attributes:
-    mean: the point at (0, 0), float64 `[d]`.
-    axes: two orthonormal directions, float64 `[2, d]`.
-    shares: of the variance of the points that it was fitted to, `[2]`.
-  """
-
-  mean: np.ndarray
-  axes: np.ndarray
-  shares: np.ndarray
+  mean: np.ndarray  # The point at (0, 0), float64 `[d]`.
+  axes: np.ndarray  # Two orthonormal directions, float64 `[2, d]`.
+  shares: np.ndarray  # Of the variance of the points that it was fitted to, `[2]`.
 
   def coordinates(self, points: np.ndarray) -> np.ndarray:
     """Where points `[n, d]` fall on the plane, `[n, 2]`."""

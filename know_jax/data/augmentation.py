@@ -53,19 +53,12 @@ PAPER_AUGMENTATION = Augmentation(rotation=10.0, shift=0.15, zoom=0.3)
 
 
 class Distortion(NamedTuple):
-  """What is done to each image of a batch.
+  """What is done to each image of a batch."""
 
-  Attributes:
-    angle: [B] radians.
-    shift: [B, 2] pixels, rows then columns.
-    zoom: [B, 2] factors, rows then columns; above 1 the image shrinks, as in Keras.
-    flip: [B] bool.
-  """
-
-  angle: jax.Array
-  shift: jax.Array
-  zoom: jax.Array
-  flip: jax.Array
+  angle: jax.Array  # [B] radians.
+  shift: jax.Array  # [B, 2] pixels, rows then columns.
+  zoom: jax.Array  # [B, 2] factors, rows then columns; above 1 the image shrinks, as in Keras.
+  flip: jax.Array  # [B] bool.
 
 
 def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:

@@ -85,19 +85,13 @@ def default_config() -> ConfigDict:
 
 
 class Architecture(NamedTuple):
-  """What meta-training needs to know of a network.
+  """What meta-training needs to know of a network."""
 
-  Attributes:
-    init: key -> theta.
-    predict: (params of one kind, batch as of `draw_batch`) -> the predicted weights `[N]`.
-    relative: whether errors are divided by the run's error of copying.
-    penalty: params of one kind -> what is added to the loss.
-  """
-
-  init: Callable[[jax.Array], Any]
+  init: Callable[[jax.Array], Any]  # Key -> theta.
+  # (params of one kind, batch as of `draw_batch`) -> the predicted weights `[N]`.
   predict: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
-  relative: bool
-  penalty: Callable[[Any], jax.Array | float]
+  relative: bool  # Whether errors are divided by the run's error of copying.
+  penalty: Callable[[Any], jax.Array | float]  # Params of one kind -> what is added to the loss.
 
 
 def _predict_paper(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:

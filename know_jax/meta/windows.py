@@ -18,20 +18,15 @@ SPAN = HISTORY_LENGTH + 1
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Weights of several runs (`numbers`), every run with the same share.
-
-  Attributes:
-    weights: kind -> float32 `[runs, M, SPAN]`, oldest first, the hidden weight last.
-    leaves: kind -> int32 `[runs, M]`, the row of `moments` of the leaf and window drawn from.
-    moments: kind -> float32 `[leaves and windows, S, S]`, as `leaf_moments`.
-    rates: float32 `[runs]`, r of each run.
-  """
+  """Weights of several runs (`numbers`), every run with the same share."""
 
   numbers: tuple[int, ...]
+  # Kind -> float32 `[runs, M, SPAN]`, oldest first, the hidden weight last.
   weights: dict[str, np.ndarray]
+  # Kind -> int32 `[runs, M]`, the row of `moments` of the leaf and window drawn from.
   leaves: dict[str, np.ndarray]
-  moments: dict[str, np.ndarray]
-  rates: np.ndarray
+  moments: dict[str, np.ndarray]  # Kind -> float32 `[leaves and windows, S, S]`, as `leaf_moments`.
+  rates: np.ndarray  # Float32 `[runs]`, r of each run.
 
   def copying(self, kind: str) -> np.ndarray:
     """The mean absolute error of copying the newest weight, float64 `[runs]`."""

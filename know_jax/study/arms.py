@@ -42,38 +42,24 @@ _OF_PREDICTORS = {'steps', 'options', 'kinds', 'theta', 'batch_norm', 'part', 'o
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One start for transfer, and the source run it comes from.
+  """One start for transfer, and the source run it comes from."""
 
-  Attributes:
-    group: 'main', or what is varied, as in 'history'.
-    name: of its line in tables.
-    predictor: a name in `PREDICTORS` or `UNPREDICTED`.
-    step: n of Theta^-n; 0 where nothing is predicted.
-    history: S, how many of the newest stages are read, or, for trained arms, cost.
-    rate: r of the source run.
-    options: the predictor's own.
-    kinds: the kinds of leaf that are predicted, others are kept; empty: all.
-    batch_norm: what happens to BatchNorm after the prediction.
-    theta: where the parameters of KNOWN come from; None: those shipped.
-    lr_scale: times this the learning rate of fine-tuning: shrinking weights that BatchNorm follows
-      does little but raise it.
-    part: which part of the prediction is transferred, a name in `PARTS`; empty: all of it.
-    order: the order of the stages, a name in `HISTORIES`; empty: oldest first.
-  """
-
-  group: str
-  name: str
-  predictor: str
-  step: int
-  history: int
-  rate: float
-  options: tuple[tuple[str, Any], ...] = ()
-  kinds: tuple[str, ...] = ()
-  batch_norm: str = 'keep'
-  theta: str | None = None
+  group: str  # 'main', or what is varied, as in 'history'.
+  name: str  # Of its line in tables.
+  predictor: str  # A name in `PREDICTORS` or `UNPREDICTED`.
+  step: int  # n of Theta^-n; 0 where nothing is predicted.
+  history: int  # S, how many of the newest stages are read, or, for trained arms, cost.
+  rate: float  # r of the source run.
+  options: tuple[tuple[str, Any], ...] = ()  # The predictor's own.
+  kinds: tuple[str, ...] = ()  # The kinds of leaf that are predicted, others are kept; empty: all.
+  batch_norm: str = 'keep'  # What happens to BatchNorm after the prediction.
+  theta: str | None = None  # Where the parameters of KNOWN come from; None: those shipped.
+  # Times this the learning rate of fine-tuning: shrinking weights that BatchNorm follows does
+  # little but raise it.
   lr_scale: float = 1.0
+  # Which part of the prediction is transferred, a name in `PARTS`; empty: all of it.
   part: str = ''
-  order: str = ''
+  order: str = ''  # The order of the stages, a name in `HISTORIES`; empty: oldest first.
 
   @property
   def multiple(self) -> float:
