@@ -80,16 +80,11 @@ def parse_kinds(rules: Sequence[str]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Kinds:
-  """The kinds of all leaves of a tree.
+  """The kinds of all leaves of a tree."""
 
-  Attributes:
-    of: path -> kind.
-    notes: what the user should be told, a sentence or two each.
-    stacked: the paths of the leaves that hold one layer after the other on their first axis.
-  """
-
-  of: dict[str, str]
-  notes: list[str]
+  of: dict[str, str]  # Path -> kind.
+  notes: list[str]  # What the user should be told, a sentence or two each.
+  # The paths of the leaves that hold one layer after the other on their first axis.
   stacked: frozenset[str]
 
 

@@ -86,18 +86,13 @@ def parts_of(path: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What names and shapes say of a leaf.
+  """What names and shapes say of a leaf."""
 
-  Attributes:
-    kind: None where they say nothing, or two things.
-    why: of a kept leaf what it is, where a user might expect it to be predicted; of a leaf without
-      kind what it may be.
-    is_small: whether only a rule that names the leaf touches it.
-  """
-
-  kind: str | None
+  kind: str | None  # None where they say nothing, or two things.
+  # Of a kept leaf what it is, where a user might expect it to be predicted; of a leaf without kind
+  # what it may be.
   why: str = ''
-  is_small: bool = False
+  is_small: bool = False  # Whether only a rule that names the leaf touches it.
 
 
 _NORMALISES = Verdict(KEEP, is_small=True)

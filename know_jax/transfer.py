@@ -84,24 +84,16 @@ def default_config() -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One start for transfer.
+  """One start for transfer."""
 
-  Attributes:
-    name: the predictor; 'persistence' for the newest weight, 'scratch' for a fresh network.
-    steps: n of Theta^-n.
-    multiple: r^-n.
-    source_accuracy: the task's score of the weights as they are, on the source task; None for
-      'scratch', and where the source has no such score.
-    digest: identifies the weights.
-    variables: the weights, head included; None for 'scratch'.
-  """
-
-  name: str
-  steps: int
-  multiple: float
+  name: str  # The predictor; 'persistence' for the newest weight, 'scratch' for a fresh network.
+  steps: int  # n of Theta^-n.
+  multiple: float  # r^-n.
+  # The task's score of the weights as they are, on the source task; None for 'scratch', and where
+  # the source has no such score.
   source_accuracy: float | None
-  digest: str
-  variables: Any
+  digest: str  # Identifies the weights.
+  variables: Any  # The weights, head included; None for 'scratch'.
 
 
 def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -25,15 +25,10 @@ _CHILD = Path(__file__).with_name('hdf5_child.py')
 
 
 class Array(NamedTuple):
-  """A data set.
+  """A data set."""
 
-  Attributes:
-    values: float32 or float64.
-    attributes: the names of its attributes.
-  """
-
-  values: np.ndarray
-  attributes: tuple[str, ...]
+  values: np.ndarray  # Float32 or float64.
+  attributes: tuple[str, ...]  # The names of its attributes.
 
 
 def read_arrays(path: Path, names: Sequence[str], *, limit: int, sort: str) -> dict[str, Array]:

@@ -54,19 +54,12 @@ def write_at(file: int, data: memoryview, place: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """One leaf, open for reading.
+  """One leaf, open for reading."""
 
-  Attributes:
-    file: the descriptor of a file in which the leaf's bytes lie in row-major order.
-    offset: where in the file they begin.
-    dtype: of the leaf.
-    what: what is read, for errors.
-  """
-
-  file: int
-  offset: int
-  dtype: np.dtype
-  what: str
+  file: int  # The descriptor of a file in which the leaf's bytes lie in row-major order.
+  offset: int  # Where in the file they begin.
+  dtype: np.dtype  # Of the leaf.
+  what: str  # What is read, for errors.
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """The elements `start` to `stop` of the leaf in row-major order: `[stop - start]`.
@@ -92,22 +85,17 @@ Opener = Callable[[Path], contextlib.AbstractContextManager[Reader]]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """What is known of a leaf before it is read.
+  """What is known of a leaf before it is read."""
 
-  Attributes:
-    name: as in the file.
-    shape: its shape.
-    dtype: its dtype; `V1` for bytes that NumPy has no dtype for, which can only be copied.
-    open: `open(folder)` gives a context with its `Reader`; the folder is for a nameless file.
-    chunk_bytes: what is held at once while it is opened: the chunks of Orbax are compressed.
-    place: where its bytes begin in the file of its shard, None if they are not in one piece there.
-  """
-
-  name: str
-  shape: tuple[int, ...]
+  name: str  # As in the file.
+  shape: tuple[int, ...]  # Its shape.
+  # Its dtype; `V1` for bytes that NumPy has no dtype for, which can only be copied.
   dtype: np.dtype
+  # `open(folder)` gives a context with its `Reader`; the folder is for a nameless file.
   open: Opener
+  # What is held at once while it is opened: the chunks of Orbax are compressed.
   chunk_bytes: int = 0
+  # Where its bytes begin in the file of its shard, None if they are not in one piece there.
   place: int | None = None
 
   @property
@@ -183,47 +171,33 @@ class _PatchSink(Sink):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file, or a folder, of a checkpoint that is written as a whole.
+  """A file, or a folder, of a checkpoint that is written as a whole."""
 
-  Attributes:
-    name: of the file in the checkpoint's folder.
-    paths: of its leaves, in the order in which they are written.
-    writing: `writing(path)` gives a context with a `Sink`: what is at the path is replaced, durably
-      and as a whole, when the context is left without an error.
-  """
-
-  name: str
-  paths: tuple[str, ...]
+  name: str  # Of the file in the checkpoint's folder.
+  paths: tuple[str, ...]  # Of its leaves, in the order in which they are written.
+  # `writing(path)` gives a context with a `Sink`: what is at the path is replaced, durably and as a
+  # whole, when the context is left without an error.
   writing: Callable[[Path], contextlib.AbstractContextManager[Sink]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The weights of one stage.
+  """The weights of one stage."""
 
-  Attributes:
-    path: as given.
-    format: the name of its format.
-    leaves: path -> leaf, sorted by path.
-    shards: how a copy of it with other values is written.
-    identify: `identify()` reads all files and gives name -> size and SHA-256; sealed checkpoints
-      are compared with their manifests.
-    metadata: free strings of its header.
-    home: the folder whose side files (configs, tokenizers) belong to it, None if it is a file.
-    index: the name and content of a sharded checkpoint's index.
-    notes: what to tell about it.
-    seal: `seal(folder, metadata)` ends the writing of a checkpoint that states its own checksums.
-  """
-
-  path: Path
-  format: str
-  leaves: dict[str, Leaf]
-  shards: tuple[Shard, ...]
+  path: Path  # As given.
+  format: str  # The name of its format.
+  leaves: dict[str, Leaf]  # Path -> leaf, sorted by path.
+  shards: tuple[Shard, ...]  # How a copy of it with other values is written.
+  # `identify()` reads all files and gives name -> size and SHA-256; sealed checkpoints are compared
+  # with their manifests.
   identify: Callable[[], dict[str, dict[str, Any]]]
-  metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+  metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # Free strings of its header.
+  # The folder whose side files (configs, tokenizers) belong to it, None if it is a file.
   home: Path | None = None
+  # The name and content of a sharded checkpoint's index.
   index: tuple[str, dict[str, Any]] | None = None
-  notes: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()  # What to tell about it.
+  # `seal(folder, metadata)` ends the writing of a checkpoint that states its own checksums.
   seal: Callable[[Path, dict[str, Any]], None] | None = None
 
   def __repr__(self) -> str:

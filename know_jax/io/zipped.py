@@ -14,23 +14,14 @@ _BLOCK = 1 << 20
 
 
 class Member(NamedTuple):
-  """A file in an archive.
+  """A file in an archive."""
 
-  Attributes:
-    start: where its bytes begin in the archive.
-    size: how many they are, as stored.
-    stored: whether they are not compressed.
-    header: where its local header begins.
-    entry: where its entry in the central directory begins.
-    described: whether a data descriptor follows its bytes.
-  """
-
-  start: int
-  size: int
-  stored: bool
-  header: int
-  entry: int
-  described: bool
+  start: int  # Where its bytes begin in the archive.
+  size: int  # How many they are, as stored.
+  stored: bool  # Whether they are not compressed.
+  header: int  # Where its local header begins.
+  entry: int  # Where its entry in the central directory begins.
+  described: bool  # Whether a data descriptor follows its bytes.
 
 
 def names(path: Path) -> list[str] | None:

@@ -95,19 +95,12 @@ def to_state_dict(module: Classifier, variables: Mapping[str, Any]) -> dict[str,
 
 
 class Start(NamedTuple):
-  """Variables that were read from a file, and an account of it.
+  """Variables that were read from a file, and an account of it."""
 
-  Attributes:
-    variables: as of `module.init`, NumPy arrays.
-    taken: the names of the file's tensors that are in them.
-    skipped: those that are not: of a head for other classes, say.
-    fresh: the paths of the leaves that are as they were given.
-  """
-
-  variables: dict[str, Any]
-  taken: list[str]
-  skipped: list[str]
-  fresh: list[str]
+  variables: dict[str, Any]  # As of `module.init`, NumPy arrays.
+  taken: list[str]  # The names of the file's tensors that are in them.
+  skipped: list[str]  # Those that are not: of a head for other classes, say.
+  fresh: list[str]  # The paths of the leaves that are as they were given.
 
 
 def load_pretrained(

@@ -44,41 +44,25 @@ _TIED = re.compile(r'(^|/)(lm_head|embed_out|output_projection|decoder)/weight$'
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A prediction that has been checked; `write` carries it out.
+  """A prediction that has been checked; `write` carries it out."""
 
-  Attributes:
-    stages: the history, oldest first.
-    kinds: path -> kind.
-    predictors: name -> predictor.
-    steps: how far; the weights of every step from 1 on are written.
-    rate: r.
-    on_bad: what becomes of bad leaves, a choice of `guards.ON_BAD`.
-    known: file or folder with the parameters of KNOWN; None: those shipped.
-    network: whose parameters these are: 'known' or 'known_leaf'; None where none are given.
-    options: of the predictors.
-    leaves: path -> leaf of the newest stage, with the dtype that is written.
-    shards: the files of the newest stage, None where others are written.
-    format: of what is written.
-    dtype: the name of that which floating-point leaves are written in, None for their own.
-    notes: what to tell about the history.
-    stacked: the paths of leaves that hold layers on their first axis.
-  """
-
-  stages: list[Weights]
-  kinds: dict[str, str]
-  predictors: dict[str, Any]
-  steps: int
-  rate: float
-  on_bad: str
-  known: str | None
+  stages: list[Weights]  # The history, oldest first.
+  kinds: dict[str, str]  # Path -> kind.
+  predictors: dict[str, Any]  # Name -> predictor.
+  steps: int  # How far; the weights of every step from 1 on are written.
+  rate: float  # r.
+  on_bad: str  # What becomes of bad leaves, a choice of `guards.ON_BAD`.
+  known: str | None  # File or folder with the parameters of KNOWN; None: those shipped.
+  # Whose parameters these are: 'known' or 'known_leaf'; None where none are given.
   network: str | None
-  options: dict[str, Any]
-  leaves: dict[str, Leaf]
-  shards: tuple[Shard, ...] | None
-  format: str
+  options: dict[str, Any]  # Of the predictors.
+  leaves: dict[str, Leaf]  # Path -> leaf of the newest stage, with the dtype that is written.
+  shards: tuple[Shard, ...] | None  # The files of the newest stage, None where others are written.
+  format: str  # Of what is written.
+  # The name of that which floating-point leaves are written in, None for their own.
   dtype: str | None
-  notes: tuple[str, ...]
-  stacked: frozenset[str]
+  notes: tuple[str, ...]  # What to tell about the history.
+  stacked: frozenset[str]  # The paths of leaves that hold layers on their first axis.
 
 
 def prepare(

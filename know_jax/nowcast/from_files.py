@@ -118,23 +118,14 @@ def _check_space(job: Job, output: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """What one predictor does and has done.
+  """What one predictor does and has done."""
 
-  Attributes:
-    engine: what the engine is told.
-    theta: its parameters, None for predictors without.
-    folders: those of the steps.
-    shards: file name -> what is written there.
-    about: what the cards say of it.
-    record: what is finished.
-  """
-
-  engine: EngineJob
-  theta: Any
-  folders: list[Path]
-  shards: dict[str, Shard]
-  about: dict[str, Any]
-  record: RunRecord
+  engine: EngineJob  # What the engine is told.
+  theta: Any  # Its parameters, None for predictors without.
+  folders: list[Path]  # Those of the steps.
+  shards: dict[str, Shard]  # File name -> what is written there.
+  about: dict[str, Any]  # What the cards say of it.
+  record: RunRecord  # What is finished.
 
 
 def _open_run(

@@ -36,29 +36,19 @@ RECALIBRATION_BATCH = 128
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """One predicted weight and how it scores before any further training.
+  """One predicted weight and how it scores before any further training."""
 
-  Attributes:
-    predictor: its name.
-    steps: n; 0 is the newest weight itself.
-    multiple: r^-n, how many times the data it stands for.
-    variables: the predicted variables.
-    accuracy: the task's score, on the run's own test set; None where the run has no task.
-    loss: likewise.
-    score: what the task's score is called.
-    movement: kind -> mean absolute and relative change from the newest weight.
-    path: the checkpoint; None for the newest weight.
-  """
-
-  predictor: str
-  steps: int
-  multiple: float
-  variables: Any
+  predictor: str  # Its name.
+  steps: int  # n; 0 is the newest weight itself.
+  multiple: float  # r^-n, how many times the data it stands for.
+  variables: Any  # The predicted variables.
+  # The task's score, on the run's own test set; None where the run has no task.
   accuracy: float | None
-  loss: float | None
-  score: str
+  loss: float | None  # Likewise.
+  score: str  # What the task's score is called.
+  # Kind -> mean absolute and relative change from the newest weight.
   movement: dict[str, dict[str, float]]
-  path: Path | None
+  path: Path | None  # The checkpoint; None for the newest weight.
 
 
 def run(

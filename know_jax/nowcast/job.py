@@ -12,24 +12,15 @@ from know_jax.predictors.base import Leaf, check_shape
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The static part of a prediction: with equal jobs and shapes nothing is compiled again.
+  """The static part of a prediction: with equal jobs and shapes nothing is compiled again."""
 
-  Attributes:
-    name: of the predictor, for messages.
-    predictor: an object of one of the capabilities.
-    leaves: path and kind of those that are predicted.
-    shardings: theirs, None where they lie on one device.
-    rate: r.
-    on_bad: what becomes of bad leaves, a choice of `health.ON_BAD`.
-    ranges: kind -> the largest weight and difference that the parameters saw, where it is known.
-  """
-
-  name: str
-  predictor: Any
-  leaves: tuple[Leaf, ...]
-  shardings: tuple[NamedSharding | None, ...]
-  rate: float
-  on_bad: str
+  name: str  # Of the predictor, for messages.
+  predictor: Any  # An object of one of the capabilities.
+  leaves: tuple[Leaf, ...]  # Path and kind of those that are predicted.
+  shardings: tuple[NamedSharding | None, ...]  # Theirs, None where they lie on one device.
+  rate: float  # r.
+  on_bad: str  # What becomes of bad leaves, a choice of `health.ON_BAD`.
+  # Kind -> the largest weight and difference that the parameters saw, where it is known.
   ranges: tuple[tuple[str, tuple[float, float]], ...] = ()
 
   @property

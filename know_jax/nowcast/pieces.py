@@ -15,18 +15,12 @@ STRETCH = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A stretch of one leaf's weights.
+  """A stretch of one leaf's weights."""
 
-  Attributes:
-    leaf: its path and kind.
-    stages: all stages `[N]`, oldest first, in their own dtype.
-    out: `[len(steps), N]`, to be filled, in the dtype that is written.
-    shape: of the leaf, where this is all of it; None where any stretch will do.
-  """
-
-  leaf: Leaf
-  stages: Sequence[np.ndarray]
-  out: np.ndarray
+  leaf: Leaf  # Its path and kind.
+  stages: Sequence[np.ndarray]  # All stages `[N]`, oldest first, in their own dtype.
+  out: np.ndarray  # `[len(steps), N]`, to be filled, in the dtype that is written.
+  # Of the leaf, where this is all of it; None where any stretch will do.
   shape: tuple[int, ...] | None = None
 
   @property
@@ -42,21 +36,13 @@ class Piece:
 
 @dataclasses.dataclass
 class Facts:
-  """What is seen of weights while they are predicted: maxima, which of pieces make those of a leaf.
+  """What is seen of weights while they are predicted: maxima; those of its pieces make a leaf's."""
 
-  Attributes:
-    still: whether all stages are equal.
-    movement: from the newest stage, at each step.
-    residual: up to each step.
-    scale: of the newest stage.
-    outside: how many times it is what the parameters saw.
-  """
-
-  movement: np.ndarray
-  residual: np.ndarray
-  still: bool = True
-  scale: float = 0.0
-  outside: float = 0.0
+  movement: np.ndarray  # From the newest stage, at each step.
+  residual: np.ndarray  # Up to each step.
+  still: bool = True  # Whether all stages are equal.
+  scale: float = 0.0  # Of the newest stage.
+  outside: float = 0.0  # How many times it is what the parameters saw.
 
   @classmethod
   def none(cls, steps: int) -> 'Facts':

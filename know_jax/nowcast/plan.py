@@ -40,17 +40,11 @@ def check_steps(steps: Any, least: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A prediction that has been checked; `run` carries it out.
+  """A prediction that has been checked; `run` carries it out."""
 
-  Attributes:
-    history: the leaves that are predicted, and what is kept.
-    job: what is done to them.
-    theta: kind -> parameters, None for predictors without.
-  """
-
-  history: History
-  job: Job
-  theta: Any
+  history: History  # The leaves that are predicted, and what is kept.
+  job: Job  # What is done to them.
+  theta: Any  # Kind -> parameters, None for predictors without.
 
   def run(self, steps: tuple[int, ...]) -> list[jax.Array]:
     """The predictions of the history's leaves `[len(steps), ...]`, checked."""

@@ -87,14 +87,10 @@ def fit_vocabulary(captions: Sequence[str], size: int) -> Vocabulary:
 
 @flax.struct.dataclass
 class Preparation:
-  """Bytes to centred numbers, augmented in training; captions to what goes in and what comes out.
+  """Bytes to centred numbers, augmented in training; captions to what goes in and comes out."""
 
-  Attributes:
-    mean: the image to subtract, float32 `[H, W, C]`.
-    augmentation: of training images.
-  """
-
-  mean: Any
+  mean: Any  # The image to subtract, float32 `[H, W, C]`.
+  # Of training images.
   augmentation: Augmentation = flax.struct.field(pytree_node=False, default=Augmentation())
 
   def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:

@@ -29,14 +29,10 @@ _READ = 512
 
 @flax.struct.dataclass
 class Preparation:
-  """Bytes to centred numbers, augmented in training.
+  """Bytes to centred numbers, augmented in training."""
 
-  Attributes:
-    mean: the image to subtract, float32 `[H, W, C]`.
-    augmentation: applied after it is subtracted.
-  """
-
-  mean: Any
+  mean: Any  # The image to subtract, float32 `[H, W, C]`.
+  # Applied after it is subtracted.
   augmentation: Augmentation = flax.struct.field(pytree_node=False, default=Augmentation())
 
   def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:

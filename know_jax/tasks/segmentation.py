@@ -26,14 +26,10 @@ _AT_A_TIME = 16
 
 @flax.struct.dataclass
 class Preparation:
-  """Bytes to centred numbers; in training image and label map are distorted alike.
+  """Bytes to centred numbers; in training image and label map are distorted alike."""
 
-  Attributes:
-    mean: the image to subtract, float32 `[H, W, C]`.
-    augmentation: as in `augment`. What it brings in from beyond the edge is ignored in the labels.
-  """
-
-  mean: Any
+  mean: Any  # The image to subtract, float32 `[H, W, C]`.
+  # As in `augment`. What it brings in from beyond the edge is ignored in the labels.
   augmentation: Augmentation = flax.struct.field(pytree_node=False, default=Augmentation())
 
   def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:

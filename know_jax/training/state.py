@@ -33,19 +33,12 @@ class DivergedError(UserError):
 
 @flax.struct.dataclass
 class TrainState:
-  """What training changes.
+  """What training changes."""
 
-  Attributes:
-    step: the number of steps done, int32 scalar.
-    params: the network's parameters.
-    collections: its other variables, such as 'batch_stats'; `{}` for a network without.
-    opt_state: the optimiser's state.
-  """
-
-  step: Any
-  params: Any
-  collections: Any
-  opt_state: Any
+  step: Any  # The number of steps done, int32 scalar.
+  params: Any  # The network's parameters.
+  collections: Any  # Its other variables, such as 'batch_stats'; `{}` for a network without.
+  opt_state: Any  # The optimiser's state.
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -55,24 +48,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How weights are updated; one of the things that a compiled train step depends on.
+  """How weights are updated; one of the things that a compiled train step depends on."""
 
-  Attributes:
-    optimizer: a name in `OPTIMIZERS`.
-    weight_decay: L2 penalty for adam and sgd, decoupled for adamw; on kernels only.
-    frozen: paths of the parameters that do not move.
-    epsilon: of Adam; the default is that of Keras, which the authors use, but their released
-      scripts set 1e-8.
-    accumulate: how many parts a device's batch is taken in, one after the other.
-    remat: whether activations are computed anew for the gradient, not kept.
-  """
-
-  optimizer: str = 'adam'
-  weight_decay: float = 0.0
-  frozen: frozenset[str] = frozenset()
+  optimizer: str = 'adam'  # A name in `OPTIMIZERS`.
+  weight_decay: float = 0.0  # L2 penalty for adam and sgd, decoupled for adamw; on kernels only.
+  frozen: frozenset[str] = frozenset()  # Paths of the parameters that do not move.
+  # Of Adam; the default is that of Keras, which the authors use, but their released scripts set
+  # 1e-8.
   epsilon: float = 1e-7
-  accumulate: int = 1
-  remat: bool = False
+  accumulate: int = 1  # How many parts a device's batch is taken in, one after the other.
+  remat: bool = False  # Whether activations are computed anew for the gradient, not kept.
 
   def __post_init__(self) -> None:
     if self.optimizer not in OPTIMIZERS:
@@ -84,14 +69,10 @@ class Recipe:
 
 
 class Checkpoint(NamedTuple):
-  """Where a training stands between two steps.
+  """Where a training stands between two steps."""
 
-  Attributes:
-    state: not replicated.
-    sums: what the task sums over the examples of the unfinished epoch, float64; `{}` between two.
-  """
-
-  state: TrainState
+  state: TrainState  # Not replicated.
+  # What the task sums over the examples of the unfinished epoch, float64; `{}` between two.
   sums: dict[str, Any] = {}  # noqa: RUF012  (nobody writes to it)
 
 
