@@ -5,7 +5,7 @@ a page registers is taken back. Pages of libraries that are not installed skip w
 """
 
 import copy
-import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -16,7 +16,7 @@ import pytest
 
 import know_jax
 from know_jax import __main__ as command_line
-from know_jax import data, io, models, predictors
+from know_jax import data, io, models, predictors, tasks
 from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
 from know_jax.io import formats
@@ -142,6 +142,20 @@ def test_a_model_of_the_package_is_one_file(tmp_path, monkeypatch):
   monkeypatch.setattr(models, '__path__', [*models.__path__, str(tmp_path)])
   found = discover('know_jax.models', 'MODELS')
   assert found.keys() - MODELS.keys() == {'small_net'}
+
+
+def test_a_task_of_the_package_is_one_file(tmp_path, monkeypatch):
+  (tmp_path / 'angles_of_the_page.py').write_text(file_of('task.md', 'angles.py'))
+  monkeypatch.setattr(tasks, '__path__', [*tasks.__path__, str(tmp_path)])
+  # The package of tasks as it would be imported with that file in it.
+  spec = importlib.util.spec_from_file_location(
+    'tasks_anew', tasks.__file__, submodule_search_locations=list(tasks.__path__)
+  )
+  anew = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(anew)
+  assert set(anew.TASKS) - set(tasks.TASKS) == {'angles_of_the_page'}
+  task = anew.load_task({'task': 'angles_of_the_page'})
+  assert task.score == 'close' and task.train.size == 256 and task.head('params/head/kernel')
 
 
 def test_a_data_set_of_the_package_is_one_file(tmp_path, monkeypatch):
