@@ -15,11 +15,17 @@ from know_jax.runs import cli
 
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'collect.py')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the meta-dataset.', required=True)
+_WORKERS, _SCHEDULER = cli.define_workers()
 _DRY_RUN = cli.define_dry_run('Only list the runs.')
 
 
 def main() -> None:
-  print(collect.run(_CONFIG.value, _OUTPUT.value, dry_run=_DRY_RUN.value))
+  print(
+    collect.run(
+      _CONFIG.value, _OUTPUT.value, dry_run=_DRY_RUN.value, workers=_WORKERS.value,
+      scheduler=_SCHEDULER.value,
+    )
+  )  # fmt: skip
 
 
 if __name__ == '__main__':

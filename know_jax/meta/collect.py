@@ -17,6 +17,7 @@ A run that diverged leaves the JSON file alone, with the reason.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -39,6 +40,7 @@ from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.models import MODELS
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import load_trajectory
+from know_jax.runs.workers import each
 from know_jax.system.machine import memory_bytes
 from know_jax.system.progress import progress
 from know_jax.training.state import OPTIMIZERS, DivergedError
@@ -186,10 +188,18 @@ def _log_between(ends: tuple[float, float], at: float) -> float:
   return float(low * (high / low) ** at)
 
 
-def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str:
+def run(
+  config: ConfigDict,
+  output: str | Path,
+  *,
+  dry_run: bool = False,
+  workers: int = 1,
+  scheduler: str | None = None,
+) -> str:
   """Collects the runs that the output folder still lacks, or only lists them; gives a summary.
 
-  Several processes and hosts may share the folder.
+  Several processes and hosts may share the folder; `workers` and `scheduler` are as in
+  `runs.workers.each`.
 
   Raises:
     UserError: a value does not fit, or the folder belongs to another config.
@@ -202,15 +212,15 @@ def run(config: ConfigDict, output: str | Path, *, dry_run: bool = False) -> str
   RunRecord.open(output, config, kind=KIND)
   (output / 'runs').mkdir(exist_ok=True)
   with progress(config['runs'], 'collect', 'run') as bar:
-    waiting = list(range(config['runs']))
+    waiting = set(range(config['runs']))
     _sweep(output)
     while waiting:
-      # Runs that another worker holds come round again, in case it dies.
-      number = waiting.pop(0)
-      if _collect(config, output, number):
-        bar.update(1)
-      else:
-        waiting.append(number)
+      # Runs that another process holds come round again, in case it dies.
+      make = functools.partial(_collect, config, output)
+      for number in each(make, sorted(waiting), workers=workers, scheduler=scheduler):
+        if number is not None:
+          waiting.remove(number)
+          bar.update(1)
   return summary(output)
 
 
@@ -224,19 +234,19 @@ def _sweep(output: Path) -> None:
         shutil.rmtree(workdir, ignore_errors=True)
 
 
-def _collect(config: Mapping[str, Any], output: Path, number: int) -> bool:
-  """Makes a run unless it is there; false if another worker is at it."""
+def _collect(config: Mapping[str, Any], output: Path, number: int) -> int | None:
+  """Makes a run unless it is there, and gives its number; None if another process is at it."""
   path = _about_path(output, number)
   if path.exists():
-    return True
+    return number
   try:
     with locked(_claim_path(path), wait_seconds=1.0):
       # Another worker may have held the claim, and ended, since the file was looked for.
       if not path.exists():
         _make(config, output, number)
   except TimeoutError:
-    return False
-  return True
+    return None
+  return number
 
 
 def _make(config: Mapping[str, Any], output: Path, number: int) -> None:

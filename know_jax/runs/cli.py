@@ -71,6 +71,16 @@ def define_on_metrics() -> Any:
   )
 
 
+def define_workers() -> tuple[Any, Any]:
+  """Defines --workers and --scheduler, for jobs of independent parts: see `workers.each`."""
+  return (
+    flags.DEFINE_integer('workers', 1, 'How many processes of this machine.', lower_bound=1),
+    flags.DEFINE_string(
+      'scheduler', None, 'Address of a Dask scheduler, tcp://HOST:8786, whose workers are used.'
+    ),
+  )
+
+
 def define_workdir() -> None:
   """Defines `--workdir`, the directory of a run; `workdir` reads it."""
   flags.DEFINE_string('workdir', DEFAULT_WORKDIR, 'Directory of the run.')

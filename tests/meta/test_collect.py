@@ -1,8 +1,11 @@
 """The meta-dataset: what is drawn, what is kept, and that nothing is made twice."""
 
 import contextlib
+import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from know_jax.io import checkpoints
 from know_jax.io.files import locked
 from know_jax.meta import collect, mat
 from know_jax.runs import workdir as workdirs
+from know_jax.runs import workers
 from know_jax.runs.record import config_dict
 
 ROOT = Path(__file__).parents[2]
@@ -325,6 +329,34 @@ def test_a_reader_of_either_sort_reads_and_describes_a_collection(collected):
 def test_no_runs_is_an_error(tmp_path):
   with pytest.raises(UserError, match='no finished runs'):
     list(collect.read_runs(tmp_path))
+
+
+def killed_once(config, output, number):
+  """Makes a run; the worker that begins run 0 dies, once, after it has claimed nothing yet."""
+  if number == 0 and not (output / 'killed').exists():
+    (output / 'killed').touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+  return collect._collect(config, output, number)
+
+
+def test_what_a_dead_worker_was_at_is_made_by_another(collected, tmp_path):
+  """Two workers of Dask, one killed: the files of one process alone, byte for byte."""
+  pytest.importorskip('distributed', reason='the extra `workers` is not installed')
+  (tmp_path / 'runs').mkdir()
+  make = functools.partial(killed_once, config_dict(tiny_config()), tmp_path)
+  assert sorted(workers.each(make, range(2), workers=2)) == [0, 1]
+  assert (tmp_path / 'killed').exists()
+  for number in (0, 1):
+    name = f'0000{number}.safetensors'
+    assert (tmp_path / 'runs' / name).read_bytes() == (collected[0] / 'runs' / name).read_bytes()
+
+
+def test_a_scheduler_that_is_not_there(monkeypatch, tmp_path):
+  pytest.importorskip('distributed', reason='the extra `workers` is not installed')
+  monkeypatch.setattr(workers, '_CONNECT_SECONDS', 1)
+  with pytest.raises(UserError, match=r'scheduler .* does not answer'):
+    collect.run(tiny_config(), tmp_path, scheduler='tcp://127.0.0.1:1')
+  assert not list((tmp_path / 'runs').iterdir())
 
 
 def test_two_workers_share_a_folder(tmp_path):
