@@ -315,6 +315,7 @@ def train_one(
   seed: int,
   curve_epochs: Sequence[int] = (),
   also: Mapping[str, Data] | None = None,
+  on_trained: Callable[[Any], None] = lambda variables: None,
 ) -> dict[str, Any]:
   """One transfer: new head, warm-up, fine-tuning, test.
 
@@ -327,6 +328,7 @@ def train_one(
     seed: decides head, order and augmentation.
     curve_epochs: fine-tuning epochs to test after as well; 0 is after the warm-up.
     also: name -> data on which the trained network's score is told too.
+    on_trained: called with the trained variables.
 
   Returns:
     The task's metrics on the test set, `seconds`, `curve`, a pair (epoch, score) for each of
@@ -368,6 +370,7 @@ def train_one(
       variables = state.variables
   if not curve or curve[-1][0] < config['epochs']:
     metrics.update(loop.evaluate(task, variables, data[1]))
+  on_trained(variables)
   others = {
     name: loop.evaluate(task, variables, other)[task.score] for name, other in (also or {}).items()
   }

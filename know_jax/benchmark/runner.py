@@ -9,6 +9,7 @@ from typing import Any
 from know_jax.benchmark import (
   accelerator,
   memory,
+  networks,
   predicting,
   report,
   streamed,
@@ -28,6 +29,7 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
   'memory': memory.measure,
   'streaming': streamed.measure,
   'training': training_speed.measure,
+  'networks': networks.measure,
   'gpu': accelerator.measure,
 }
 """Name -> (settings, show) -> JSON data, in the order that they are measured.

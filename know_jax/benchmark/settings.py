@@ -16,11 +16,24 @@ class Target:
   image: Images
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
   repetitions: int = 1
+  captions: bool = False  # Whether it is trained as the encoder of captions.
+  timm: tuple[str, ...] = ()  # Its attributes that timm's PVTv2 takes, where that is the same.
 
 
 _CNN = Target('cnn', (28, 28, 1), repetitions=40)
 _RESNET = Target('resnet18', (32, 32, 3), repetitions=15)
 _RESNET_BFLOAT16 = Target('resnet18', (32, 32, 3), {'dtype': 'bfloat16'})
+
+
+# Half of b0's channels, as fits two cores.
+_PVT = {
+  'embed_dims': (16, 32, 80, 128),
+  'depths': (2, 2, 2, 2),
+  'num_heads': (1, 2, 5, 8),
+  'sr_ratios': (8, 4, 2, 1),
+  'mlp_ratios': (8, 8, 4, 4),
+}
+_DEEPLAB = {'width': 0.5, 'output_stride': 8, 'rates': (2, 4, 6), 'channels': 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,16 @@ class Settings:
   trained: Target = _CNN
   batch_size: int = 128
   train_steps: int = 40  # Of an epoch.
+  # Of which steps are timed, a few an epoch.
+  networks: tuple[Target, ...] = (
+    _CNN,
+    Target('resnet_small', (32, 32, 3), repetitions=10),
+    Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10, timm=tuple(_PVT)),
+    Target('deeplabv3plus', (64, 96, 3), _DEEPLAB, repetitions=10),
+    Target('resnet_small', (32, 32, 3), repetitions=10, captions=True),
+  )
+  network_batch: int = 32
+  network_steps: int = 10
   gpu_anywhere: bool = False  # Whether what is for GPUs runs on any device, to see that it does.
   gpu_predicted: Target = _RESNET
   gpu_weights: int = 10**9  # Of the large model there, in bfloat16.
@@ -80,6 +103,9 @@ QUICK = Settings(
   trained=_TINY,
   batch_size=16,
   train_steps=2,
+  networks=(_TINY, dataclasses.replace(_TINY, captions=True)),
+  network_batch=8,
+  network_steps=2,
   gpu_anywhere=True,
   gpu_predicted=_TINY,
   gpu_weights=20_000,

@@ -108,6 +108,15 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   (row,) = [row for row in training['tables'][''] if row[''] == 'know_jax']
   assert row['images a second'] == quartiles(images / ours)
 
+  networks = found['sections']['networks']
+  images = QUICK.network_steps * QUICK.network_batch
+  assert [row['network'] for row in networks['tables']['']] == ['cnn', 'captions by cnn']
+  for row in networks['tables']['']:
+    own = networks['seconds'][row['network']]
+    assert row['images a second'] == quartiles(images / np.array(own['know_jax']))
+    # Compilation stands apart: it is in none of the times.
+    assert own['compile'] >= 0 and len(own['know_jax']) == 3
+
   linear = found['sections']['linear']
   rows = {row['']: row for row in linear['tables']['']}
   copied = np.array(linear['seconds']['copy'])

@@ -1,13 +1,19 @@
 """Captioning: vocabulary, the real loop, what a network says, and data that do not fit."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from runs import assert_same_bits
 
+from know_jax import transfer
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import build_model
-from know_jax.tasks import TASKS, captioning
+from know_jax.runs.record import config_dict
+from know_jax.runs.workdir import finished_record, restore_stage
+from know_jax.tasks import TASKS, captioning, load_task
 from know_jax.tasks.base import AXIS
 from know_jax.training.loop import evaluate, fit
 from know_jax.training.state import Checkpoint, Recipe, create_state
@@ -86,3 +92,49 @@ def test_captions_that_do_not_fit_are_refused(captions, message):
 def test_a_vocabulary_without_words_is_refused():
   with pytest.raises(UserError, match='with 0 words; expected at least 5 tokens and one word'):
     captioning.fit_vocabulary(['...'], 10)
+
+
+def transfer_config(**captions):
+  config = transfer.default_config()
+  small = {'seeds': 1, 'batch_size': 8, 'warmup_epochs': 1, 'epochs': 1, 'from_scratch': False}
+  config.update(task='captioning', dataset='colours', validation_examples=8, **small)
+  config.captions.update({'vocabulary': 20, 'max_length': 6, 'units': 8, 'layers': 1, **captions})
+  return config
+
+
+def grey(name, split, *_):
+  images, captions = data(seed=len(split))
+  return images[..., :1], captions
+
+
+def test_a_classifier_becomes_the_encoder_of_captions(monkeypatch, finished, tmp_path):
+  monkeypatch.setattr(captioning, 'read', grey)
+  shutil.copytree(finished, tmp_path / 'run')
+  (row,) = transfer.run(transfer_config(), tmp_path / 'run')
+  assert 0 <= row['masked_accuracy'] <= 1 and 0 <= row['validation'] <= 1
+  assert row['predictor'] == 'persistence'
+  # Before any step the encoder is the classifier without its head, statistics included.
+  source = finished_record(finished)['config']
+  task = load_task(config_dict(transfer_config()), source)
+  newest, fresh = restore_stage(finished, 0), jax.device_get(task.init(jax.random.key(0)))
+  transfer.check_fits(task, [newest])
+  started = transfer.with_head(transfer.adopted(task, newest), fresh, task.head)
+  assert_same_bits(started['params']['decoder'], fresh['params']['decoder'])
+  below_head = {name: x for name, x in newest['params'].items() if name != 'head'}
+  assert_same_bits(started['params']['encoder'], below_head)
+  assert_same_bits(started['batch_stats']['encoder'], newest['batch_stats'])
+  # A captioner's own variables stay as they are.
+  assert transfer.adopted(task, started) is started
+
+
+@pytest.mark.parametrize(
+  ('captions', 'message'),
+  [
+    ({'units': 0}, 'captions.units is 0; expected at least 1'),
+    ({'dropout': 1.0}, 'captions.dropout is 1.0; expected a share from 0 to below 1'),
+  ],
+)
+def test_decoders_that_cannot_be_made(monkeypatch, finished, captions, message):
+  monkeypatch.setattr(captioning, 'read', grey)
+  with pytest.raises(UserError, match=message):
+    transfer.run(transfer_config(**captions), finished)
