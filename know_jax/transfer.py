@@ -26,7 +26,6 @@ from know_jax.errors import UserError
 from know_jax.io import checkpoints
 from know_jax.io.journal import append_line, read_lines
 from know_jax.jsonable import digest
-from know_jax.models.common import HEAD
 from know_jax.report import markdown
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import finished_record, stage_path
@@ -256,7 +255,7 @@ def check_fits(task: Task, starts: Sequence[Any]) -> None:
     )
   for variables in starts:
     trees.check_same(
-      _below_head(adopted(task, variables), task.head),
+      _below_head(adopted(task, variables, expected), task.head),
       rest,
       names=('the source network', f'the network for {task.name}'),
     )
@@ -340,7 +339,10 @@ def train_one(
   """
   began = time.monotonic()
   fresh = jax.device_get(task.init(named_key(seed, 'head')))
-  variables = fresh if variables is None else with_head(adopted(task, variables), fresh, task.head)
+  if variables is None:
+    variables = fresh
+  else:
+    variables = with_head(adopted(task, variables, fresh), fresh, task.head)
   curve: list[tuple[int, float]] = []
   metrics: dict[str, float] = {}
 
@@ -380,15 +382,22 @@ def train_one(
   return {**metrics, **others, 'seconds': time.monotonic() - began, 'curve': curve}
 
 
-def adopted(task: Task, variables: Any) -> Any:
+def adopted(task: Task, variables: Any, like: Any) -> Any:
   """The variables of a classifier by the names that a task's network has for its encoder.
 
-  Those of other networks, and where the task has no encoder, stay as they are.
+  What the classifier has above its feature map is left out. Those of other networks, and where the
+  task has no encoder, stay as they are.
+
+  Args:
+    task: the target.
+    variables: of the source.
+    like: variables of the target's network, or their shapes.
   """
-  if not task.encoder or task.encoder in variables['params']:
+  encoder = task.encoder
+  if not encoder or encoder in variables['params']:
     return variables
   return {
-    collection: {task.encoder: {name: x for name, x in tree.items() if name != HEAD}}
+    collection: {encoder: {name: tree[name] for name in like[collection][encoder] if name in tree}}
     for collection, tree in variables.items()
   }
 

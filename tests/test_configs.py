@@ -4,17 +4,22 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from know_jax import forgetting, landscape, transfer
 from know_jax.data.augmentation import Augmentation
+from know_jax.data.base import Arrays
 from know_jax.data.glyphs import GLYPHS
+from know_jax.data.sources import Dataset
 from know_jax.meta import collect, evaluation, meta_training
 from know_jax.models import build_model
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.runs.record import config_dict
-from know_jax.study import arms, branches, design, regime
+from know_jax.study import arms, branches, design, regime, runner
+from know_jax.tasks import captioning, classification, domains, load_task, segmentation
 from know_jax.training.state import Recipe, learning_rates
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +179,55 @@ def test_tables_are_those_of_the_paper_and_their_stand_ins(name):
       both = ('known', 'known_leaf', 'task_vector', 'log_fit', 'tsv', 'known norms')
       assert made >= {(arm, step) for arm in both for step in (1, 2)} | {('magmax', 2)}
   assert small.source.dataset in STAND_INS and small.transfer.dataset in STAND_INS | DATASETS
+
+
+@pytest.mark.parametrize('name', TABLES)
+@pytest.mark.parametrize('size', ['paper', 'small'])
+def test_tables_plan_and_trace_a_training_step(name, size, monkeypatch, tmp_path):
+  """A dry run, and one step of source and target at the full image size, traced: no data needed."""
+
+  def load_dataset(name, split, *, classes=(), image_size=None, **_):
+    count = len(classes) or {'imagenet2012': 50, 'pacs': 7}.get(name, 20)
+    labels = np.arange(300 * count if split in ('train', 'validation') else 60 * count) % count
+    images = np.broadcast_to(np.uint8(0), (len(labels), *(image_size or (32, 32)), 3))
+    names = tuple(f'class {i}' for i in range(count))
+    return Dataset(name, split, images, labels.astype(np.int32), names)
+
+  def read_maps(name, split, _, image_size):
+    labels = np.broadcast_to(np.uint8(1), (2000, *image_size))
+    images = np.broadcast_to(np.uint8(0), (2000, *image_size, 3))
+    return Arrays({'image': images, 'label': labels}), [f'class {i}' for i in range(19)]
+
+  def read_captions(name, split, _, image_size):
+    images = np.broadcast_to(np.uint8(0), (2000, *image_size, 3))
+    return images, [['a dog runs']] * 2000
+
+  for module in (classification, domains):
+    monkeypatch.setattr(module, 'load_dataset', load_dataset)
+  monkeypatch.setattr(classification, 'mean_image', lambda x: np.zeros(x.shape[1:], np.float32))
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  monkeypatch.setattr(segmentation, 'read', read_maps)
+  monkeypatch.setattr(segmentation, 'check_labels', lambda *_: None)
+  monkeypatch.setattr(captioning, 'read', read_captions)
+  config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](size)
+  config.source.train_examples = 0
+  text = runner.plan(config, tmp_path / 'none')
+  assert text.count('forgetting runs: 5 (0 done), 5 stages each') == (4 if name == 'table3' else 1)
+  assert not (tmp_path / 'none').exists()
+  settings = config_dict(config)
+  legs = list(domains.legs(settings['transfer']).values())
+  for task in (load_task(settings['source']), load_task(legs[0], settings['source'])):
+    batch = task.prepared(np.zeros(2, np.int32))
+    variables = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))
+
+    def loss(params, variables, task=task, batch=batch):
+      variables = {**variables, 'params': params}
+      outputs, _ = task.model.apply(variables, batch, train=True, key=jax.random.key(0))
+      values, weights = task.loss(outputs, batch)
+      return (values if weights is None else values * weights).sum()
+
+    gradients = jax.eval_shape(jax.grad(loss), variables['params'], variables)
+    assert jax.tree.map(np.shape, gradients) == jax.tree.map(np.shape, variables['params'])
 
 
 def test_the_demo_forgets_and_transfers_between_different_classes():

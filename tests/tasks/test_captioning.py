@@ -118,13 +118,15 @@ def test_a_classifier_becomes_the_encoder_of_captions(monkeypatch, finished, tmp
   task = load_task(config_dict(transfer_config()), source)
   newest, fresh = restore_stage(finished, 0), jax.device_get(task.init(jax.random.key(0)))
   transfer.check_fits(task, [newest])
-  started = transfer.with_head(transfer.adopted(task, newest), fresh, task.head)
+  started = transfer.with_head(transfer.adopted(task, newest, fresh), fresh, task.head)
   assert_same_bits(started['params']['decoder'], fresh['params']['decoder'])
-  below_head = {name: x for name, x in newest['params'].items() if name != 'head'}
+  # Its Dense stands above the feature map, as the head does.
+  above = ('head', 'dense')
+  below_head = {name: x for name, x in newest['params'].items() if name not in above}
   assert_same_bits(started['params']['encoder'], below_head)
   assert_same_bits(started['batch_stats']['encoder'], newest['batch_stats'])
   # A captioner's own variables stay as they are.
-  assert transfer.adopted(task, started) is started
+  assert transfer.adopted(task, started, fresh) is started
 
 
 @pytest.mark.parametrize(
