@@ -73,7 +73,8 @@ def test_a_study_of_segmentation_scores_miou(segmented):
 
 
 def test_label_maps_are_drawn_side_by_side(segmented):
-  picture = np.asarray(Image.open(segmented / 'maps.png').convert('RGB'))
+  with Image.open(segmented / 'maps.png') as page:
+    picture = np.asarray(page.convert('RGB'))
   # Image, truth, naive and the task vector's, two rows; ignored pixels are black.
   assert picture.shape[1] > 1.9 * picture.shape[0] and len(np.unique(picture)) > 20
   assert (picture == 0).all(-1).mean() > 0.005
@@ -103,6 +104,7 @@ def test_captions_are_shown_beside_a_persons(monkeypatch, tmp_path):
   text = examples.write(config, tmp_path, tmp_path / 'page.png', images=2)
   assert 'naive: masked_accuracy' in text and 'task_vector x2: masked_accuracy' in text
   assert '- a person: a red one' in text and text.count('Image') == 2
-  assert Image.open(tmp_path / 'page.png').width > 500
+  with Image.open(tmp_path / 'page.png') as page:
+    assert page.width > 500
   rows = read_table(tmp_path / RESULTS, COLUMNS)
   assert rows.accuracy.between(0, 1).all() and rows.validation.notna().all()
