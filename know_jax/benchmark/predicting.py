@@ -1,19 +1,24 @@
 """How fast weights are predicted, beside Keras, the plain module, large products and a copy."""
 
+import functools
+import shutil
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
-from know_jax.benchmark import keras_rivals
+from know_jax.benchmark import keras_rivals, known_profile
 from know_jax.benchmark.histories import History, by_kind, num_predicted, of_network, of_size
 from know_jax.benchmark.settings import STAGES, Settings, Target
 from know_jax.benchmark.timing import Times, goal, race, rates, speedups, spread
 from know_jax.errors import PredictionWarning
-from know_jax.nowcast import api
+from know_jax.nowcast import api, file_job, from_files
 from know_jax.predictors import known
 from know_jax.predictors.parameters import load_known
 from know_jax.trees import named_leaves
@@ -45,7 +50,8 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     '`predict` is called once for each kind of leaf with the fastest of several batch sizes. '
     '*large product* is how many weights a second the arithmetic of a product of '
     f'{settings.product} x {settings.product} matrices would allow: `known` needs '
-    f'{FLOPS / 1000:.1f} kFLOP a weight, its 128 exponentials not counted. {keras_rivals.absent()}',
+    f'{FLOPS / 1000:.1f} kFLOP a weight, its 128 exponentials not counted. {keras_rivals.absent()} '
+    f'{known_profile.NOTE}',
     'networks': networks,
     'tables': {
       f'{n["model"]}: {n["weights"]:,} weights in {n["leaves"]} leaves': [
@@ -56,7 +62,9 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
         for name, rate in n['weights_a_second'].items()
       ]
       for n in networks
-    },
+    } | {'Where the time of `known` goes': known_profile.measure(
+      settings.plain_chunk, settings.product, FLOPS, settings.linear[1]
+    )},
     'goals': [
       goal(f'`known` over Keras, {model}', last.get(KERAS, {}).get('median'), least=4),
       goal(f"`known` over a large product's rate, {model}", 1 / last[PRODUCT]['median'], least=0.7),
@@ -146,27 +154,80 @@ def _over(times: Times) -> dict[str, dict[str, float]]:
 def many_leaves(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """Many small leaves, beside one leaf of as many weights."""
   count, size = settings.leaves
-  many, one = of_size(count * size, leaves=count), of_size(count * size, leaves=1)
-  rows, goals, seconds = [], [], {}
-  for name in ('task_vector', LEAF, OURS):
-    contestants = {'many': _predictor(many, name), 'one': _predictor(one, name)}
-    times = race(contestants, settings.linear[1], f'{count} leaves', show=show)
-    seconds[name] = times
-    rows.append({
-      '': name,
-      f'{count:,} leaves, s': spread(times['many']),
-      'one leaf, s': spread(times['one']),
-      'ratio': speedups(times, 'one')['many'],
-    })  # fmt: skip
-    if name != OURS:
-      what = f'seconds of `{name}` for {count:,} leaves of {size:,} weights'
-      goals.append(goal(what, spread(times['many'])['median'], most=1))
+  names = ('task_vector', LEAF, OURS)
+  seconds, rows = _many_and_one(settings.leaves, names, settings, show)
+  few, few_rows = _many_and_one(settings.few, names, settings, show)
+  files, files_rows = _from_files(count, size, names[:2], settings.linear[1], show)
+  what = f'{count:,} leaves of {size:,} weights'
+  goals = [
+    *(
+      goal(f'seconds of `{name}` for {what}', spread(seconds[name]['many'])['median'], most=1)
+      for name in names[:2]
+    ),
+    *(
+      goal(f'seconds of `{name}` from files for {what}', spread(files[name])['median'], most=3)
+      for name in names[:2]
+    ),
+    *(
+      goal(
+        f'time of `{name}` for {settings.few[0]} leaves over that for one of the same weights',
+        speedups(few[name], 'one')['many']['median'], most=1.1,
+      )
+      for name in names
+    ),
+  ]  # fmt: skip
   return {
-    'note': f'{count:,} dense kernels of {size:,} weights, one step; and one kernel of as many.',
+    'note': f'{count:,} dense kernels of {size:,} weights, one step; and one kernel of as many. '
+    'From files: the same in one safetensors file a stage, checked, read, predicted and written '
+    'durably, in a process that has started.',
     'seconds': seconds,
-    'tables': {'': rows},
+    'few_seconds': few,
+    'file_seconds': files,
+    'tables': {'': rows, f'{settings.few[0]} larger leaves': few_rows, 'From files': files_rows},
     'goals': goals,
   }
+
+
+def _many_and_one(
+  leaves: tuple[int, int], names: Sequence[str], settings: Settings, show: bool
+) -> tuple[dict[str, Times], list[dict[str, Any]]]:
+  """Seconds for leaves and for one leaf of as many weights, and rows of a table."""
+  count, size = leaves
+  many, one = of_size(count * size, leaves=count), of_size(count * size, leaves=1)
+  rows, seconds = [], {}
+  for name in names:
+    contestants = {'many': _predictor(many, name), 'one': _predictor(one, name)}
+    seconds[name] = race(contestants, settings.linear[1], f'{count} leaves', show=show)
+    rows.append({
+      '': name,
+      f'{count:,} leaves, s': spread(seconds[name]['many']),
+      'one leaf, s': spread(seconds[name]['one']),
+      'ratio': speedups(seconds[name], 'one')['many'],
+    })  # fmt: skip
+  return seconds, rows
+
+
+def _from_files(
+  count: int, size: int, names: Sequence[str], repetitions: int, show: bool
+) -> tuple[Times, list[dict[str, Any]]]:
+  """Likewise from files: seconds from the paths to the prediction on the disk."""
+  with tempfile.TemporaryDirectory(prefix='know_jax-') as place:
+    folder = Path(place)
+    paths = [folder / f'{stage}.safetensors' for stage in range(STAGES)]
+    for path, stage in zip(paths, of_size(count * size, leaves=count), strict=True):
+      named = {name.replace('/', '.'): leaf for name, leaf in named_leaves(stage).items()}
+      safetensors.numpy.save_file(named, path)
+
+    def call(name: str) -> None:
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore', PredictionWarning)
+        job = file_job.prepare(paths, predictors=[name], steps=1)
+        from_files.write(job, folder / 'predicted', show_progress=False)
+      shutil.rmtree(folder / 'predicted')
+
+    contestants = {name: functools.partial(call, name) for name in names}
+    seconds = race(contestants, repetitions, 'leaves in files', show=show)
+  return seconds, [{'': name, 'seconds': spread(seconds[name])} for name in names]
 
 
 def _predictor(history: History, name: str) -> Callable[[], Any]:

@@ -52,6 +52,7 @@ class Settings:
   product: int = 2048  # Rows of the matrices whose product is timed.
   linear: tuple[int, int] = (5 * 10**7, 5)  # Weights, and how often they are predicted.
   leaves: tuple[int, int] = (5000, 1000)  # How many, and the weights of each.
+  few: tuple[int, int] = (300, 20_000)  # Likewise; they may cost hardly more than one leaf.
   # After the first, the second should need no new program.
   compiled: tuple[Target, Target] = (_RESNET, Target('densenet', (32, 32, 3)))
   sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)  # Numbers of weights for memory and cost.
@@ -93,6 +94,7 @@ QUICK = Settings(
   product=64,
   linear=(2_000, 2),
   leaves=(20, 100),
+  few=(3, 700),
   compiled=(_TINY, dataclasses.replace(_TINY, options={'width': 3, 'convs': 1})),
   sizes=(2_000, 4_000, 20_000),
   steps=(1,),

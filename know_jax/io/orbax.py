@@ -193,11 +193,13 @@ class _Sink(Sink):
 
   def begin(self, leaf: Leaf) -> None:
     self.end()
+    self.flush()
     self._leaf, self._start = leaf, self.size
     self._file.seek(0)
     self._file.truncate()
 
   def go_back(self, mark: tuple[int, Any]) -> None:
+    self.flush()
     self.size, checksum = mark
     self.checksum = checksum.copy()
     self._file.seek(self.size - self._start)
@@ -209,6 +211,7 @@ class _Sink(Sink):
 
     if (leaf := self._leaf) is None or not leaf.size:
       return
+    self.flush()
     self._file.flush()
     spec, chunk = self._specs[leaf.name]
     array = ts.open({**spec, 'kvstore': self._store(f'{leaf.name}/')}, open=True).result()
@@ -247,8 +250,10 @@ def _writing(source: Path, ocdbt: bool, specs: dict[str, Any], path: Path) -> It
       for key in old.list().result():
         if not _is_chunk(key.decode(), specs):
           new.write(key, old.read(key).result().value).result()
-    with tempfile.TemporaryFile(dir=temporary.parent) as scratch:
-      sink = _Sink(functools.partial(store, temporary), specs, scratch)
+    with (
+      tempfile.TemporaryFile(dir=temporary.parent) as scratch,
+      _Sink(functools.partial(store, temporary), specs, scratch) as sink,
+    ):
       yield sink
       sink.end()
     sink.files = identify_files(temporary, files_below(temporary))

@@ -265,8 +265,7 @@ def _writing(path: Path, leaves: Sequence[Leaf], metadata: Mapping[str, str]) ->
     }  # fmt: skip
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  with replacing(path) as file:
-    sink = Sink(file)
+  with replacing(path) as file, Sink(file) as sink:
     sink.write(len(text).to_bytes(8, 'little') + text)
     yield sink
     if sink.size != 8 + len(text) + end:

@@ -9,6 +9,8 @@ name that has not been checked against the file.
 A leaf's path is its name with `.` replaced by `/`: `model.dense.kernel` is `model/dense/kernel`.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -18,7 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -122,27 +124,73 @@ class Sink:
     self.size = 0
     self.checksum: Any = hashlib.sha256()
 
+    self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+    self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    self._held: list[Any] = []
+    self._held_bytes = 0
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: Any, *_: object) -> None:
+    try:
+      if kind is None:
+        self.flush()
+    finally:
+      if self._thread is not None:
+        self._thread.shutdown(cancel_futures=True)
+
   def begin(self, leaf: Leaf) -> None:
     """Says which leaf's elements are written next."""
 
   def write(self, data: bytes | np.ndarray) -> None:
-    """Writes bytes, or the elements of an array in row-major order."""
+    """Writes bytes, or the elements of an array in row-major order, which must stay as they are.
+
+    Much at a time is written by a thread, while the caller computes what comes next.
+    """
     # The view is needed because bfloat16 has no buffer interface.
     raw = raw_bytes(data).data if isinstance(data, np.ndarray) else data
+    self.size += len(raw)
+    self._held.append(raw)
+    self._held_bytes += len(raw)
+    if self._held_bytes >= _BLOCK // 4:
+      if self._thread is None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+      self._pending.append(self._thread.submit(self._put, self._held))
+      self._held, self._held_bytes = [], 0
+      while len(self._pending) > 2:
+        self._pending.popleft().result()
+
+  def _put(self, parts: Sequence[Any]) -> None:
+    raw = b''.join(parts) if len(parts) > 1 else parts[0]
     self._file.write(raw)
     self.checksum.update(raw)
-    self.size += len(raw)
+
+  def flush(self) -> None:
+    """Waits until all is in the file and in the checksum.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    while self._pending:
+      self._pending.popleft().result()
+    if self._held:
+      held, self._held, self._held_bytes = self._held, [], 0
+      self._put(held)
 
   def identity(self) -> dict[str, Any]:
     """Size and SHA-256 of what has been written; of a folder also those of its `files`."""
+    self.flush()
     return {'size': self.size, 'sha256': self.checksum.hexdigest()}
 
   def mark(self) -> tuple[int, Any]:
     """Where the file ends now; `go_back` returns to it."""
+    self.flush()
     return self.size, self.checksum.copy()
 
   def go_back(self, mark: tuple[int, Any]) -> None:
     """Takes back what was written after the mark."""
+    self.flush()
     self.size, checksum = mark
     self.checksum = checksum.copy()
     self._file.seek(self.size)
@@ -267,17 +315,19 @@ def files_below(folder: Path) -> list[Path]:
 
 def opener(path: Path, offset: int, dtype: np.dtype, name: str) -> Opener:
   """For a leaf whose bytes lie in one piece in a file."""
+  return lambda _: _opened(path, offset, dtype, name)
 
-  @contextlib.contextmanager
-  def opened(_: Path) -> Iterator[Reader]:
-    try:
-      file = path.open('rb')
-    except OSError as error:
-      raise UserError(f'cannot read {path}: {reason(error)}.') from error
-    with file:
-      yield Reader(file.fileno(), offset, dtype, f'tensor {name!r} of {path}')
 
-  return opened
+@contextlib.contextmanager
+def _opened(path: Path, offset: int, dtype: np.dtype, name: str) -> Iterator[Reader]:
+  try:
+    file = os.open(path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_BINARY', 0))
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {reason(error)}.') from error
+  try:
+    yield Reader(file, offset, dtype, f'tensor {name!r} of {path}')
+  finally:
+    os.close(file)
 
 
 def patching(source: Path, finish: Callable[[IO[bytes]], None] | None = None) -> Any:
@@ -290,10 +340,12 @@ def patching(source: Path, finish: Callable[[IO[bytes]], None] | None = None) ->
 
   @contextlib.contextmanager
   def writing(path: Path) -> Iterator[Sink]:
-    with source.open('rb') as old, replacing(path) as file:
-      sink = _PatchSink(file, old)
+    with (
+      source.open('rb') as old, replacing(path) as file, _PatchSink(file, old) as sink
+    ):  # fmt: skip
       yield sink
       sink.copy()
+      sink.flush()
       if finish is not None:
         finish(file)
         file.flush()

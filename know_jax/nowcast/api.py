@@ -4,12 +4,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from know_jax import kinds as kinds_
 from know_jax import trees
-from know_jax.nowcast.plan import as_jax, check_steps, is_on_host, plan_of
+from know_jax.nowcast.plan import check_steps, plan_of
 from know_jax.predictors.registry import REGISTRY
 from know_jax.trajectory import Trajectory
 
@@ -81,7 +78,7 @@ def predict(
   plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options, stacked)
   if steps == 0:
     return plan.history.newest()
-  return plan.history.rebuild([_only_step(leaf) for leaf in plan.run((steps,))])
+  return plan.history.rebuild(plan.run((steps,), times=False))
 
 
 def forecast(
@@ -126,9 +123,3 @@ class _Predictors(Mapping[str, Callable[..., trees.PyTree]]):
 
 PREDICTORS: Mapping[str, Callable[..., trees.PyTree]] = _Predictors()
 """Name -> `(params_history, steps=1, *, rate=0.5, kinds=None, **options) -> pytree`."""
-
-
-def _only_step(leaf: jax.Array) -> jax.Array:
-  """A leaf of a prediction of one step, `[1, ...]`, without that axis."""
-  # On the host by NumPy, because JAX would compile an indexing for every shape.
-  return as_jax(np.asarray(leaf)[0]) if is_on_host([leaf], None) else leaf[0]

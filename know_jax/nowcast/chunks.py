@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,10 +18,12 @@ import jax
 import numpy as np
 
 from know_jax.nowcast import health as health_
+from know_jax.nowcast import linear
 from know_jax.nowcast.compiled import leaf_coefficients, predict_blocks
 from know_jax.nowcast.compiled import predict_leaves as predict_whole
 from know_jax.nowcast.job import Job
-from know_jax.nowcast.pieces import Facts, Piece, largest, largest_of
+from know_jax.nowcast.linear import Parts, Seen
+from know_jax.nowcast.pieces import Facts, Piece, largest, largest_by
 from know_jax.predictors.base import Elementwise, WholeLeaf
 from know_jax.system.machine import give_back_memory, processors
 
@@ -34,13 +35,8 @@ ROW = 1 << 17
 ROW_BLOCK = 2048
 """Weights of a row that are predicted at a time where each processor has a cache of its own."""
 
-CHUNK = 1 << 14
-"""Weights that NumPy takes at a time: with the stages' and the temporaries they fill a cache."""
-
 LEAST_ROW = 8192
 """Weights for which it does not pay to have another thread."""
-
-_Parts = list[tuple[int, int, int, int]]
 
 
 # --- leaves in memory -----------------------------------------------------------------------------
@@ -49,34 +45,48 @@ _Parts = list[tuple[int, int, int, int]]
 def predict_leaves(
   leaves: list[Any], theta: Any, job: Job, steps: tuple[int, ...]
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
-  """What `compiled.predict_leaves` computes, by NumPy and by rows."""
+  """What `compiled.predict_leaves` computes, by NumPy and by rows; the leaves are finite."""
   views = [
     [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
     for leaf in leaves
   ]
-  result = [_empty((len(steps), *view[-1].shape), view[-1].dtype) for view in views]
+  result = _room([((len(steps), *view[-1].shape), view[-1].dtype) for view in views])
   pieces = [
     Piece(info, [stage.reshape(-1) for stage in view], out.reshape(len(steps), -1))
     for view, info, out in zip(views, job.leaves, result, strict=True)
   ]
-  facts = predict(pieces, theta, job, steps)
-  health = np.zeros((len(leaves), len(steps), health_.FIELDS), np.float32)
-  for i, (piece, of_leaf) in enumerate(zip(pieces, facts, strict=True)):
-    kept = np.full(len(steps), of_leaf.still)
-    if job.is_watched:
-      health[i] = of_leaf.health(functools.partial(largest, [piece]))
-      kept |= health_.is_bad(health[i])
-    if kept.any():
-      piece.out[kept] = piece.stages[-1]
-  return result, health if job.is_watched and leaves else None
+  facts = predict(pieces, theta, job, steps, is_checked=True)
+  kept = np.broadcast_to(facts.still[:, None], facts.movement.shape)
+  health = None
+  if job.is_watched and leaves:
+    health = facts.health(lambda i: largest([pieces[i]])).astype(np.float32)
+    kept = kept | health_.is_bad(health)
+  for i in np.flatnonzero(kept.any(1)):
+    pieces[i].out[kept[i]] = pieces[i].stages[-1]
+  return result, health
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """An array of NumPy's that XLA can take as it is, which wants it to begin at a 64th byte."""
-  size = math.prod(shape) * np.dtype(dtype).itemsize
-  raw = np.empty(size + 64, np.uint8)
-  start = -raw.ctypes.data % 64
-  return raw[start : start + size].view(dtype).reshape(shape)
+def _room(arrays: Sequence[tuple[tuple[int, ...], Any]]) -> list[np.ndarray]:
+  """Arrays of these shapes and dtypes, small ones in the same memory one after the other."""
+  found, room = [], np.empty(0, np.uint8)
+  for shape, dtype in arrays:
+    size = math.prod(shape) * dtype.itemsize
+    taken = -(-size // _ALIGNED) * _ALIGNED
+    if taken > room.size:
+      room = _aligned(max(taken, _SHARED if taken <= _SHARED // 16 else 0))
+    found.append(room[:size].view(dtype).reshape(shape))
+    room = room[taken:]
+  return found
+
+
+_ALIGNED, _SHARED = 64, 1 << 20
+"""XLA takes an array of NumPy's as it is where it begins at a 64th byte."""
+
+
+def _aligned(size: int) -> np.ndarray:
+  raw = np.empty(size + _ALIGNED, np.uint8)
+  start = -raw.ctypes.data % _ALIGNED
+  return raw[start : start + size]
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -87,229 +97,119 @@ def predict(
   theta: Any,
   job: Job,
   steps: tuple[int, ...],
-  coefficients: np.ndarray | None = None,
-  outside: float = 0.0,
-) -> list[Facts]:
+  coefficients: tuple[np.ndarray, np.ndarray] | None = None,
+  is_checked: bool = False,
+) -> Facts:
   """Fills the pieces with predictions.
 
   Args:
-    pieces: stretches of leaves.
+    pieces: stretches of leaves, each of another.
     theta: kind -> parameters.
     job: the prediction.
     steps: the steps that are asked for, ascending.
-    coefficients: those of a linear predictor for the leaf of these pieces, `[len(steps), S]`, where
-      they are known from all of it; see `leaf_coefficients_of`.
-    outside: likewise how far outside it is.
+    coefficients: of a linear predictor for these pieces, where they are known from all of their
+      leaves, as `coefficients_of` gives them.
+    is_checked: whether it is known that all stages are finite.
 
   Returns:
     What was seen of each piece.
   """
-  facts = [Facts.none(len(steps)) for _ in pieces]
-  groups: dict[tuple[str, np.dtype], list[int]] = {}
+  facts = Facts.none(len(pieces), len(steps))
+  groups: dict[tuple[str, np.dtype, np.dtype], list[int]] = {}
   for i, piece in enumerate(pieces):
-    groups.setdefault((piece.leaf.kind, piece.width), []).append(i)
-  for (kind, width), members in groups.items():
+    key = piece.leaf.kind, piece.stages[-1].dtype, piece.out.dtype
+    groups.setdefault(key, []).append(i)
+  for (kind, _, _), members in groups.items():
     group = [pieces[i] for i in members]
+    width = group[0].width
     params, count = job.window(kind, theta, len(group[0].stages), steps)
     still = job.keeps_still(len(group[0].stages))
     threads = _threads(width)
-    parts = list(_rows([piece.size for piece in group], threads))
-    seen: Iterable[list[tuple[int, Facts]]]
+    sizes = [piece.size for piece in group]
+    seen: Iterable[list[Seen]]
     if isinstance(job.predictor, WholeLeaf):
       seen = (_whole(i, piece, theta, job, steps) for i, piece in enumerate(group))
     elif isinstance(job.predictor, Elementwise):
+      parts = list(_rows(sizes, threads))
       seen = _elementwise(group, params, count, width, job, steps, parts, threads)
     else:
-      rows: Any = [coefficients] * len(group)
-      far: Any = [outside] * len(group)
-      if coefficients is None and job.predictor.needs_moments:
-        rows, far = _coefficients(group, params, count, width, job, steps, threads)
-      elif coefficients is None:
-        rows = [np.asarray(job.coefficients(params, count, steps), np.float64)] * len(group)
-      linear = functools.partial(_linear_parts, group, rows, width, job.is_watched, still)
-      seen = _in_threads(linear, [(of_row,) for of_row in parts], threads)
-      for i, value in zip(members, far, strict=True):
-        facts[i].outside = float(value)
-    for i, of_part in itertools.chain.from_iterable(seen):
-      facts[members[i]].add(of_part)
-    for i in members:
-      facts[i].still = facts[i].still and still and pieces[i].size > 0
+      rows: np.ndarray
+      if coefficients is not None:
+        rows, far = (of[members] for of in coefficients)
+      elif job.predictor.needs_moments:
+        sums = moment_sums(group, count)
+        rows, far = coefficients_of(sums, sizes, kind, width, theta, job, steps)
+      else:
+        rows, far = np.asarray(job.coefficients(params, count, steps), np.float64), np.zeros(())
+      facts.outside[members] = far
+      combine = functools.partial(
+        linear.combined, group, rows, width, job.is_watched, is_checked, still
+      )
+      seen = _in_threads(
+        combine, linear.shared_out(linear.cut(sizes, linear.CHUNK), threads), threads
+      )
+    places = np.array(members)
+    for indices, of_parts in itertools.chain.from_iterable(seen):
+      facts.add(of_parts, places[indices])
+    facts.still[members] &= still & (np.array(sizes) > 0)
   return facts
 
 
-def leaf_coefficients_of(
-  size: int,
-  stretches: Callable[[], Iterable[Piece]],
+def needs_moments(job: Job) -> bool:
+  """Whether leaves must be read for their moments before they can be predicted."""
+  return getattr(job.predictor, 'needs_moments', False)
+
+
+def coefficients_of(
+  sums: np.ndarray,
+  sizes: Sequence[int],
+  kind: str,
+  width: np.dtype,
   theta: Any,
   job: Job,
   steps: tuple[int, ...],
-) -> tuple[np.ndarray | None, float]:
-  """The coefficients of a leaf that is read for its moments, and how far outside it is.
-
-  None where the predictor needs none.
-  """
-  if not getattr(job.predictor, 'needs_moments', False):
-    return None, 0.0
-  total: Any = 0.0
-  for piece in stretches():
-    params, count = job.window(piece.leaf.kind, theta, len(piece.stages), steps)
-    for of_row in _moment_rows(piece, count, _threads(piece.width)):
-      total = total + of_row
-    width = piece.width
-  if not size:
-    return None, 0.0
-  moments = (total / size).astype(width)
-  rows, far = _from_moments(moments[None], params, job, steps)
-  return rows[0], float(far[0])
-
-
-def _coefficients(
-  group: Sequence[Piece],
-  params: Any,
-  count: int,
-  width: np.dtype,
-  job: Job,
-  steps: tuple[int, ...],
-  threads: int,
-) -> tuple[Any, Any]:
-  # Compiled for few numbers of leaves: powers of two.
-  moments = np.zeros((1 << (len(group) - 1).bit_length(), count, count), width)
-  totals = np.zeros((len(group), count, count))
-  if max(piece.size for piece in group) > ROW:
-    for total, piece in zip(totals, group, strict=True):
-      for of_row in _moment_rows(piece, count, threads):
-        total += of_row
-  else:
-    batches = [group[i : i + 64] for i in range(0, len(group), 64)]
-    found = _in_threads(
-      lambda batch: [_moments(piece, count, 0, piece.size) for piece in batch],
-      [(batch,) for batch in batches],
-      threads,
-    )
-    totals[:] = list(itertools.chain.from_iterable(found))
-  sizes = np.array([max(piece.size, 1) for piece in group])
-  moments[: len(group)] = totals / sizes[:, None, None]
-  return _from_moments(moments, params, job, steps, len(group))
-
-
-def _from_moments(
-  moments: np.ndarray, params: Any, job: Job, steps: tuple[int, ...], count: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-  found = leaf_coefficients(job.predictor, params, moments, job.rate, steps)
-  rows, far = jax.device_get(found)
-  return rows[:count].astype(np.float64), far[:count]
+  """The coefficients of leaves from their moments, and how far outside they are.
+
+  Args:
+    sums: their moments summed over their weights, `[L, S, S]`, as `moment_sums` gives them.
+    sizes: how many weights they have.
+    kind: theirs.
+    width: the dtype to compute in.
+    theta: kind -> parameters.
+    job: the prediction.
+    steps: the steps that are asked for, ascending.
+
+  Returns:
+    `[L, len(steps), S]` and `[L]`.
+  """
+  params, count = job.window(kind, theta, sums.shape[-1], steps)
+  moments = (sums / np.maximum(sizes, 1)[:, None, None]).astype(width)
+  found, far = [], []
+  # Always of one size: compiled once, whatever networks come.
+  for start in range(0, len(moments), _LEAVES):
+    part = moments[start : start + _LEAVES]
+    filled = np.zeros((_LEAVES, count, count), width)
+    filled[: len(part)] = part
+    rows, outside = leaf_coefficients(job.predictor, params, filled, job.rate, steps)
+    found.append(np.asarray(rows, np.float64)[: len(part)])
+    far.append(np.asarray(outside)[: len(part)])
+  return np.concatenate(found), np.concatenate(far)
 
 
-def _moment_rows(piece: Piece, count: int, threads: int) -> Iterator[np.ndarray]:
-  size = piece.size
-  calls = [(piece, count, start, min(start + ROW, size)) for start in range(0, size, ROW)]
-  return _in_threads(_moments, calls, threads)
+_LEAVES = 128
+"""Leaves whose coefficients are computed at a time."""
 
 
-def _moments(piece: Piece, count: int, start: int, stop: int) -> np.ndarray:
-  """The second moments of a stretch, summed over its weights: `[S, S]`, in float64."""
-  window, width = piece.stages[-count:], piece.width
-  total = np.zeros((count, count))
-  # Small enough for one thread of the library that multiplies matrices.
-  size = CHUNK // 2
-  v, before = np.empty((count, size), width), np.empty(size, width)
-  for begin in range(start, stop, size):
-    end = min(begin + size, stop)
-    part = v[:, : end - begin]
-    newest = window[-1][begin:end]
-    part[-1] = newest
-    for i in range(count - 1):
-      older, newer = window[i][begin:end], window[i + 1][begin:end]
-      if older.dtype != width:  # Differences of half precision are not exact in it.
-        before[: end - begin] = older
-        older, newer = before[: end - begin], newer.astype(width)
-      np.subtract(newer, older, out=part[i])
-    total += part @ part.T
+def moment_sums(group: Sequence[Piece], count: int) -> np.ndarray:
+  """The second moments of pieces, summed over their weights: `[L, count, count]`, in float64."""
+  threads = _threads(group[0].width)
+  total = np.zeros((len(group), count, count))
+  calls = linear.shared_out(linear.cut([piece.size for piece in group], linear.MOMENTS), threads)
+  for found in _in_threads(functools.partial(linear.moments, group, count), calls, threads):
+    for i, of_part in found:
+      total[i] += of_part
   return total
-
-
-# --- linear ---------------------------------------------------------------------------------------
-
-
-def _linear_parts(
-  group: Sequence[Piece],
-  rows: Sequence[np.ndarray],
-  width: np.dtype,
-  is_watched: bool,
-  still: bool,
-  parts: _Parts,
-) -> list[tuple[int, Facts]]:
-  """Combines the stages of some parts of pieces, and sees what there is to see."""
-  found = []
-  buffers = _buffers(width)
-  for _, i, start, stop in parts:
-    piece, facts = group[i], Facts.none(len(rows[i]))
-    facts.still = still
-    terms = [
-      ([(-len(row) + k, float(c)) for k, c in enumerate(row[:-1]) if c], float(row[-1]))
-      for row in rows[i]
-    ]
-    for begin in range(start, stop, CHUNK):
-      _combine(piece, begin, min(begin + CHUNK, stop), terms, buffers, is_watched, facts)
-    found.append((i, facts))
-  return found
-
-
-_kept = threading.local()
-
-
-def _buffers(width: np.dtype) -> np.ndarray:
-  """Three chunks of this thread's own."""
-  buffers = getattr(_kept, 'buffers', None)
-  if buffers is None or buffers.dtype != width or buffers.shape[1] < CHUNK:
-    buffers = _kept.buffers = np.empty((3, CHUNK), width)
-  return buffers
-
-
-def _combine(
-  piece: Piece,
-  start: int,
-  stop: int,
-  terms: Sequence[tuple[list[tuple[int, float]], float]],
-  buffers: np.ndarray,
-  is_watched: bool,
-  facts: Facts,
-) -> None:
-  """Combines the stages of a chunk that stays in the cache; see `Linear.coefficients`."""
-  moved, term, in_width = buffers[:, : stop - start]
-  newest = piece.stages[-1][start:stop]
-  if facts.still:
-    facts.still = all(np.array_equal(stage[start:stop], newest) for stage in piece.stages[:-1])
-  if newest.dtype != moved.dtype:
-    in_width[:] = newest
-    newest = in_width
-  with np.errstate(over='ignore', invalid='ignore'):
-    for step, (older, towards) in enumerate(terms):
-      out = piece.out[step, start:stop]
-      for number, (place, coefficient) in enumerate(older):
-        target = term if number else moved
-        np.subtract(piece.stages[place][start:stop], newest, out=target)
-        if coefficient != 1.0:
-          np.multiply(target, coefficient, out=target)
-        if number:
-          np.add(moved, term, out=moved)
-      if towards:
-        np.multiply(newest, towards, out=term if older else moved)
-        if older:
-          np.add(moved, term, out=moved)
-      elif not older:
-        out[:] = newest
-        continue
-      if out.dtype == moved.dtype:
-        np.add(newest, moved, out=out)
-      else:
-        np.add(newest, moved, out=moved)
-        out[:] = moved
-      if is_watched:
-        np.subtract(out, newest, out=moved)
-        facts.movement[step] = np.maximum(facts.movement[step], largest_of(moved))
-  if is_watched:
-    facts.scale = max(facts.scale, largest_of(newest))
 
 
 # --- elementwise ----------------------------------------------------------------------------------
@@ -322,9 +222,9 @@ def _elementwise(
   width: np.dtype,
   job: Job,
   steps: tuple[int, ...],
-  parts: Sequence[_Parts],
+  parts: Sequence[Parts],
   threads: int,
-) -> Iterator[list[tuple[int, Facts]]]:
+) -> Iterator[list[Seen]]:
   """Predicts pieces of one kind in rows, by several threads."""
   saturates = job.predictor.saturates and job.is_watched
   # Residuals are the changes from step to step.
@@ -333,27 +233,40 @@ def _elementwise(
   limits = dict(job.ranges).get(group[0].leaf.kind) if job.is_watched else None
   program = functools.partial(_row_program(), job.predictor, taken, job.rate)
 
-  def run_row(row: np.ndarray, of_row: _Parts) -> list[tuple[int, Facts]]:
-    end = 0
-    for place, i, start, stop in of_row:
-      end = place + stop - start
-      for t, stage in enumerate(group[i].stages[-count:]):
-        row[t, place:end] = stage[start:stop]
-    predicted = jax.device_get(program(row, np.int32(end), params))
-    found = []
-    for place, i, start, stop in of_row:
-      here = slice(place, place + stop - start)
-      part, newest = predicted[:, here], row[-1, here]
-      with np.errstate(over='ignore', invalid='ignore'):
-        group[i].out[:, start:stop] = part[asked]
-        facts = _facts(group[i], start, stop, newest, job)
-        if saturates:
-          facts.residual = _residuals(newest, part)[asked]
-        if limits is not None:
-          weights, moves = largest_of(row[:, here]), largest_of(np.diff(row[:, here], axis=0))
-          facts.outside = max(weights / limits[0], moves / limits[1])
-      found.append((i, facts))
-    return found
+  def run_row(row: np.ndarray, of_row: Parts) -> list[Seen]:
+    indices = [i for _, i, _, _ in of_row]
+    starts = np.array([place for place, _, _, _ in of_row])
+    end = starts[-1] + of_row[-1][3] - of_row[-1][2]
+    facts = Facts.none(len(of_row), len(steps), job.keeps_still(len(group[0].stages)))
+    stages = [
+      [group[i].stages[t][start:stop] for _, i, start, stop in of_row]
+      for t in range(len(group[0].stages))
+    ]
+    for t, parts in enumerate(stages[-count:]):
+      np.concatenate(parts, out=row[t, :end], casting='unsafe')
+    values = row[:, :end]
+    before = [np.concatenate(parts, dtype=width, casting='unsafe') for parts in stages[:-count]]
+    predicted = jax.device_get(program(row, np.int32(end), params))[:, :end]
+    newest = values[-1]
+    with np.errstate(over='ignore', invalid='ignore'):
+      for place, i, start, stop in of_row:
+        group[i].out[:, start:stop] = predicted[asked, place : place + stop - start]
+      facts.see_finite([*before, *values], starts)
+      facts.see_still([*before, *values], starts)
+      if job.is_watched:
+        facts.scale = largest_by(newest, starts)
+        for step, k in enumerate(asked):
+          stored = predicted[k].astype(group[0].out.dtype).astype(width)
+          facts.movement[:, step] = largest_by(stored - newest, starts)
+      if saturates:
+        facts.residual = _residuals(newest, predicted, starts)[:, asked]
+      if limits is not None:
+        weights = [largest_by(stage, starts) for stage in values]
+        moves = [largest_by(b - a, starts) for a, b in itertools.pairwise(values)]
+        facts.outside = np.max(
+          [w / limits[0] for w in weights] + [m / limits[1] for m in moves], axis=0
+        )
+    return [(indices, facts)]
 
   if parts:
     _compile_row(count, width, params, job, taken)
@@ -362,7 +275,7 @@ def _elementwise(
   for _ in range(min(threads, len(parts))):
     spare.put(_new_row(count, width))
 
-  def in_spare_row(of_row: _Parts) -> list[tuple[int, Facts]]:
+  def in_spare_row(of_row: Parts) -> list[Seen]:
     row = spare.get()
     try:
       return run_row(row, of_row)
@@ -372,40 +285,34 @@ def _elementwise(
   return _in_threads(in_spare_row, [(of_row,) for of_row in parts], threads)
 
 
-def _facts(piece: Piece, start: int, stop: int, newest: np.ndarray, job: Job) -> Facts:
-  """What is seen of a stretch that has been predicted; `newest` is in the dtype to compute in."""
-  facts = Facts.none(len(piece.out))
-  last = piece.stages[-1][start:stop]
-  facts.still = job.keeps_still(len(piece.stages)) and all(
-    np.array_equal(stage[start:stop], last) for stage in piece.stages[:-1]
-  )
-  if job.is_watched and newest.size:
-    for step, values in enumerate(piece.out[:, start:stop]):
-      facts.movement[step] = largest_of(values.astype(newest.dtype) - newest)
-    facts.scale = largest_of(newest)
-  return facts
-
-
-def _whole(
-  i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]
-) -> list[tuple[int, Facts]]:
+def _whole(i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]) -> list[Seen]:
   """A leaf as a whole, by the program that is compiled for its shape."""
   plain = dataclasses.replace(job, leaves=(piece.leaf,), shardings=(None,), on_bad='ignore')
   stages = tuple(stage.reshape(piece.shape or -1) for stage in piece.stages)
   (found,), _ = jax.device_get(predict_whole([stages], theta, plain, steps))
+  facts = Facts.none(1, len(steps), job.keeps_still(len(piece.stages)))
+  starts = np.zeros(1, np.intp)
   with np.errstate(over='ignore', invalid='ignore'):
     piece.out[:] = found.reshape(piece.out.shape)
-    return [(i, _facts(piece, 0, piece.size, piece.stages[-1].astype(piece.width), job))]
+    if piece.size:
+      facts.see_finite(piece.stages, starts)
+      facts.see_still(piece.stages, starts)
+      newest = piece.stages[-1].astype(piece.width)
+      if job.is_watched:
+        facts.scale = largest_by(newest, starts)
+        moves = [largest_by(values.astype(piece.width) - newest, starts) for values in piece.out]
+        facts.movement = np.stack(moves, -1)
+  return [([i], facts)]
 
 
-def _residuals(newest: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-  """The largest residual up to each step, `[steps]`, of weights `[N]` and `[steps, N]`."""
-  found = [largest_of(b - a) for a, b in itertools.pairwise((newest, *predicted))]
-  return np.maximum.accumulate(found)
+def _residuals(newest: np.ndarray, predicted: np.ndarray, starts: np.ndarray) -> np.ndarray:
+  """The largest residual up to each step, `[leaves, steps]`, of weights `[N]` and `[steps, N]`."""
+  found = [largest_by(b - a, starts) for a, b in itertools.pairwise((newest, *predicted))]
+  return np.maximum.accumulate(np.stack(found, -1), axis=1)
 
 
 def _new_row(length: int, dtype: Any) -> np.ndarray:
-  row = _empty((length, ROW), dtype)
+  row = _aligned(length * ROW * np.dtype(dtype).itemsize).view(dtype).reshape(length, ROW)
   row.fill(0)
   return row
 
@@ -473,7 +380,7 @@ def _in_threads(
     pool.shutdown(cancel_futures=True)
 
 
-def _rows(sizes: Sequence[int], threads: int) -> Iterator[_Parts]:
+def _rows(sizes: Sequence[int], threads: int) -> Iterator[Parts]:
   """Cuts leaves laid end to end into rows: for each part its place, leaf, start and stop.
 
   Args:

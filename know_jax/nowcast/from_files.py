@@ -14,15 +14,16 @@ that need the leaf's moments have it read once for them, and once more for the p
 whole leaves need it in memory. Predictions are checked leaf by leaf, and bad ones replaced.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,10 +39,12 @@ from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.file_job import SHARD_BYTES, Job, is_whole, new_shards, theta_of
 from know_jax.nowcast.job import Job as EngineJob
+from know_jax.nowcast.pieces import Facts, Piece
 from know_jax.nowcast.plan import checked_theta
 from know_jax.predictors import base
 from know_jax.predictors.parameters import theta_digest
 from know_jax.runs.record import RunRecord
+from know_jax.system.machine import processors
 from know_jax.system.progress import Bar, progress
 
 FORMAT = 'know_jax nowcast of files/1'
@@ -84,9 +87,13 @@ def write(
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _RECORD).exists():
       raise UserError(f'{folder} holds something else, without {_RECORD}; give another --output.')
   history: list[dict[str, Any]] = []
-  with progress(len(job.stages), 'read history', 'stage', show=show_progress) as bar:
-    for stage in job.stages:
-      history.append({'path': str(stage.path), 'files': stage.identify()})
+  with (
+    progress(len(job.stages), 'read history', 'stage', show=show_progress) as bar,
+    concurrent.futures.ThreadPoolExecutor(processors()) as pool,
+  ):
+    identities = pool.map(lambda stage: stage.identify(), job.stages)
+    for stage, files in zip(job.stages, identities, strict=True):
+      history.append({'path': str(stage.path), 'files': files})
       bar.update()
   stages_.check_content(job.stages, [stage['files'] for stage in history])
   try:
@@ -259,10 +266,15 @@ def _is_bad(health: Any) -> np.ndarray:
 def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
   """Writes one file for every step, all or none; returns what the record says of them."""
   shard, files = run.shards[name], [folder / name for folder in run.folders]
-  health = {}
+  health: dict[str, np.ndarray] = {}
   with contextlib.ExitStack() as stack:
     sinks = [stack.enter_context(shard.writing(file)) for file in files]
-    for path in shard.paths:
+    for paths in _batches(job, shard.paths):
+      if job.leaves[paths[0]].size <= pieces.STRETCH:
+        health |= _write_batch(job, run, paths, sinks, files[0].parent)
+        bar.update(sum(job.leaves[path].size for path in paths))
+        continue
+      (path,) = paths
       for sink in sinks:
         sink.begin(job.leaves[path])
       with _history(job, path, files[0].parent) as history:
@@ -275,6 +287,24 @@ def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
     'files': [sink.identity() for sink in sinks],
     'health': {path: values.tolist() for path, values in health.items()},
   }
+
+
+def _batches(job: Job, paths: Sequence[str]) -> Iterator[list[str]]:
+  """Leaves that come one after the other and are held together; those of several stretches alone.
+
+  A batch costs about as much as a leaf.
+  """
+  batch: list[str] = []
+  total = 0
+  for path in paths:
+    size = job.leaves[path].size
+    if batch and total + size > pieces.STRETCH:
+      yield batch
+      batch, total = [], 0
+    batch.append(path)
+    total += size
+  if batch:
+    yield batch
 
 
 # --- one leaf -------------------------------------------------------------------------------------
@@ -304,24 +334,24 @@ class _LeafHistory:
     for start in range(0, self.written.size, size):
       yield start, min(start + size, self.written.size)
 
-  def pieces(self, steps: int, *, whole: bool = False) -> Iterator[pieces.Piece]:
+  def pieces(self, steps: int, *, whole: bool = False) -> Iterator[Piece]:
     """All weights, a stretch at a time or as a whole, and room for the predictions of each."""
     for start, stop in self.slices(max(self.written.size, 1) if whole else pieces.STRETCH):
       stages = [reader.read(start, stop) for reader in self.readers]
-      for number, stage in enumerate(stages):
-        self._check(stage, number, start)
       out = np.empty((steps, stop - start), self.written.dtype)
-      yield pieces.Piece(self.leaf, stages, out, self.written.shape if whole else None)
+      yield Piece(self.leaf, stages, out, self.written.shape if whole else None)
 
-  def _check(self, stage: np.ndarray, number: int, start: int) -> None:
-    finite = np.isfinite(stage)
-    if not finite.all():
-      place = int(finite.argmin())
-      raise UserError(
-        f'leaf {self.leaf.path!r} has {stage[place]} at weight {start + place} of '
-        f'{self.written.size} in stage {number} of {len(self.readers)} (0 is the oldest), '
-        f'{self.readers[number].what}; expected finite weights at every stage.'
-      )
+  def check(self, piece: Piece, start: int, facts: Facts) -> None:
+    """Raises a `UserError` where NaN or infinity was seen in a piece that begins at `start`."""
+    for number, stage in enumerate(piece.stages) if not facts.finite.all() else ():
+      finite = np.isfinite(stage)
+      if not finite.all():
+        place = int(finite.argmin())
+        raise UserError(
+          f'leaf {self.leaf.path!r} has {stage[place]} at weight {start + place} of '
+          f'{self.written.size} in stage {number} of {len(self.readers)} (0 is the oldest), '
+          f'{self.readers[number].what}; expected finite weights at every stage.'
+        )
 
 
 @contextlib.contextmanager
@@ -344,37 +374,115 @@ def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) 
       bar.update(stop - start)
 
 
+_T = TypeVar('_T')
+
+
+def _ahead(items: Iterable[_T]) -> Iterator[_T]:
+  """Items, of which a thread makes the next one while one is worked on."""
+  iterator = iter(items)
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    following = thread.submit(next, iterator, None)
+    while (item := following.result()) is not None:
+      following = thread.submit(next, iterator, None)
+      yield item
+
+
 def _predict_leaf(
   job: Job, run: _Run, history: _LeafHistory, sinks: Sequence[Sink], bar: Bar
 ) -> np.ndarray:
-  """Writes the predictions of one leaf; returns their health `[steps, FIELDS]`."""
-  engine, steps, size = run.engine, tuple(range(1, job.steps + 1)), history.written.size
-  whole = is_whole(engine.predictor, history.leaf.path, history.written, history.leaf.kind)
-  passes = 2 if getattr(engine.predictor, 'needs_moments', False) else 1
+  """Writes the predictions of a leaf of several stretches; returns its health `[steps, FIELDS]`."""
+  engine, steps, leaf = run.engine, tuple(range(1, job.steps + 1)), history.leaf
+  whole = is_whole(engine.predictor, leaf.path, history.written, leaf.kind)
+  passes = 2 if chunks.needs_moments(engine) else 1
 
-  def counted() -> Iterator[pieces.Piece]:
-    for piece in history.pieces(job.steps, whole=whole):
+  def counted() -> Iterator[Piece]:
+    for piece in _ahead(history.pieces(job.steps, whole=whole)):
       yield piece
       bar.update(piece.size / passes)
 
-  coefficients, outside = chunks.leaf_coefficients_of(size, counted, run.theta, engine, steps)
-  facts = pieces.Facts.none(job.steps)
+  coefficients = None
+  if passes == 2 and history.written.size:
+    _, count = engine.window(leaf.kind, run.theta, len(history.readers), steps)
+    sums: Any = 0.0
+    for piece in counted():
+      sums = sums + chunks.moment_sums([piece], count)
+    coefficients = chunks.coefficients_of(
+      sums, [history.written.size], leaf.kind, piece.width, run.theta, engine, steps
+    )
+  facts = Facts.none(1, job.steps)
   marks = [sink.mark() for sink in sinks]
+  start = 0
   for piece in counted():
-    (seen,) = chunks.predict([piece], run.theta, engine, steps, coefficients, outside)
+    seen = chunks.predict([piece], run.theta, engine, steps, coefficients)
+    history.check(piece, start, seen)
+    start += piece.size
     facts.add(seen)
     for sink, values in zip(sinks, piece.out, strict=True):
       sink.write(values)
-  health = facts.health(lambda: pieces.largest(history.pieces(job.steps)))
-  bad = _is_bad(health) if engine.is_watched else np.zeros(job.steps, bool)
-  if bad.any() and job.on_bad == 'raise':
-    health_.report(
-      health[None], predictor=engine.name, leaves=[(history.leaf.path, history.leaf.kind)],
-      steps=steps, on_bad='raise',
-    )  # fmt: skip
-  again = [sink for sink, kept in zip(sinks, bad | facts.still, strict=True) if kept]
+  (health,) = facts.health(lambda _: pieces.largest(history.pieces(job.steps)))
+  kept = _to_keep(job, run, facts, health[None], [leaf])[0]
+  again = [sink for sink, is_kept in zip(sinks, kept, strict=True) if is_kept]
   for sink, mark in zip(sinks, marks, strict=True):
     if sink in again:
       sink.go_back(mark)
   _copy_newest(history, again, None)
+  return health
+
+
+def _to_keep(
+  job: Job, run: _Run, facts: Facts, health: np.ndarray, leaves: Sequence[base.Leaf]
+) -> np.ndarray:
+  """Which leaves keep their newest weights, at which steps: `[leaves, steps]`.
+
+  Raises:
+    UserError: a prediction is bad, and that is an error.
+  """
+  bad = _is_bad(health) & run.engine.is_watched
+  if bad.any() and job.on_bad == 'raise':
+    i = int(bad.any(1).argmax())
+    health_.report(
+      health[[i]], predictor=run.engine.name, leaves=[(leaves[i].path, leaves[i].kind)],
+      steps=range(1, job.steps + 1), on_bad='raise',
+    )  # fmt: skip
+  return bad | facts.still[:, None]
+
+
+def _write_batch(
+  job: Job, run: _Run, paths: Sequence[str], sinks: Sequence[Sink], scratch: Path
+) -> dict[str, np.ndarray]:
+  """Writes leaves that are small together; returns the health of those that are predicted."""
+  engine, steps = run.engine, tuple(range(1, job.steps + 1))
+  written: list[tuple[str, Sequence[np.ndarray]]] = []
+  predicted: list[tuple[_LeafHistory, Piece]] = []
+  health: dict[str, np.ndarray] = {}
+  for path in paths:
+    with _history(job, path, scratch) as history:
+      if job.kinds[path] == kinds_.KEEP:
+        newest = history.readers[-1].read(0, history.written.size)
+        written.append((path, [newest.astype(history.written.dtype, copy=False)] * len(sinks)))
+        continue
+      for one in history.layers() if path in job.stacked else [history]:
+        health[one.leaf.path] = np.zeros((job.steps, health_.FIELDS))
+        whole = is_whole(engine.predictor, one.leaf.path, one.written, one.leaf.kind)
+        for piece in one.pieces(job.steps, whole=whole):
+          predicted.append((one, piece))
+          written.append((path, list(piece.out)))
+  if predicted:
+    batch = [piece for _, piece in predicted]
+    leaves = [piece.leaf for piece in batch]
+    facts = chunks.predict(batch, run.theta, engine, steps)
+    for i in np.flatnonzero(~facts.finite).tolist():
+      predicted[i][0].check(batch[i], 0, facts)
+    found = facts.health(lambda i: pieces.largest([batch[i]]))
+    kept = _to_keep(job, run, facts, found, leaves)
+    for i in np.flatnonzero(kept.any(1)).tolist():
+      batch[i].out[kept[i]] = batch[i].stages[-1]
+    health |= {leaf.path: of_leaf for leaf, of_leaf in zip(leaves, found, strict=True)}
+  last = None
+  for path, values in written:
+    for sink, of_step in zip(sinks, values, strict=True):
+      if path != last:
+        sink.begin(job.leaves[path])
+      sink.write(of_step)
+    last = path
   return health

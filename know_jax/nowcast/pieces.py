@@ -1,7 +1,9 @@
 """Stretches of leaves' weights, and what is seen of them while they are predicted."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,38 +38,54 @@ class Piece:
 
 @dataclasses.dataclass
 class Facts:
-  """What is seen of weights while they are predicted: maxima; those of its pieces make a leaf's."""
+  """What is seen of leaves while they are predicted: maxima; those of its pieces make a leaf's."""
 
-  movement: np.ndarray  # From the newest stage, at each step.
-  residual: np.ndarray  # Up to each step.
-  still: bool = True  # Whether all stages are equal.
-  scale: float = 0.0  # Of the newest stage.
-  outside: float = 0.0  # How many times it is what the parameters saw.
+  movement: np.ndarray  # From the newest stage, `[leaves, steps]`.
+  residual: np.ndarray  # Up to each step, `[leaves, steps]`.
+  still: np.ndarray  # Whether all stages are equal, `[leaves]`.
+  finite: np.ndarray  # Whether no stage has NaN or infinity, `[leaves]`.
+  scale: np.ndarray  # Of the newest stage, `[leaves]`.
+  outside: np.ndarray  # How many times it is what the parameters saw, `[leaves]`.
 
   @classmethod
-  def none(cls, steps: int) -> 'Facts':
-    """Those of no weights."""
-    return cls(np.zeros(steps), np.zeros(steps))
+  def none(cls, leaves: int, steps: int, still: bool = True) -> 'Facts':
+    """Those of no weights of so many leaves."""
+    movement, residual = np.zeros((2, leaves, steps))
+    scale, outside = np.zeros((2, leaves))
+    return cls(movement, residual, np.full(leaves, still), np.ones(leaves, bool), scale, outside)
 
-  def add(self, other: 'Facts') -> None:
-    """Takes in what was seen of other weights of the same leaf."""
-    self.movement = np.maximum(self.movement, other.movement)
-    self.residual = np.maximum(self.residual, other.residual)
-    self.still = self.still and other.still
-    self.scale = max(self.scale, other.scale)
-    self.outside = max(self.outside, other.outside)
+  def add(self, other: 'Facts', leaves: Any = slice(None)) -> None:
+    """Takes in what was seen of other weights of these leaves, each named once."""
+    for name in ('movement', 'residual', 'scale', 'outside'):
+      mine = getattr(self, name)
+      mine[leaves] = np.maximum(mine[leaves], getattr(other, name))
+    self.still[leaves] &= other.still
+    self.finite[leaves] &= other.finite
 
-  def health(self, largest: Callable[[], float]) -> np.ndarray:
-    """The health of the leaf `[steps, FIELDS]`; `largest()` reads its largest weight of all."""
-    if self.still:
-      return np.zeros((len(self.movement), health_.FIELDS))
-    scale = self.scale
+  def see_still(self, stages: Sequence[np.ndarray], starts: np.ndarray) -> None:
+    """Takes in which leaves, each from its start on, are equal at all stages `[N]`."""
+    for stage in reversed(stages[:-1]):
+      if not self.still.any():
+        break
+      self.still &= np.logical_and.reduceat(stage == stages[-1], starts)
+
+  def see_finite(self, stages: Sequence[np.ndarray], starts: np.ndarray) -> None:
+    """Takes in which leaves have no NaN or infinity in these stages `[N]`."""
+    for stage in stages:
+      if not sums_finite(stage):
+        self.finite &= np.logical_and.reduceat(np.isfinite(stage), starts)
+
+  def health(self, largest: Callable[[int], float]) -> np.ndarray:
+    """The health `[leaves, steps, FIELDS]`; `largest(i)` reads a leaf's largest weight of all."""
     # Older stages are read only where they make a difference.
-    if not (self.movement <= health_.MAX_MOVEMENT * max(scale, health_.FLOOR)).all():
-      scale = max(scale, largest())
+    limits = health_.MAX_MOVEMENT * np.maximum(self.scale, health_.FLOOR)
+    far = ~(self.movement <= limits[:, None]).all(1) & ~self.still
+    scale = self.scale.copy()
+    for i in np.flatnonzero(far).tolist():
+      scale[i] = max(scale[i], largest(i))
     rows = [self.movement, self.residual]
-    rows += [np.full_like(self.movement, value) for value in (scale, self.outside)]
-    return np.stack(rows, -1)
+    rows += [np.broadcast_to(of[:, None], self.movement.shape) for of in (scale, self.outside)]
+    return np.where(self.still[:, None, None], 0.0, np.stack(rows, -1))
 
 
 def largest(pieces: Iterable[Piece]) -> float:
@@ -82,4 +100,19 @@ def largest(pieces: Iterable[Piece]) -> float:
 
 def largest_of(values: np.ndarray) -> float:
   """The largest magnitude; NaN where there is one."""
-  return float(np.maximum(values.max(), -values.min()))
+  return float(largest_by(values, _WHOLE)[0])
+
+
+_WHOLE = np.zeros(1, np.intp)
+
+
+def largest_by(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+  """The largest magnitude of each stretch of `[N]`, from each start to the next; NaN for NaN."""
+  return np.maximum(np.maximum.reduceat(values, starts), -np.minimum.reduceat(values, starts))
+
+
+def sums_finite(values: np.ndarray) -> bool:
+  """Whether the sum of the squares of `[N]` is finite: then all are, and it is fast to find."""
+  wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)
+  with np.errstate(over='ignore', invalid='ignore'):
+    return math.isfinite(np.dot(wide, wide))

@@ -46,18 +46,27 @@ class Plan:
   job: Job  # What is done to them.
   theta: Any  # Kind -> parameters, None for predictors without.
 
-  def run(self, steps: tuple[int, ...]) -> list[jax.Array]:
-    """The predictions of the history's leaves `[len(steps), ...]`, checked."""
+  def run(self, steps: tuple[int, ...], *, times: bool = True) -> list[Any]:
+    """The predictions of the history's leaves, checked.
+
+    Args:
+      steps: the steps that are asked for.
+      times: whether they are given on the first axis, `[len(steps), ...]`; else there is one step.
+
+    Raises:
+      UserError: a prediction is bad and that is an error.
+    """
     predicted = self.history.leaves
     if not isinstance(self.job.predictor, WholeLeaf) and is_on_host(predicted, self.theta):
       # Now, also where the caller is traced and the history is a constant of the trace. Elsewhere
       # it would have every small operation compiled.
       with jax.core.eval_context() if is_traced() else contextlib.nullcontext():
         arrays, health = chunks.predict_leaves(predicted, self.theta, self.job, steps)
-        result = as_jax(arrays)
+        result = as_jax(arrays if times else [array[0] for array in arrays])
     else:
       _check_devices(predicted, self.job)
       result, health = compiled.predict_leaves(predicted, self.theta, self.job, steps)
+      result = result if times else [leaf[0] for leaf in result]
     if health is not None:
       about: dict[str, Any] = {
         'predictor': self.job.name,

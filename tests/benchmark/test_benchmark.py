@@ -20,6 +20,7 @@ from know_jax.benchmark import (
   accelerator,
   histories,
   keras_rivals,
+  known_profile,
   memory,
   predicting,
   report,
@@ -34,6 +35,7 @@ from know_jax.io import formats
 from know_jax.io.sealed import read_sealed
 from know_jax.nowcast import api
 from know_jax.predictors import known
+from know_jax.predictors.parameters import load_known
 from know_jax.trees import named_leaves
 
 ROOT = Path(__file__).parents[2]
@@ -132,10 +134,18 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
     times = {which: np.array(s) for which, s in leaves['seconds'][row['']].items()}
     assert row['20 leaves, s'] == quartiles(times['many'])
     assert row['ratio'] == quartiles(times['many'] / times['one'])
+  found_goals = {goal['what']: goal for goal in leaves['goals']}
+  times = {which: np.array(s) for which, s in leaves['few_seconds']['task_vector'].items()}
+  few = found_goals['time of `task_vector` for 3 leaves over that for one of the same weights']
+  assert few['expected'] == 'at most 1.1'
+  assert few['found'] == quartiles(times['many'] / times['one'])['median']
+  (row,) = [row for row in leaves['tables']['From files'] if row[''] == 'known_leaf']
+  assert row['seconds'] == quartiles(leaves['file_seconds']['known_leaf'])
 
   memory = found['sections']['memory']['entries']
   cases = {(e['predictor'], e['steps'], e['weights']) for e in memory}
-  assert cases == {(name, 1, size) for name in ('known', 'known_leaf') for size in QUICK.sizes}
+  names = ('known', 'known_leaf', 'task_vector')
+  assert cases == {(name, 1, size) for name in names for size in QUICK.sizes}
   for entry in memory:
     assert entry['outputs'] == 4 * entry['weights'] == entry['inputs'] / 5
     assert entry['extra'] == quartiles(entry['later_extra'])
@@ -237,6 +247,14 @@ def test_a_history_has_as_many_weights_as_asked_for(weights):
   assert all((a != b).mean() > 0.9 for a, b in itertools.pairwise(kernels))
 
 
+def test_what_is_profiled_is_the_network():
+  params = load_known()['conv']
+  block = 0.1 * np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+  module = jax.vmap(lambda window: known.KNOWN().apply({'params': params}, window))
+  found = known_profile._network(known.fuse(params), jnp.exp, block)
+  np.testing.assert_allclose(found, module(block.T), rtol=1e-4, atol=1e-6)
+
+
 def test_a_history_may_have_many_equal_leaves():
   history = histories.of_size(2_000, leaves=20)
   assert histories.num_predicted(history) == (2_000, 20)
@@ -283,7 +301,8 @@ def test_files_are_predicted_by_the_script(quick):
   assert set(peaks) == set(streamed.PREDICTORS) and min(peaks.values()) > 2**26
   rows = {row['']: row for row in section['tables']['']}
   for name, call in section['calls'].items():
-    over = (call['seconds'] - section['start_seconds']) / section['copy_seconds']
+    assert rows[name]['stages'] == {'task_vector': 2, 'known_leaf': 5}[name]
+    over = (call['seconds'] - section['start_seconds']) / call['copy_seconds']
     assert rows[name]['over the copy, start-up apart'] == pytest.approx(over)
   goal = section['goals'][0]
   assert goal['found'] == max(peaks.values()) / 2**20 and goal['met']

@@ -33,7 +33,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.safetensors import DTYPES
 from know_jax.io.sealed import read_sealed
 from know_jax.io.weights import Reader, Sink
-from know_jax.nowcast import file_job, from_files, health, pieces
+from know_jax.nowcast import file_job, from_files, health, linear, pieces
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -50,6 +50,7 @@ SHAPES = {
 def narrow_slices(monkeypatch):
   """So that small leaves have several slices."""
   monkeypatch.setattr(pieces, 'STRETCH', 1 << 13)
+  monkeypatch.setattr(linear, 'MOMENTS', 1 << 13)  # It divides a stretch.
 
 
 @pytest.fixture(autouse=True)
@@ -281,9 +282,9 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_bytes(tmp_path, files, who
 DRIVER = """
 import json, os, runpy, signal, sys
 from know_jax.io.weights import Sink
-from know_jax.nowcast import file_job, from_files, pieces
+from know_jax.nowcast import file_job, from_files, linear, pieces
 from know_jax.runs import cli
-pieces.STRETCH = 1 << 13
+pieces.STRETCH = linear.MOMENTS = 1 << 13
 write, writes = Sink.write, 0
 cli._CACHE_SECONDS = 0.0
 for line in sys.stdin:

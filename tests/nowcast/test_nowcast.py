@@ -26,7 +26,7 @@ import know_jax
 from know_jax import PREDICTORS, Trajectory, UserError, trees
 from know_jax import kinds as kinds_
 from know_jax.errors import KindsWarning
-from know_jax.nowcast import chunks, compiled
+from know_jax.nowcast import chunks, compiled, linear
 from know_jax.nowcast.plan import plan_of
 from know_jax.predictors import known
 from know_jax.predictors.known import KNOWN
@@ -487,7 +487,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(chunks, 'ROW', 40)
   monkeypatch.setattr(chunks, 'ROW_BLOCK', 12)
   monkeypatch.setattr(chunks, 'LEAST_ROW', 16)
-  monkeypatch.setattr(chunks, 'CHUNK', 16)
+  monkeypatch.setattr(linear, 'CHUNK', 16)
   programs = (compiled.predict_leaves, chunks._row_program())
   for program in programs:
     program.clear_cache()
