@@ -179,10 +179,11 @@ def test_data_sets_by_path_are_what_the_function_gives(newcomer):
 
 
 def test_a_format_of_the_package_is_one_file(tmp_path, monkeypatch):
+  before = set(formats.formats())  # Kept from here on.
   (tmp_path / 'flat_of_the_page.py').write_text(file_of('format.md', 'flat.py'))
   monkeypatch.setattr(io, '__path__', [*io.__path__, str(tmp_path)])
   found = formats.formats.__wrapped__()
-  assert found.keys() - formats.formats().keys() == {'flat_of_the_page'}
+  assert found.keys() - before == {'flat_of_the_page'}
   assert next(reversed(found)) == 'msgpack'  # It is asked last, because it is vague.
 
 
