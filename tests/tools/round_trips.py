@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -555,8 +556,8 @@ FAMILIES: dict[str, Callable[[Path], list[Case]]] = {
 }
 
 
-def table(rows: list[Row]) -> str:
-  """The page."""
+def table(rows: list[Row], left_out: list[str]) -> str:
+  """The page, with the names of the cases that were not run."""
   versions = []
   for name in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -585,6 +586,8 @@ def table(rows: list[Row]) -> str:
     lines.append(
       f'| {case.model} | {case.form} | `{case.loaded}` | {flag} | {row.leaves} | {change} |'
     )
+  if left_out:
+    lines += ['', f'Not run this time: {", ".join(left_out)}.']
   python = '.'.join(map(str, sys.version_info[:3]))
   lines += ['', f'Versions: Python {python}, {", ".join(versions)}.', '']
   return '\n'.join(lines)
@@ -595,30 +598,44 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--output', type=Path, help='the page to write')
   parser.add_argument('--only', default='', help='regular expression of the models to run')
-  parser.add_argument('--keep', type=Path, help='a folder to leave all files in')
+  parser.add_argument(
+    '--keep', type=Path, help='a folder to leave all in: rows done are not redone'
+  )
   options = parser.parse_args()
   rows: list[Row] = []
+  left_out: list[str] = []
   with tempfile.TemporaryDirectory() as temporary:
     folder = options.keep or Path(temporary)
     folder.mkdir(parents=True, exist_ok=True)
+    store = folder / 'rows.json'
     for family, cases_of in FAMILIES.items():
       cases = cases_of(folder)
+      done: dict[str, Any] = json.loads(store.read_text('utf-8')) if store.exists() else {}
       for number, case in enumerate(cases):
-        if not re.search(options.only, f'{family} {case.model} {case.form}'):
+        key = f'{case.model} ({case.form})'
+        if key in done:
+          rows.append(Row(case, **done[key]))
           continue
+        if not re.search(options.only, f'{family} {case.model} {case.form}'):
+          left_out.append(key)
+          continue
+        shutil.rmtree(folder / f'{family}-{number}', ignore_errors=True)
         try:
           row = travel(case, folder / f'{family}-{number}')
         except Exception as error:
           row = Row(case, error=f'{type(error).__name__}: {error}')
           traceback.print_exc()
         rows.append(row)
+        if not row.error:
+          done[key] = {'leaves': row.leaves, 'pasted': row.pasted, 'change': row.change}
+          store.write_text(json.dumps(done), 'utf-8')
         print(
-          f'{case.model} ({case.form}): {row.error or f"{row.change:.3g}"} {row.pasted} '
+          f'{key}: {row.error or f"{row.change:.3g}"} {row.pasted} '
           f'[{row.leaves}] {row.seconds:.0f} s',
           flush=True,
         )
   if options.output:
-    options.output.write_text(table(rows))
+    options.output.write_text(table(rows, left_out), 'utf-8')
   return sum(bool(row.error) for row in rows)
 
 
