@@ -16,6 +16,7 @@ from know_jax.predictors.parameters import load_known
 from know_jax.predictors.registry import register_predictor
 from know_jax.recalibration import recalibrate
 from know_jax.recommendation import Recommendation, Start, recommend
+from know_jax.system.compiled import keep_compiled
 from know_jax.trajectory import Trajectory
 from know_jax.user_loop import forget, nested_subsets
 from know_jax.version import __version__
@@ -34,6 +35,7 @@ __all__ = [
   'forecast',
   'forget',
   'history_free',
+  'keep_compiled',
   'load_known',
   'nested_subsets',
   'predict',

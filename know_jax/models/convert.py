@@ -7,6 +7,7 @@ biased one, n - 1 and n; nothing is to be converted for that.) Names: each famil
 `state_dict_name`.
 """
 
+import functools
 import os
 import re
 import tempfile
@@ -235,6 +236,7 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   return tensors
 
 
+@functools.lru_cache(maxsize=16)
 def _names(module: Classifier) -> dict[str, tuple[str, Any]]:
   """Path of every variable -> its name in a state_dict, and its shape and dtype."""
   shapes = jax.eval_shape(

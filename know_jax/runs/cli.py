@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from know_jax.errors import PredictionWarning, UserError, reason, unknown_name
 from know_jax.io.files import local_path
 from know_jax.system import processes
+from know_jax.system.compiled import keep_compiled
 from know_jax.system.signals import Terminated, raise_again, raise_terminated
 
 # The flags that are defined here are the script's own, and shown by its --help.
@@ -28,8 +28,6 @@ DEFAULT_WORKDIR = 'workdir'
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
-
-_CACHE_SECONDS = 0.5  # Compilations shorter than this are not worth a file.
 
 _config_defaults: dict[str, str] = {}
 
@@ -149,7 +147,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     signal.signal(signal.SIGTERM, raise_terminated)
     sys.unraisablehook = raise_again
     warnings.formatwarning = _format_warning
-    enable_compilation_cache()
+    keep_compiled()
     try:
       _connect()
       return main()
@@ -184,26 +182,6 @@ def _format_warning(
   if issubclass(category, PredictionWarning):
     return f'{Path(sys.argv[0]).name}: warning: {message}\n'
   return _format_other_warning(message, category, filename, lineno, line)
-
-
-def enable_compilation_cache() -> None:
-  """Lets JAX keep compiled programs for later runs, on CPU, GPU and TPU alike.
-
-  They go to `$JAX_COMPILATION_CACHE_DIR`, else to `jax` in `$KNOW_JAX_CACHE` (default
-  `~/.cache/know_jax`). Where that cannot be written, nothing is kept. JAX's key for a program holds
-  its own version, the devices, and the features of the processor, so that machines can share the
-  folder.
-  """
-  base = os.environ.get('KNOW_JAX_CACHE') or '~/.cache/know_jax'
-  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR') or f'{base}/jax'
-  try:
-    path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-  except (OSError, RuntimeError):  # RuntimeError: there is no home directory.
-    return
-  if os.access(path, os.W_OK | os.X_OK):
-    jax.config.update('jax_compilation_cache_dir', str(path))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', _CACHE_SECONDS)
 
 
 def _parse(argv: list[str]) -> list[str]:

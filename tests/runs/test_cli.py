@@ -10,10 +10,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import pytest
 
+from know_jax.errors import UserError
 from know_jax.runs import cli
-from know_jax.system import signals
+from know_jax.system import compiled, signals
 
 # Importing JAX takes seconds, so one process does it and forks for every script it is to run. It
 # starts no backend, so that nothing of JAX is running when it forks.
@@ -348,8 +350,9 @@ def test_a_signal_is_delivered_though_the_stretch_fails():
 COMPILES = """
 import hashlib, jax, numpy as np
 from know_jax.runs import cli
+from know_jax.system import compiled
 
-cli._CACHE_SECONDS = 0.0
+compiled.MIN_SECONDS = 0.0
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append('cache_hits' in name))
 
@@ -387,3 +390,44 @@ def test_where_compiled_programs_go(scripts):
   for folder in ('/dev/null/x', '/proc/x'):
     code, out, err = scripts.run(COMPILES, KNOW_JAX_CACHE=folder)
     assert (code, out[:2], err) == (0, '0 ', '')
+
+
+PREDICTS = """
+import time
+import jax, numpy as np
+import know_jax
+from know_jax.system import compiled
+
+compiled.MIN_SECONDS = 0.0
+jax.jit(lambda x: x + 1)(1)  # Something was compiled before: it is not too late.
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.split('/')[-1]))
+folder = know_jax.keep_compiled()
+rng = np.random.default_rng(0)
+shapes = {'conv': (3, 3, 1, 8), 'dense': (48, 64), 'head': (64, 10)}
+history = [
+  {name: {'kernel': rng.normal(size=shape).astype('f')} for name, shape in shapes.items()}
+  for _ in range(5)
+]
+began = time.process_time()
+predicted = jax.device_get(know_jax.predict(history))
+seconds = time.process_time() - began
+bits = b''.join(leaf.tobytes() for leaf in jax.tree.leaves(predicted)).hex()
+print(events.count('cache_hits'), events.count('cache_misses'), seconds, folder, bits)
+"""
+
+
+def test_the_library_keeps_compiled_programs_where_it_is_asked_to(scripts):
+  shutil.rmtree(scripts.folder / 'cache', ignore_errors=True)
+  first, second = (scripts.run(PREDICTS)[1].split() for _ in range(2))
+  assert first[0] == '0' and int(first[1]) > 0
+  # All that the first process compiled, the second reads.
+  assert second[:2] == [first[1], '0']
+  assert float(second[2]) < 1 and second[3:] == [str(scripts.folder / 'cache' / 'jax'), first[4]]
+
+
+def test_a_folder_that_is_named_must_be_writable():
+  before = jax.config.jax_compilation_cache_dir
+  with pytest.raises(UserError, match='cannot keep compiled programs in /dev/null/x; expected a'):
+    compiled.keep_compiled('/dev/null/x')
+  assert jax.config.jax_compilation_cache_dir == before
