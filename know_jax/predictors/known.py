@@ -14,6 +14,7 @@ Raw weights in, raw residual out. A set of parameters for the three kinds of lea
 a dict kind -> Flax parameters of one `KNOWN`.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -81,8 +82,12 @@ class KNOWN(nn.Module):
 def init_theta(key: jax.Array, history_length: int = HISTORY_LENGTH) -> dict[str, Any]:
   """Fresh parameters for the three kinds of leaf: kind -> Flax parameters of one KNOWN."""
   keys = jax.random.split(key, len(KINDS))
-  example = jnp.zeros(history_length)
-  return {kind: KNOWN().init(k, example)['params'] for kind, k in zip(KINDS, keys, strict=True)}
+  return {kind: _init(k, history_length) for kind, k in zip(KINDS, keys, strict=True)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _init(key: jax.Array, history_length: int) -> Any:
+  return KNOWN().init(key, jnp.zeros(history_length))['params']
 
 
 def history_length(params: Any) -> int:

@@ -15,6 +15,7 @@ v, the moments of the slid window follow from G: any number of steps costs one l
 the stages, with coefficients found for the leaf as a whole.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -82,10 +83,14 @@ def context_size(history_length: int) -> int:
 
 def init_theta(key: jax.Array, history_length: int = HISTORY_LENGTH) -> dict[str, Any]:
   """Fresh parameters for the three kinds of leaf: kind -> Flax parameters of one network."""
-  module = ConditionedKNOWN(history_length)
-  example = jnp.zeros(context_size(history_length))
   keys = jax.random.split(key, len(KINDS))
-  return {kind: module.init(k, example)['params'] for kind, k in zip(KINDS, keys, strict=True)}
+  return {kind: _init(k, history_length) for kind, k in zip(KINDS, keys, strict=True)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _init(key: jax.Array, history_length: int) -> Any:
+  example = jnp.zeros(context_size(history_length))
+  return ConditionedKNOWN(history_length).init(key, example)['params']
 
 
 def parameter_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
