@@ -122,7 +122,8 @@ def load_pretrained(
   """
   init = jax.jit(lambda key: module.init(key, jnp.zeros(_IMAGE), train=False))
   start = start_from(module, path, init(jax.random.key(seed)))
-  return start.variables, start.skipped
+  leaves = open_weights(path).leaves
+  return start.variables, [leaves[n].name if n in leaves else n for n in start.skipped]
 
 
 def start_from(module: Classifier, path: str | os.PathLike, fresh: Mapping[str, Any]) -> Start:
