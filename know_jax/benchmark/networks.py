@@ -115,7 +115,7 @@ def _rival(target: Target, task: Task, variables: Any, settings: Settings) -> An
   images = torch.tensor(np.asarray(prepared['image'])).permute(0, 3, 1, 2).contiguous()
   labels = torch.tensor(np.asarray(prepared['label'])).long()
   size = settings.network_batch
-  network.eval()
+  network.train(False)
   with torch.no_grad():
     logits = network(images[:size]).numpy()
   few = {name: value[:size] for name, value in prepared.items()}

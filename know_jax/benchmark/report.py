@@ -16,6 +16,7 @@ _TITLES = {
   'memory': 'Memory and cost by size',
   'streaming': 'Weights in files',
   'training': 'Training',
+  'networks': 'Training steps of each network',
   'gpu': 'GPU',
 }
 

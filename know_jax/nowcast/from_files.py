@@ -255,7 +255,7 @@ def _is_intact(path: Path, expected: dict[str, Any]) -> bool:
 
 
 def _whole(job: Job, path: str) -> str:
-  """The path of a leaf, or of the leaf of which it names a layer."""
+  """The path of a leaf, or of the leaf whose layer it names."""
   return path if path in job.kinds else path[: path.rindex('[')]
 
 
@@ -378,7 +378,7 @@ _T = TypeVar('_T')
 
 
 def _ahead(items: Iterable[_T]) -> Iterator[_T]:
-  """Items, of which a thread makes the next one while one is worked on."""
+  """Items; a thread makes the next one while one is worked on."""
   iterator = iter(items)
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     following = thread.submit(next, iterator, None)

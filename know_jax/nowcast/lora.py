@@ -306,6 +306,7 @@ class _Factoring(Sink):
       return
     self._pair = None
     left, right = (self._real.leaves[path] for path in (pair.left, pair.right))
+    self.flush()  # What is written is written by a thread.
     self._file.seek(0)
     product = np.frombuffer(self._file.read(), np.float32).reshape(left.shape[0], -1)
     super().go_back((0, self.checksum))

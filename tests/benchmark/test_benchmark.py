@@ -425,7 +425,8 @@ def test_mistakes_are_found_before_anything_is_measured(monkeypatch, tmp_path):
   real = os.access
   monkeypatch.setattr(os, 'access', lambda path, mode: path[:5] != '/proc' and real(path, mode))
   with pytest.raises(
-    UserError, match=r"section 'compile' reads .* or --only=predict,linear,leaves,training,gpu"
+    UserError,
+    match=r"section 'compile' reads .* or --only=predict,linear,leaves,training,networks,gpu",
   ):
     runner.run(tmp_path / 'a.md')
   monkeypatch.undo()
