@@ -1,5 +1,6 @@
 """Every file in configs/ fits its pipeline, and says what it is."""
 
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -181,14 +182,17 @@ def test_tables_are_those_of_the_paper_and_their_stand_ins(name):
   assert small.source.dataset in STAND_INS and small.transfer.dataset in STAND_INS | DATASETS
 
 
-@pytest.mark.parametrize('name', TABLES)
-@pytest.mark.parametrize('size', ['paper', 'small'])
+@pytest.mark.parametrize(
+  ('name', 'size'),
+  [*itertools.product(TABLES, ('paper', 'small')), ('table2', 'small_pacs')],
+)
 def test_tables_plan_and_trace_a_training_step(name, size, monkeypatch, tmp_path):
   """A dry run, and one step of source and target at the full image size, traced: no data needed."""
 
   def load_dataset(name, split, *, classes=(), image_size=None, **_):
     count = len(classes) or {'imagenet2012': 50, 'pacs': 7}.get(name, 20)
-    labels = np.arange(300 * count if split in ('train', 'validation') else 60 * count) % count
+    large = split in ('train', 'validation') or '[:80%]' in split
+    labels = np.arange((300 if large else 60) * count) % count
     images = np.broadcast_to(np.uint8(0), (len(labels), *(image_size or (32, 32)), 3))
     names = tuple(f'class {i}' for i in range(count))
     return Dataset(name, split, images, labels.astype(np.int32), names)
@@ -228,6 +232,22 @@ def test_tables_plan_and_trace_a_training_step(name, size, monkeypatch, tmp_path
 
     gradients = jax.eval_shape(jax.grad(loss), variables['params'], variables)
     assert jax.tree.map(np.shape, gradients) == jax.tree.map(np.shape, variables['params'])
+
+
+def test_the_second_target_of_table_2_has_the_first_ones_sources():
+  get_config = runpy.run_path(str(ROOT / 'configs' / 'table2.py'))['get_config']
+  first, pacs = get_config('small'), get_config('small_pacs')
+  assert fields(pacs) == fields(first)
+  # The forgetting runs of the one are those of the other, and so are the arms.
+  for field in ('source', 'arms', 'steps', 'source_seeds'):
+    assert pacs[field] == first[field], field
+  transfer_config = config_dict(pacs.transfer)
+  assert transfer_config['dataset'] in STAND_INS and transfer_config['task'] == 'classification'
+  labels = transfer_config['labels_per_class'] * 7
+  assert labels % transfer_config['batch_size'] == 0
+  # No image is in both: the parts of each domain meet where the first ends.
+  train, test = (transfer_config[split].split('+') for split in ('train_split', 'test_split'))
+  assert [part.replace('[:80%]', '[80%:]') for part in train] == test and len(set(train)) == 4
 
 
 def test_the_demo_forgets_and_transfers_between_different_classes():

@@ -100,7 +100,7 @@ def load_dataset(
 
   Args:
     name: the data set.
-    split: a whole split, such as `'train'`.
+    split: such as `'train'`; of TFDS also `'a[:80%]+b[:80%]'`, parts in the data set's own order.
     data_dir: the TFDS data directory; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
     classes: keep only the examples with these labels and number them 0, 1, ... in the order given;
       empty: keep all.
@@ -338,8 +338,10 @@ def _load_prepared(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
   tfds, builder = _open(name, folder)
   image_key, label_key = _image_and_label(tfds, name, builder.info)
-  if split not in builder.info.splits:
-    raise unknown_name(f'split of {name!r}', split, builder.info.splits)
+  try:
+    builder.info.splits[split]  # Parts and sums of splits are none of its keys.
+  except ValueError as error:
+    raise unknown_name(f'split of {name!r}', split, builder.info.splits) from error
   try:
     key = cache_key(builder, split, image_key, label_key, image_size)
   except OSError as error:

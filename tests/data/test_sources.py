@@ -328,6 +328,21 @@ def test_unknown_names_come_with_the_nearest_ones(tmp_path):
     load_dataset('tiny', 'trian', data_dir=tmp_path)
 
 
+def test_parts_of_splits_are_joined_in_their_order(tmp_path):
+  prepare(tmp_path, {'art': some_examples(10)[1], 'photo': some_examples(5, seed=1)[1]})
+  options = {'data_dir': tmp_path}
+  whole = [load_dataset('tiny', split, **options) for split in ('art', 'photo')]
+  (art, photo), labels = [part.images for part in whole], [part.labels for part in whole]
+  train = load_dataset('tiny', 'art[:80%]+photo[:80%]', **options)
+  test = load_dataset('tiny', 'art[80%:]+photo[80%:]', **options)
+  np.testing.assert_array_equal(train.images, np.concatenate([art[:8], photo[:4]]))
+  np.testing.assert_array_equal(test.images, np.concatenate([art[8:], photo[4:]]))
+  np.testing.assert_array_equal(test.labels, np.concatenate([labels[0][8:], labels[1][4:]]))
+  for split in ('art+foto', 'art[:80%', 'art[:80%]+'):
+    with pytest.raises(UserError, match=r"unknown split of 'tiny'.*Known: art, photo"):
+      load_dataset('tiny', split, **options)
+
+
 @pytest.mark.parametrize('installed', [False, True])
 def test_a_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path, monkeypatch, installed):
   found = object() if installed else None
