@@ -183,6 +183,8 @@ class Study:
       'theta': None if arm.theta is None else weights_digest(theta_of(arm.theta)),
       'source': self._settings_digests[source],
       'arm': [arm.predictor, arm.step, arm.history, arm.option, list(arm.kinds), arm.batch_norm],
+      # Only where they say something, so that journals from before they existed still count.
+      **{name: value for name in ('part', 'order') if (value := getattr(arm, name))},
     }
     return digest(about)
 

@@ -576,6 +576,28 @@ def test_an_arm_may_transfer_a_part_of_its_prediction_or_read_another_order(stud
     np.testing.assert_allclose(leaf, new if kept else value, rtol=1e-5, atol=1e-6)
 
 
+OTHER_START = {
+  'predictor': 'log_fit', 'step': 2, 'history': 4, 'options': (('lam', 0.5),), 'kinds': ('bias',),
+  'batch_norm': 'reset', 'part': 'norms', 'order': 'reversed', 'theta': 'known_file',
+}  # fmt: skip
+"""A value for each field of an arm that changes the weights it starts from."""
+
+
+@pytest.mark.parametrize('field', OTHER_START)
+def test_arms_that_start_from_other_weights_share_no_start(study, field, known_file):
+  base = arm_of(study, 'task_vector', 1)
+  source = next(iter(study.sources()))
+  value = str(known_file) if field == 'theta' else OTHER_START[field]
+  other = dataclasses.replace(base, **{field: value})
+  assert study.start_key(other, source) != study.start_key(base, source)
+
+
+def test_every_field_of_an_arm_is_thought_of_in_its_start():
+  # Group and name are words, lr_scale belongs to the training, the rate r to the source.
+  others = {'group', 'name', 'lr_scale', 'rate'}
+  assert {field.name for field in dataclasses.fields(arms.Arm)} == others | set(OTHER_START)
+
+
 @pytest.mark.parametrize(('field', 'value'), [('part', 'radia'), ('order', 'forward')])
 def test_parts_and_orders_are_known(field, value):
   config = design.default_config()
