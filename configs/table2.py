@@ -22,7 +22,7 @@ Paper:     section 4.3 and table 2 (r = 1/3, x3 and x9). Epochs, rates and batch
            epochs are ours. The stand-in reproduces no number there
 
 Other targets of the table: --config.transfer.dataset=... Sizes of the stand-in were chosen by time
-alone. For naive transfer three rates in steps of 3 are run, from which validation images choose.
+alone. For naive transfer four rates are run, from which validation images choose.
 """
 
 from ml_collections import ConfigDict

@@ -24,7 +24,7 @@ TABLES = {
 ARMS: tuple[Any, ...] = (
   'scratch',
   'persistence',
-  *({'predictor': 'persistence', 'lr_scale': scale} for scale in (0.3, 3.0)),
+  *({'predictor': 'persistence', 'lr_scale': scale} for scale in (0.3, 3.0, 10.0)),
   'known',
   {'predictor': 'known', 'part': 'norms', 'name': 'known norms'},
   'known_leaf',

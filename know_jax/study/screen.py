@@ -1,0 +1,380 @@
+"""Which start beats a tuned rate and tuned shrinking? Families of starts, all probed alike.
+
+Every family has twelve candidates: three strengths at four learning rates, or twelve rates of the
+newest weights. All are trained for a third of the epochs, the best four in full; validation images
+choose. The winner is then trained with other seeds and judged on the test set, which chooses
+nothing. A winner of this screening is a hypothesis, to be confirmed elsewhere.
+"""
+
+import collections
+import dataclasses
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from know_jax import forgetting, transfer, trees
+from know_jax.data.base import part_of
+from know_jax.errors import PredictionWarning, UserError
+from know_jax.io.journal import Journal, read_lines
+from know_jax.kinds import leaf_kinds
+from know_jax.nowcast import api
+from know_jax.report.intervals import holm, paired_t_test, t_interval
+from know_jax.report.markdown import table
+from know_jax.runs.record import config_dict
+from know_jax.seeds import named_key
+from know_jax.tasks import load_task
+from know_jax.tasks.base import Task
+from know_jax.training import loop
+from know_jax.training.batch_norm import apply_policy
+from know_jax.training.state import DivergedError
+from know_jax.training.steps import Data, put_data
+
+RATES = (0.5, 1.0, 2.0, 4.0)
+NAIVE_RATES = tuple(0.25 * 1.5**i for i in range(12))
+SCALES = (0.7, 0.5, 0.3)
+NORMS = (1.0, 0.6, 0.35)
+STRENGTHS = (0.5, 1.0, 2.0)
+EXPONENTS = (0.35, 0.7, 1.2)
+NAIVE, SHRINK = 'naive', 'shrink'
+_GOES_ON = 4
+_FIRST_TEST_SEED = 1000
+_VALIDATION = 500
+_BRANCHES = 4
+_LAST = 5  # Epochs of an average, and of the way that is extrapolated.
+
+Leaves = dict[str, np.ndarray]
+
+
+def run(
+  config: ConfigDict, workdir: str | Path, *, name: str, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+  """Adds a row for each source seed of a study to `rows.jsonl` in the workdir; resumes by rows.
+
+  Args:
+    config: the fields of `study.design.default_config`; of them `source`, `transfer`,
+      `source_seeds` and `transfer_seeds` count.
+    workdir: of the journal; several studies may share it.
+    name: of the study, in rows.
+    only: families to try; empty: all of `starts_of`.
+
+  Returns:
+    All rows of the workdir: `study`, `source_seed`, `families` (name -> `strength`, `rate`,
+    `validation`, and `test`, a score for each transfer seed), `as_is` (see `as_they_are`).
+
+  Raises:
+    UserError: a value does not fit.
+  """
+  if config.source.epochs <= 2 * _LAST + 1:
+    raise UserError(
+      f'source.epochs is {config.source.epochs}; expected more than {2 * _LAST + 1}, of which '
+      'averages are taken.'
+    )
+  workdir = Path(workdir).expanduser()
+  workdir.mkdir(parents=True, exist_ok=True)
+  journal = Journal(workdir / 'rows.jsonl')
+  for seed in range(config.source_seeds):
+    if journal.get(f'{name} {seed}') is None:
+      began = time.monotonic()
+      row = _measure(config, seed, only)
+      seconds = time.monotonic() - began
+      journal.add(f'{name} {seed}', study=name, source_seed=seed, **row, seconds=seconds)
+      print(f'{name}, source {seed}: {seconds:.0f} s', flush=True)
+  return read_lines(workdir / 'rows.jsonl')
+
+
+def _measure(config: ConfigDict, seed: int, only: Sequence[str]) -> dict[str, Any]:
+  source = config_dict(config.source) | {'seed': seed, 'stages': 5}
+  task = load_task(source)
+  made = _train_source(task, source, seed)
+  target_config = config_dict(config.transfer) | {'validation_examples': 0}
+  target = load_task(target_config, source)
+  probe = _Probe(target, target_config, seed)
+  newest, kinds = made['stages'][-1], leaf_kinds(made['stages'][-1], task.kinds)
+  rng = np.random.default_rng(seed)
+  families = starts_of(made, kinds, probe.gradient(newest), rng, task, source)
+  found = {}
+  for name, starts in families.items():
+    if only and name not in only:
+      continue
+    found[name] = probe.best(starts, NAIVE_RATES if name == NAIVE else RATES)
+    strength, rate, _ = found[name].values()
+    tests = range(config.transfer_seeds)
+    found[name]['test'] = [probe.tested(starts[strength], rate, test) for test in tests]
+  return {'families': found, 'as_is': as_they_are(made, kinds, task, source)}
+
+
+def _train_source(task: Task, source: Mapping[str, Any], seed: int) -> dict[str, Any]:
+  """The stages, oldest first; branches from the newest weights; epochs of its training."""
+  data = put_data(task)[0]
+  subsets = forgetting.subsets_of(task, source)
+  epochs: dict[int, Any] = {}
+
+  def train(variables: Any, subset: np.ndarray, stage: int, *names: Any, **options: Any) -> Any:
+    plan = forgetting.stage_plan(source, stage, len(subset))
+    return loop.train(
+      task, variables, data, subset, recipe=forgetting.recipe_of(source), epochs=plan['epochs'],
+      lr=plan['lr'], batch_size=source['batch_size'], schedule=source['schedule'],
+      key=named_key(seed, *names), **options,
+    )  # fmt: skip
+
+  def keep(epoch: int, state: Any) -> None:
+    epochs[epoch] = state.variables
+
+  end, middle = source['epochs'], source['epochs'] // 2
+  shown = {*range(end - _LAST + 1, end + 1), *range(middle - _LAST, middle + _LAST + 1)}
+  fresh = jax.device_get(task.init(named_key(seed, 'init')))
+  stages = [train(fresh, subsets[0], 0, 'train', 0, show_after=shown, show=keep)]
+  for stage, subset in enumerate(subsets[1:], 1):
+    stages.append(train(stages[-1], subset, stage, 'train', stage))
+  rng = np.random.default_rng(seed)
+  halves, same = [], []
+  for branch in range(_BRANCHES):
+    half = np.sort(rng.permutation(subsets[0])[: len(subsets[0]) // 2])
+    halves.append(train(stages[0], half, 1, 'half', branch))
+    same.append(train(stages[0], subsets[0], 1, 'same', branch))
+  return {'stages': stages[::-1], 'halves': halves, 'same': same, 'epochs': epochs}
+
+
+def starts_of(
+  made: Mapping[str, Any],
+  kinds: Mapping[str, str],
+  gradient: Leaves,
+  rng: np.random.Generator,
+  task: Task,
+  source: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+  """Family -> strength, in words -> variables."""
+  newest, before = made['stages'][-1], made['stages'][-2]
+  w, end = trees.named_leaves(newest), source['epochs']
+  kernels = [path for path, kind in kinds.items() if kind in ('conv', 'fc') and not task.head(path)]
+  weights = [path for path, kind in kinds.items() if kind != 'keep' and not task.head(path)]
+
+  def with_(change: Callable[[str], Any], paths: Sequence[str] = kernels) -> Any:
+    leaves = [np.float32(change(p)) if p in paths else x for p, x in w.items()]
+    return jax.tree.unflatten(jax.tree.structure(newest), leaves)
+
+  def at_norms(mean: Leaves) -> dict[str, Any]:
+    def scaled(path: str, norm: float) -> np.ndarray:
+      return mean[path] * (norm * np.linalg.norm(w[path]) / np.linalg.norm(mean[path]))
+
+    return _each('norm', NORMS, lambda n: with_(lambda p: scaled(p, n)))
+
+  def by_leaf(amounts: np.ndarray) -> dict[str, Any]:
+    shares = dict(zip(kernels, amounts / np.mean(amounts), strict=True))
+    return _each('exponent', EXPONENTS, lambda a: with_(lambda p: w[p] * np.exp(-a * shares[p])))
+
+  def along(direction: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    return _each('times', STRENGTHS, lambda a: with_(lambda p: w[p] + a * direction(p), weights))
+
+  def predicted(predictor: str) -> dict[str, Any]:
+    about = {'predictor': predictor, 'rate': source['rate'], 'kinds': task.kinds}
+    with warnings.catch_warnings():
+      # What a start is worth is about to be measured.
+      warnings.simplefilter('ignore', PredictionWarning)
+      return _each('steps', (1, 2, 3), lambda n: api.predict(made['stages'], n, **about))
+
+  halves, same = (mean_of(made[kind]) for kind in ('halves', 'same'))
+  old = trees.named_leaves(before)
+  moved = np.array([np.linalg.norm(w[p] - old[p]) / np.linalg.norm(w[p]) for p in kernels])
+  last = mean_of([made['epochs'][epoch] for epoch in range(end - _LAST + 1, end + 1)])
+  return {
+    NAIVE: {'as it is': newest},
+    SHRINK: _each('scale', SCALES, lambda s: with_(lambda p: s * w[p])),
+    'average of 3 stages': at_norms(mean_of(made['stages'][-3:])),
+    'average of 4 half branches': at_norms(halves),
+    'average of the last epochs': at_norms(last),
+    'scale by movement': by_leaf(moved),
+    'scale by movement, permuted': by_leaf(rng.permutation(moved)),
+    'scale by depth': by_leaf(np.arange(1, len(kernels) + 1)),
+    'shrink what the gradient shrinks': _each(
+      'scale', SCALES, lambda s: with_(lambda p: w[p] * np.where(w[p] * gradient[p] > 0, s, 1.0))
+    ),
+    'contrast, same - half': along(lambda p: same[p] - halves[p]),
+    'reversed forgetting, newest - half': along(lambda p: w[p] - halves[p]),
+    'known_leaf': predicted('known_leaf'),
+    'log_fit': predicted('log_fit'),
+  }
+
+
+def _each(word: str, values: Sequence[float], make: Callable[[Any], Any]) -> dict[str, Any]:
+  return {f'{word} {value:g}': make(value) for value in values}
+
+
+def mean_of(many: Sequence[Any]) -> Leaves:
+  """Path -> the mean of a leaf over several variables."""
+  named = [trees.named_leaves(variables) for variables in many]
+  return {path: np.mean([leaves[path] for leaves in named], axis=0) for path in named[0]}
+
+
+class _Probe:
+  """Trains on the labelled images of one seed of the target."""
+
+  def __init__(self, target: Task, config: dict[str, Any], seed: int):
+    self._config, self._seed = config, seed
+    train = Data(target.train, target.prepare)
+    held_out = part_of(target.train, transfer.validation_subset(target, _VALIDATION, seed))
+    self._labelled = transfer.labelled_subset(target, config['labels_per_class'], seed, _VALIDATION)
+    self._validating = dataclasses.replace(target, test=held_out)
+    self._testing = target
+    self._validation = (train, Data(held_out, target.prepare))
+    self._test = (train, Data(target.test, target.prepare))
+
+  def best(self, starts: Mapping[str, Any], rates: Sequence[float]) -> dict[str, Any]:
+    """Strength, rate and validation score of the best candidate."""
+    scores = {(s, r): self._validated(starts[s], r, 1 / 3) for s in starts for r in rates}
+    kept = sorted(scores, key=lambda pair: -scores[pair])[:_GOES_ON]
+    scores = {(s, r): self._validated(starts[s], r, 1.0) for s, r in kept}
+    strength, rate = max(scores, key=lambda pair: scores[pair])
+    return {'strength': strength, 'rate': rate, 'validation': scores[strength, rate]}
+
+  def _validated(self, start: Any, rate: float, budget: float) -> float:
+    config = self._scaled(rate, budget)
+    return _score(self._validating, start, self._validation, self._labelled, config, self._seed)
+
+  def tested(self, start: Any, rate: float, test: int) -> float:
+    seed = _FIRST_TEST_SEED * (test + 1) + self._seed
+    return _score(self._testing, start, self._test, self._labelled, self._scaled(rate, 1.0), seed)
+
+  def _scaled(self, rate: float, budget: float) -> dict[str, Any]:
+    epochs = max(1, round(self._config['epochs'] * budget))
+    return self._config | {'lr': self._config['lr'] * rate, 'epochs': epochs}
+
+  def gradient(self, start: Any) -> Leaves:
+    """Of the loss on the labelled images, with a head that was trained alone."""
+    warm: list[Any] = []
+    transfer.train_one(
+      self._validating, start, self._validation, self._labelled, self._config | {'epochs': 0},
+      self._seed, on_trained=warm.append,
+    )  # fmt: skip
+    model, batch = self._testing.model, self._testing.prepared(self._labelled)
+
+    def loss(params: Any) -> jax.Array:
+      variables = warm[0] | {'params': params}
+      outputs, _ = model.apply(variables, batch, train=False, key=None)
+      return self._testing.loss(outputs, batch)[0].mean()
+
+    found = jax.device_get(jax.jit(jax.grad(loss))(warm[0]['params']))
+    return trees.named_leaves({'params': found})
+
+
+def _score(
+  task: Task, start: Any, data: Any, subset: np.ndarray, config: Mapping[str, Any], seed: int
+) -> float:
+  try:
+    return transfer.train_one(task, start, data, subset, config, seed)[task.score]
+  except DivergedError:
+    return -math.inf
+
+
+def as_they_are(
+  made: Mapping[str, Any], kinds: Mapping[str, str], task: Task, source: Mapping[str, Any]
+) -> dict[str, float]:
+  """Test scores on the source task at half its training, extrapolated and not; no transfer."""
+  middle, epochs = source['epochs'] // 2, made['epochs']
+  now, old = (trees.named_leaves(epochs[epoch]) for epoch in (middle, middle - _LAST))
+  tested = put_data(task)[1]
+  images = task.prepared(forgetting.subsets_of(task, source)[0][:512])
+
+  def score(leaves: Leaves) -> float:
+    kept = [leaves[p] if kinds[p] != 'keep' else x for p, x in now.items()]
+    variables = jax.tree.unflatten(
+      jax.tree.structure(epochs[middle]), [np.float32(leaf) for leaf in kept]
+    )
+    settled = apply_policy(
+      'recalibrate', task.model, variables, images, num_batches=8, batch_size=64
+    )
+    return loop.evaluate(task, settled, tested)[task.score]
+
+  average = mean_of([epochs[e] for e in range(middle - _LAST + 1, middle + 1)])
+  return {
+    'half trained': score(now),
+    **{
+      f'extrapolated by {a:g}': score({p: x + a * (x - old[p]) for p, x in now.items()})
+      for a in (0.3, 0.5)
+    },
+    'average of the last epochs': score(average),
+    f'{_LAST} epochs more': score(trees.named_leaves(epochs[middle + _LAST])),
+    'trained to the end': score(trees.named_leaves(epochs[source['epochs']])),
+  }
+
+
+def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
+  """The report in Markdown; p after Holm over all comparisons of the page.
+
+  Raises:
+    UserError: there are no rows.
+  """
+  if not rows:
+    raise UserError('there are no rows; run the command without --report first.')
+  studies = {study: [r for r in rows if r['study'] == study] for study in _in_order(rows)}
+  gains = {
+    (study, name, rival): _points(group, name) - _points(group, rival)
+    for study, group in studies.items()
+    for name in group[0]['families']
+    for rival in (NAIVE, SHRINK)
+    if name not in (rival, NAIVE)
+  }
+  p_values = dict(zip(gains, holm([paired_t_test(x) for x in gains.values()]), strict=True))
+  sections, winners = [], []
+  for study, group in studies.items():
+    lines = []
+    for name in group[0]['families']:
+      cells = []
+      for rival in (NAIVE, SHRINK):
+        key = (study, name, rival)
+        cells += [_interval(gains[key]), f'{p_values[key]:.3f}'] if key in gains else ['', '']
+      chosen = collections.Counter(
+        f'{r["families"][name]["strength"]} at {r["families"][name]["rate"]:.3g}' for r in group
+      )
+      (most, count), *_ = chosen.most_common(1)
+      lines.append([name, f'{_points(group, name).mean():.2f}', *cells, f'{most} ({count})'])
+      keys = [(study, name, rival) for rival in (NAIVE, SHRINK)]
+      if all(k in gains and p_values[k] < 0.05 and gains[k].mean() > 0 for k in keys):
+        winners.append(f'{name} ({study})')
+    as_is = [
+      [words, f'{100 * statistics.mean(r["as_is"][words] for r in group):.2f}',
+       _interval([100 * (r['as_is'][words] - r['as_is']['half trained']) for r in group])]
+      for words in group[0]['as_is']
+    ]  # fmt: skip
+    sections += [
+      f'## {study}: {len(group)} sources',
+      table(['start', 'test, %', 'minus tuned naive', 'p', 'minus tuned shrink', 'p',
+             'chosen most often (sources)'], lines),
+      'The source at half its training, as it is, on its own test set:',
+      table(['weights', 'test, %', 'minus half trained'], as_is),
+    ]  # fmt: skip
+  return '\n\n'.join(
+    [
+      '# What could beat a tuned rate and tuned shrinking',
+      'Every family of starts has twelve candidates, of strengths and learning rates (naive: '
+      f'twelve rates); all are trained for a third of the epochs, the best {_GOES_ON} in full, and '
+      f'{_VALIDATION} validation images choose. The chosen one is trained with other seeds and '
+      'judged on the test set. Means over source seeds with 95 % t-intervals; p of paired t-tests, '
+      'after Holm over all on this page. Scales and averages are of kernels, leaf by leaf; a norm '
+      'is relative to the newest weights.',
+      f'Above both rivals with p < 0.05: {", ".join(winners) or "none"}.',
+      *sections,
+      f'Made by `{command}` from `rows.jsonl` there.\n',
+    ]
+  )
+
+
+def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  return list(dict.fromkeys(row['study'] for row in rows))
+
+
+def _points(group: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+  return np.array([100 * statistics.mean(row['families'][name]['test']) for row in group])
+
+
+def _interval(values: Sequence[float] | np.ndarray) -> str:
+  low, high = t_interval(values)
+  return f'{np.mean(values):+.2f} ({low:+.2f} to {high:+.2f})'
