@@ -140,7 +140,7 @@ def _prepare(
   per_class, kept = config['labels_per_class'], config['validation_examples']
   subsets = [labelled_subset(task, per_class, seed, kept) for seed in _seeds(config)]
   loop.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
-  _phases(task, config)
+  phases(task, config)
   return functools.partial(_run, task, arms, subsets, config, workdir)
 
 
@@ -350,7 +350,7 @@ def train_one(
     metrics.update(loop.evaluate(task, state.variables, data[1]))
     curve.append((epoch, metrics[task.score]))
 
-  for phase, (recipe, epochs, lr, schedule) in enumerate(_phases(task, config, variables)):
+  for phase, (recipe, epochs, lr, schedule) in enumerate(phases(task, config, variables)):
     start = create_state(variables, recipe)
     if phase == FINE_TUNING and 0 in curve_epochs:
       test_after(0, start)
@@ -413,7 +413,7 @@ def _below_head(variables: Any, head: Callable[[str], bool]) -> dict[str, Any]:
   return {path: x for path, x in trees.named_leaves(variables).items() if not head(path)}
 
 
-def _phases(
+def phases(
   task: Task, config: Mapping[str, Any], variables: Any = None
 ) -> list[tuple[Recipe, int, float, str]]:
   """Recipe, epochs, learning rate and schedule of warm-up and fine-tuning."""

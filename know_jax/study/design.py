@@ -99,7 +99,7 @@ class Study:
     }
     smallest = next(iter(self.subsets.values()))
     loop.check_batch_size(config['transfer']['batch_size'], len(smallest), 'the labelled subset')
-    transfer._phases(self.target, config['transfer'])
+    transfer.phases(self.target, config['transfer'])
     forgetting.recipe_of(config['source'])
     examples = source.train.size
     self._settings = {source: source_config(config, source, examples) for source in self.sources()}
