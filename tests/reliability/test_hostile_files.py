@@ -44,6 +44,8 @@ from know_jax.study import results
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='inotify and limits are of Linux')
+
 SECONDS = 30
 """How long a reader may take for one input, on a busy machine."""
 
