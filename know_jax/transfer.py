@@ -154,7 +154,7 @@ def _run(
   score = task.score
   dataset = re.sub(r'[^\w.@-]+', '-', str(config['dataset'])).strip('-')
   folder = workdir / 'transfer' / f'{dataset}-{digest(config)[:8]}'
-  RunRecord.open(folder, config, kind=KIND)
+  RunRecord.open(folder, config, kind=KIND).update(**task.about)
   path = folder / 'results.jsonl'
   done = {_row_key(row): row for row in read_lines(path)}
   data = put_data(task)

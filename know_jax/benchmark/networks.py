@@ -1,10 +1,12 @@
-"""A training step of each sort of network, its compilation apart, beside PyTorch where it is."""
+"""A training step of each sort of network, its compilation apart, beside PyTorch's."""
 
 import functools
 import importlib.util
+import runpy
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,21 +14,22 @@ import numpy as np
 
 from know_jax.benchmark.histories import build
 from know_jax.benchmark.predicting import check_equal
-from know_jax.benchmark.settings import Settings, Target
+from know_jax.benchmark.settings import Images, Settings, Target
 from know_jax.benchmark.timing import goal, race, rates, speedups
 from know_jax.benchmark.training_speed import OURS, random_images
 from know_jax.data.base import Arrays
-from know_jax.models import to_state_dict
 from know_jax.tasks import captioning, classification, segmentation
 from know_jax.tasks.base import AXIS, Task
 from know_jax.training import loop
 from know_jax.training.state import Checkpoint, Recipe, create_state
 from know_jax.training.steps import put_data
 
-TORCH = 'PyTorch'
+_RIVALS = Path(__file__).parents[2] / 'tests' / 'tools' / 'torch_networks.py'
+_CHECKED = 8  # Images whose logits are compared.
 _RECIPE = Recipe('adam')
 _LR = 1e-3
 _CLASSES = 10
+_WORDS, _LENGTH = 1000, 12
 
 
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
@@ -42,46 +45,51 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
       batch_size=settings.network_batch, lr=_LR, schedule='constant', key=key,
     )  # fmt: skip
     contestants: dict[str, Callable[[], Any]] = {OURS: fit}
-    if rival := _rival(target, task, begin.state.variables, settings):
-      contestants[TORCH] = rival
+    contestants |= rivals(
+      task, begin.state.variables, target.image, batch_size=settings.network_batch, lr=_LR
+    )
     began = time.perf_counter()
     fit()
     first = time.perf_counter() - began
     name = f'captions by {target.model}' if target.captions else target.model
     times = race(contestants, target.repetitions, name, show=show)
     compiled = max(0.0, first - statistics.median(times[OURS]))
-    rate, faster = rates(times, task.train.size), speedups(times, OURS).get(TORCH)
+    rate, faster = rates(times, task.train.size), speedups(times, OURS)
     for which in times:
       body.append(
         {
           'network': name, '': which, 'images a second': rate[which],
           'seconds to compile': round(compiled, 1) if which == OURS else None,
-          'know_jax is faster by': faster if which == TORCH else None,
+          'know_jax is faster by': faster.get(which),
         }
       )  # fmt: skip
-    median = None if faster is None else faster['median']
-    goals.append(goal(f'a step of {name}, over PyTorch', median, least=1))
+    median = min((entry['median'] for entry in faster.values()), default=None)
+    goals.append(goal(f'a step of {name}, over the faster PyTorch', median, least=1))
     seconds[name] = {'compile': compiled, **times}
   return {
     'note': f'Epochs of {settings.network_steps} steps of {settings.network_batch} images, Adam, '
     'float32; know_jax also reads bytes, and counts scores, in every step. PyTorch is given '
-    'numbers ready for it, and steps without torch.compile. A network without a line of PyTorch '
-    f'has no independent implementation here. {absent()}',
+    'numbers ready for it, steps without torch.compile, and runs the networks of '
+    "tests/tools/torch_networks.py, PVTv2 timm's where that is installed, in both orders of images "
+    f'in memory. {absent()}',
     'seconds': seconds,
     'tables': {'': body},
     'goals': goals,
   }
 
 
-def make_task(target: Target, count: int) -> Task:
-  """Noise for a network: classification, segmentation or captions, whichever it is for."""
+def make_task(target: Target, count: int, **options: Any) -> Task:
+  """Noise for a network: classification, segmentation or captions (`options`: the decoder's)."""
   images, labels = random_images(count, target.image)
   network = build(target, axis_name=AXIS)
   if target.captions:
-    vocabulary = captioning.fit_vocabulary(['a red one', 'a green one', 'the blue one'], 20)
-    texts = [['a red one', 'a green one', 'the blue one'][i % 3] for i in range(count)]
-    pairs = captioning.pairs('noise', images, [[text] for text in texts], vocabulary, 8)
-    return captioning.task(network, pairs, pairs, vocabulary, max_length=8, units=64, layers=1)
+    words = np.random.default_rng(1).integers(0, _WORDS, (count, _LENGTH))
+    texts = [[' '.join(f'w{word}' for word in row)] for row in words]
+    vocabulary = captioning.fit_vocabulary([text for (text,) in texts], _WORDS)
+    pairs = captioning.pairs('noise', images, texts, vocabulary, _LENGTH)
+    return captioning.task(
+      network, pairs, pairs, vocabulary, max_length=_LENGTH, units=64, **options
+    )
   if hasattr(network, 'output_stride'):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, _CLASSES, images.shape[:3]).astype(np.uint8)
@@ -93,46 +101,34 @@ def make_task(target: Target, count: int) -> Task:
 
 def absent() -> str:
   """Why PyTorch is not compared with; '' where it is."""
-  missing = [name for name in ('torch', 'timm') if importlib.util.find_spec(name) is None]
   if jax.default_backend() != 'cpu':
     return 'PyTorch is compared with on CPUs only.'
-  return f'PyTorch is not compared with: {missing[0]} is not installed.' if missing else ''
+  if importlib.util.find_spec('torch') is None:
+    return 'PyTorch is not compared with: it is not installed.'
+  return '' if _RIVALS.is_file() else f'PyTorch is not compared with: {_RIVALS} is missing.'
 
 
-def _rival(target: Target, task: Task, variables: Any, settings: Settings) -> Any:
-  """An epoch of the same network in PyTorch with the same weights: timm's PVTv2; None: none."""
-  if absent() or not target.timm:
-    return None
-  import torch
-  from timm.models.pvt_v2 import PyramidVisionTransformerV2
+def rivals(task: Task, variables: Any, image: Images, **options: Any) -> dict[str, Any]:
+  """Epochs of the same network in PyTorch from the same weights, by name; none where it is absent.
 
+  `options`: `batch_size`, `lr` and `shuffle` of `epochs` in tests/tools/torch_networks.py.
+
+  Raises:
+    ArithmeticError: its logits, or the number of its parameters, are others.
+  """
+  if absent():
+    return {}
+  torch_networks = runpy.run_path(str(_RIVALS))
   model: Any = task.model
-  options = {name: getattr(model.module, name) for name in target.timm}
-  network = PyramidVisionTransformerV2(num_classes=_CLASSES, **options)
-  state = to_state_dict(model.module, variables)
-  network.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
-  prepared = task.prepared(np.arange(task.train.size, dtype=np.int32))
-  images = torch.tensor(np.asarray(prepared['image'])).permute(0, 3, 1, 2).contiguous()
-  labels = torch.tensor(np.asarray(prepared['label'])).long()
-  size = settings.network_batch
-  network.train(False)
-  with torch.no_grad():
-    logits = network(images[:size]).numpy()
-  few = {name: value[:size] for name, value in prepared.items()}
-  ours, _ = task.model.apply(variables, few, train=False, key=None)
-  check_equal('logits of PyTorch', float(np.abs(logits - np.asarray(ours)).max()), 1e-3)
-  network.train()
-  optimizer = torch.optim.Adam(network.parameters(), _LR, eps=1e-7)
-
-  def epoch() -> float:
-    total = 0.0
-    order = torch.randperm(len(images))
-    for part in order.split(size):
-      optimizer.zero_grad()
-      loss = torch.nn.functional.cross_entropy(network(images[part]), labels[part])
-      loss.backward()
-      optimizer.step()
-      total += float(loss)
-    return total
-
-  return epoch
+  network = torch_networks['build'](model.module, variables, image)
+  if network is None:
+    return {}
+  batch = task.prepared(np.arange(task.train.size, dtype=np.int32))
+  few = {name: value[:_CHECKED] for name, value in batch.items()}
+  ours, _ = jax.jit(functools.partial(model.apply, train=False, key=None))(variables, few)
+  counts = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+  check_equal('parameters of PyTorch', abs(torch_networks['count'](network) - counts), 0)
+  # Words that are banned have logits of -1e9.
+  both = [np.clip(x, -1e6, 1e6) for x in (torch_networks['logits'](network, few), ours)]
+  check_equal('logits of PyTorch', float(np.abs(np.subtract(*both)).max()), 1e-3)
+  return torch_networks['epochs'](network, batch, **options)

@@ -17,7 +17,6 @@ class Target:
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
   repetitions: int = 1
   captions: bool = False  # Whether it is trained as the encoder of captions.
-  timm: tuple[str, ...] = ()  # Its attributes that timm's PVTv2 takes, where that is the same.
 
 
 _CNN = Target('cnn', (28, 28, 1), repetitions=40)
@@ -68,7 +67,7 @@ class Settings:
   networks: tuple[Target, ...] = (
     _CNN,
     Target('resnet_small', (32, 32, 3), repetitions=10),
-    Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10, timm=tuple(_PVT)),
+    Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10),
     Target('deeplabv3plus', (64, 96, 3), _DEEPLAB, repetitions=10),
     Target('resnet_small', (32, 32, 3), repetitions=10, captions=True),
   )

@@ -91,14 +91,15 @@ def _label_maps(task: Any, trained: dict[str, Any], batch: Any, path: Path) -> l
 
 
 def _captions(task: Any, trained: dict[str, Any], batch: Any, path: Path) -> list[str]:
-  """Every image with a caption of a person's and those of each start, by a search with 3 beams."""
+  """Every image with a caption of a person's and those of each start: greedy, and of 3 beams."""
   vocabulary = captioning.Vocabulary(
     tuple(task.about['vocabulary']), tuple(task.about['log_prior'])
   )
   said = {'a person': [vocabulary.decode(tokens) for tokens in batch['caption']]}
   for name, variables in trained.items():
-    said[name] = captioning.captions_of(task, variables, batch['image'], beams=3)
-  figure = new_figure(9, 1.6 * len(batch['image']))
+    for way, beams in (('greedy', 1), ('3 beams', 3)):
+      said[f'{name}, {way}'] = captioning.captions_of(task, variables, batch['image'], beams=beams)
+  figure = new_figure(9, 2 * len(batch['image']))
   grid = figure.subplots(len(batch['image']), 2, squeeze=False, width_ratios=(1, 4))
   lines = []
   for i, (picture, words) in enumerate(grid):

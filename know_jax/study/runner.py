@@ -82,7 +82,7 @@ def _legs(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
 def _run(study: Study, workdir: Path, show_progress: bool) -> str:
   """One of the studies."""
   record = RunRecord.open(workdir, study.lasting, kind=KIND)
-  record.update(study=study.config)
+  record.update(study=study.config, **study.target.about)
   journal = Journal(workdir / _JOURNAL)
   study.sources_folder(workdir).mkdir(parents=True, exist_ok=True)
   target = functools.cache(lambda: put_data(study.target))

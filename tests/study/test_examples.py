@@ -7,6 +7,7 @@ from PIL import Image
 
 from know_jax.data.base import Arrays
 from know_jax.errors import UserError
+from know_jax.runs.record import RunRecord
 from know_jax.study import design, examples, runner
 from know_jax.study.results import COLUMNS, RESULTS, read_table
 from know_jax.tasks import captioning, segmentation
@@ -104,6 +105,13 @@ def test_captions_are_shown_beside_a_persons(monkeypatch, tmp_path):
   text = examples.write(config, tmp_path, tmp_path / 'page.png', images=2)
   assert 'naive: masked_accuracy' in text and 'task_vector x2: masked_accuracy' in text
   assert '- a person: a red one' in text and text.count('Image') == 2
+  # Twice for each image, whichever way the words are chosen.
+  for name in ('naive', 'task_vector x2'):
+    for way in ('greedy', '3 beams'):
+      assert text.count(f'- {name}, {way}: ') == 2
+  # What tokens mean lies beside the results.
+  words = RunRecord.read(tmp_path, runner.KIND)['vocabulary']
+  assert words[:5] == ['', '[UNK]', '[END]', '[START]', 'a'] and {'red', 'green'} < set(words)
   with Image.open(tmp_path / 'page.png') as page:
     assert page.width > 500
   rows = read_table(tmp_path / RESULTS, COLUMNS)

@@ -11,7 +11,7 @@ from know_jax import transfer
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import build_model
-from know_jax.runs.record import config_dict
+from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import finished_record, restore_stage
 from know_jax.tasks import TASKS, captioning, load_task
 from know_jax.tasks.base import AXIS
@@ -113,6 +113,10 @@ def test_a_classifier_becomes_the_encoder_of_captions(monkeypatch, finished, tmp
   (row,) = transfer.run(transfer_config(), tmp_path / 'run')
   assert 0 <= row['masked_accuracy'] <= 1 and 0 <= row['validation'] <= 1
   assert row['predictor'] == 'persistence'
+  (folder,) = (tmp_path / 'run' / 'transfer').iterdir()
+  record = RunRecord.read(folder, transfer.KIND)
+  assert {'red', 'green', 'blue'} < set(record['vocabulary'])
+  assert len(record['vocabulary']) == len(record['log_prior'])
   # Before any step the encoder is the classifier without its head, statistics included.
   source = finished_record(finished)['config']
   task = load_task(config_dict(transfer_config()), source)
