@@ -111,7 +111,7 @@ def absent() -> str:
 def rivals(task: Task, variables: Any, image: Images, **options: Any) -> dict[str, Any]:
   """Epochs of the same network in PyTorch from the same weights, by name; none where it is absent.
 
-  `options`: `batch_size`, `lr` and `shuffle` of `epochs` in tests/tools/torch_networks.py.
+  `options`: as of `epochs` in tests/tools/torch_networks.py.
 
   Raises:
     ArithmeticError: its logits, or the number of its parameters, are others.

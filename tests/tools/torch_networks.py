@@ -343,7 +343,13 @@ def logits(network: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
 
 
 def epochs(
-  network: nn.Module, batch: Mapping[str, Any], *, batch_size: int, lr: float, shuffle: bool = True
+  network: nn.Module,
+  batch: Mapping[str, Any],
+  *,
+  batch_size: int,
+  lr: float,
+  epsilon: float = 1e-7,
+  shuffle: bool = True,
 ) -> dict[str, Callable[[], float]]:
   """Functions that train a copy of the network for an epoch, and give the last step's loss.
 
@@ -352,6 +358,7 @@ def epochs(
     batch: all examples, prepared. Labels of 255 do not count, in captions those of 0.
     batch_size: of a step of Adam.
     lr: its learning rate.
+    epsilon: its epsilon.
     shuffle: whether examples come in another order each time.
   """
   labels = torch.tensor(np.asarray(batch['label'])).long()
@@ -360,7 +367,7 @@ def epochs(
   def trained(last: bool) -> Callable[[], float]:
     own, inputs = copy.deepcopy(network).train(), inputs_of(batch, last)
     own = own.to(memory_format=torch.channels_last) if last else own
-    optimizer = torch.optim.Adam(own.parameters(), lr, eps=1e-7)
+    optimizer = torch.optim.Adam(own.parameters(), lr, eps=epsilon)
 
     def epoch() -> float:
       order = torch.randperm(len(labels)) if shuffle else torch.arange(len(labels))
