@@ -4,7 +4,8 @@
     python bin/study.py --workdir=W --config=configs/study_fashion_mnist.py --dry_run
     python bin/study.py --workdir=W --report=docs/results/transfer.md
 
-The same command runs on after a kill; several processes may share a workdir. --dry_run only says
+The same command runs on after a kill; several processes may share a workdir, and --workers=2 starts
+them, --scheduler=tcp://HOST:8786 uses those of a Dask cluster. --dry_run only says
 how much there is to do, and how long it takes at the rate measured so far. --report writes tables
 and plots from results.csv and timings.csv alone; of several workdirs on one page with --studies,
 and beside it the report of each; --table=2 to 5 writes the page
@@ -21,6 +22,7 @@ from know_jax.study import examples, report, runner, stand_ins, summary
 
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'study_smoke.py')
+_WORKERS, _SCHEDULER = cli.define_workers()
 _DRY_RUN = cli.define_dry_run('Only say how much there is to do.')
 _REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown file, with plots.')
 _TABLE = flags.DEFINE_integer(
@@ -47,7 +49,7 @@ def main() -> None:
   elif _DRY_RUN.value:
     print(runner.plan(_CONFIG.value, workdir))
   else:
-    print(runner.run(_CONFIG.value, workdir))
+    print(runner.run(_CONFIG.value, workdir, workers=_WORKERS.value, scheduler=_SCHEDULER.value))
 
 
 if __name__ == '__main__':

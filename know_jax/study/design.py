@@ -80,6 +80,7 @@ class Study:
   """
 
   def __init__(self, config: ConfigDict):
+    self.given = config
     self.config: dict[str, Any] = config_dict(config)
     self._check_counts()
     config = self.config

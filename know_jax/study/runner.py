@@ -9,14 +9,17 @@ order, so that they are compared in pairs. A workdir holds
   timings.csv                       seconds: `results.TIMING_COLUMNS`
 
 The same command runs on after a kill, and gives the same results.csv byte for byte on the same
-machine. Several processes may share a workdir: each takes a source that no other is at. Arms and
-seeds may be added to the config later; what is done is kept.
+machine. Several processes may share a workdir, by --workers, by a Dask scheduler or by the same
+command started twice: each takes a source that no other is at. Arms and seeds may be added to the
+config later; what is done is kept.
 """
 
+import collections
 import contextlib
 import copy
 import functools
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from know_jax.io.journal import Journal
 from know_jax.kinds import KINDS
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import KIND as KIND_OF_SOURCES
+from know_jax.runs.workers import each
 from know_jax.study.arms import TRAINED, Arm
 from know_jax.study.design import Cell, Study, combined_seed
 from know_jax.study.results import (
@@ -53,18 +57,26 @@ _JOURNAL = 'journal.jsonl'
 _DIVERGED = {'loss': math.nan, 'seconds': math.nan, 'curve': []}
 
 
-def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> str:
+def run(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  show_progress: bool = True,
+  workers: int = 1,
+  scheduler: str | None = None,
+) -> str:
   """Runs what is left of a study; says what is done and where it is.
 
   Where each domain is left out in turn, every one has a folder of its own in the workdir, and they
-  share the forgetting runs.
+  share the forgetting runs. `workers` and `scheduler` are as in `runs.workers.each`, which is
+  handed the source runs; `show_progress` is then by source.
 
   Raises:
     UserError: before anything is trained, if a value does not fit, or the workdir is of another
       study; later, if a source run diverges.
   """
   parts = [(Study(leg), path) for leg, path in _legs(config, local_path(workdir, 'workdir'))]
-  return '\n'.join(_run(study, path, show_progress) for study, path in parts)
+  return '\n'.join(_run(study, path, show_progress, workers, scheduler) for study, path in parts)
 
 
 def _legs(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
@@ -79,35 +91,69 @@ def _legs(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
   return found
 
 
-def _run(study: Study, workdir: Path, show_progress: bool) -> str:
+def _run(
+  study: Study, workdir: Path, show_progress: bool, workers: int, scheduler: str | None
+) -> str:
   """One of the studies."""
   record = RunRecord.open(workdir, study.lasting, kind=KIND)
   record.update(study=study.config, **study.target.about)
-  journal = Journal(workdir / _JOURNAL)
   study.sources_folder(workdir).mkdir(parents=True, exist_ok=True)
-  target = functools.cache(lambda: put_data(study.target))
   elsewhere = []
-  total = len(list(study.cells()))
-  with progress(total, 'study', 'training', show=show_progress) as bar:
-    for source in study.sources():
-      path = study.sources_folder(workdir) / source.name
-      turn = contextlib.ExitStack()
-      try:
-        turn.enter_context(locked(hidden_sibling(path, 'turn'), wait_seconds=0.0))
-      except TimeoutError:
-        elsewhere.append(source.name)
-        continue
-      except OSError as error:
-        raise UserError(f'cannot write in {workdir}: {reason(error)}.') from error
-      with turn:
-        journal.reload()
-        _run_source(study, source, path, journal, target, bar, show_progress)
+  cells = collections.Counter(cell.source for cell in study.cells())
+  with progress(cells.total(), 'study', 'training', show=show_progress) as bar:
+    make: Callable[[Source], Source | str]
+    if here := workers == 1 and scheduler is None:
+      target = functools.cache(lambda: put_data(study.target))
+      make = functools.partial(_at_source, study, workdir, target, bar, show_progress)
+    else:
+      make = functools.partial(_in_worker, pickle.dumps(study.given), workdir)
+    for source in each(make, study.sources(), workers=workers, scheduler=scheduler):
+      if isinstance(source, str):
+        elsewhere.append(source)
+      elif not here:
+        bar.update(cells[source])
       write_results(study, workdir)
   done = write_results(study, workdir)
-  text = f'{done} of {total} trainings are in {workdir / RESULTS}'
+  text = f'{done} of {cells.total()} trainings are in {workdir / RESULTS}'
   if elsewhere:
     text += f'\nat work in other processes: {", ".join(elsewhere)}'
   return text
+
+
+@functools.lru_cache(maxsize=1)
+def _unpickled(given: bytes) -> tuple[Study, Callable[[], tuple[Data, Data]]]:
+  study = Study(pickle.loads(given))
+  return study, functools.cache(lambda: put_data(study.target))
+
+
+def _in_worker(given: bytes, workdir: Path, source: Source) -> Source | str:
+  """`_at_source` in a process that has only the pickled config of the study."""
+  study, target = _unpickled(given)
+  with progress(0, 'study', 'training', show=False) as bar:
+    return _at_source(study, workdir, target, bar, False, source)
+
+
+def _at_source(
+  study: Study,
+  workdir: Path,
+  target: Callable[[], tuple[Data, Data]],
+  bar: Bar,
+  show_progress: bool,
+  source: Source,
+) -> Source | str:
+  """All that starts from a source, unless another process is at it: then its name."""
+  path = study.sources_folder(workdir) / source.name
+  turn = contextlib.ExitStack()
+  try:
+    turn.enter_context(locked(hidden_sibling(path, 'turn'), wait_seconds=0.0))
+  except TimeoutError:
+    return source.name
+  except OSError as error:
+    raise UserError(f'cannot write in {workdir}: {reason(error)}.') from error
+  with turn:
+    journal = Journal(workdir / _JOURNAL)
+    _run_source(study, source, path, journal, target, bar, show_progress)
+  return source
 
 
 def _run_source(

@@ -125,7 +125,8 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     body.append([*cells, _published(number, name, multiple)])
   first = rows.iloc[0]
   sentence = verdict(gains, len(naive.dropna()), tuned is not None, score)
-  header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}', "paper's, %"]
+  paper = f"paper's, %{_data_sets(number)}"
+  header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}', paper]
   parts = [
     f"# A stand-in for the paper's table {number}",
     f'**{sentence}**',
@@ -141,6 +142,8 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     'prediction: what of a gain is no more than shrinking or growing.',
     *_other_metric(rows),
     *_paper(number),
+    f'Made by `python bin/study.py --workdir={workdir} --table={number} --report={path}` from '
+    f'`{RESULTS}` there.',
   ]
   try:
     write_atomic(Path(path).expanduser(), ('\n\n'.join(parts) + '\n').encode())
@@ -190,12 +193,18 @@ _METHODS = {
 
 
 def _published(number: int, name: str, multiple: float) -> str:
-  """The paper's own figure of a start, of the first data set of its table."""
+  """The paper's own figures of a start, in the order of `_data_sets`."""
   if number == 4 or name not in _METHODS:
     return ''
   frame = published(number)
   row = frame[frame.method.eq(_METHODS[name]) & frame.times.astype(float).eq(round(multiple))]
   return ' / '.join(row.iloc[0, 2:].iloc[::2]) if len(row) else ''
+
+
+def _data_sets(number: int) -> str:
+  if number == 4:
+    return ''
+  return f' ({" / ".join(str(name) for name in published(number).columns[2::2])})'
 
 
 def _paper(number: int) -> list[str]:
@@ -205,7 +214,8 @@ def _paper(number: int) -> list[str]:
       '2.2 points over naive transfer.'
     ]
   frame = published(number)
-  header = [str(name) for name in frame.columns]
+  # pandas numbers columns of one name: sd, sd.1, ...
+  header = [str(name).partition('.')[0] for name in frame.columns]
   return [f"## The paper's table {number}", table(header, frame.to_numpy().tolist())]
 
 

@@ -6,6 +6,8 @@ import math
 import random
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -333,6 +335,36 @@ def test_a_source_that_another_process_is_at_is_left_to_it(copy, theta):
   assert '2 of 4 trainings' in text and 'at work in other processes: 1-0-r0.4' in text
   assert {row['source_seed'] for row in read(copy)} == {1}
   assert '4 of 4 trainings' in runner.run(config, copy, show_progress=False)
+
+
+def test_two_workers_one_killed_give_the_same_rows(finished, studied, theta, tmp_path):
+  """Two processes of Dask, one killed at its work: the rows of one process, byte for byte."""
+  pytest.importorskip('distributed', reason='the extra `workers` is not installed')
+  import psutil
+
+  workdir, killed = tmp_path / 'run', []
+  shutil.copytree(finished, workdir / 'sources' / '1-0-r0.4')
+
+  def kill_one():
+    while not (workdir / 'journal.jsonl').exists():
+      time.sleep(0.05)
+    workers = [c for c in psutil.Process().children() if 'spawn_main' in ' '.join(c.cmdline())]
+    workers[0].kill()
+    killed.append(len(workers))
+
+  killer = threading.Thread(target=kill_one, daemon=True)
+  killer.start()
+  names = ('scratch', 'persistence')
+  config = small_study(theta, arms=names, ablations=(), transfer_seeds=1)
+  text = runner.run(config, workdir, show_progress=False, workers=2)
+  killer.join(timeout=10)
+  assert killed == [2]
+  assert text == f'4 of 4 trainings are in {workdir / "results.csv"}'
+  lines, expected = (
+    (folder / 'results.csv').read_text().splitlines() for folder in (workdir, studied)
+  )
+  # The studied workdir has more arms and transfer seeds, and none of its rows twice.
+  assert len(lines) == 5 and set(lines) < set(expected)
 
 
 def test_an_arm_that_diverges_does_not_end_the_others(monkeypatch, copy, theta):
