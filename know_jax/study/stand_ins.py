@@ -125,6 +125,8 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     body.append([*cells, _published(number, name, multiple)])
   first = rows.iloc[0]
   sentence = verdict(gains, len(naive.dropna()), tuned is not None, score)
+  if ('scratch', 0) in found.index and len(naive.dropna()) > 1:
+    sentence += ' ' + _worth((naive - found.loc[('scratch', 0)]).dropna(), score)
   paper = f"paper's, %{_data_sets(number)}"
   header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}', paper]
   parts = [
@@ -157,7 +159,9 @@ def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) ->
   rival = 'tuned' if tuned else 'naive'
   chosen = {key: x for key, x in gains.items() if key[2] == rival}
   against = TUNED if tuned else 'naive transfer'
-  if seeds < 2 or not chosen:
+  if not chosen:
+    return f'{seeds} source seed{"" if seeds == 1 else "s"}; no predicted start was tried.'
+  if seeds < 2:
     return (
       f'{seeds} source seed{"" if seeds == 1 else "s"} so far: nothing can be said yet of any '
       f'start against {against}.'
@@ -180,6 +184,14 @@ def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) ->
       f'by {largest.mean():+.2f} points of {score})'
     )
   return start + (f'; these lose: {", ".join(worse)}.' if worse else '.')
+
+
+def _worth(gains: pd.Series, score: str) -> str:
+  low, high = t_interval(gains)
+  return (
+    f'Pre-training itself is worth {gains.mean():+.2f} [{low:+.2f}, {high:+.2f}] points of {score} '
+    f'over a network from scratch at the same rate{"" if low > 0 else ", no more than chance"}.'
+  )
 
 
 _METHODS = {

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from know_jax.errors import UserError
 from know_jax.study import stand_ins
@@ -105,3 +106,21 @@ def test_columns_that_came_later_are_empty_in_older_files(workdir):
   again = read_table(path, COLUMNS)
   assert again.validation.isna().all() and list(again.columns) == list(COLUMNS)
   np.testing.assert_array_equal(again.accuracy, rows.accuracy)
+
+
+@pytest.mark.parametrize(('gain', 'chance'), [(0.1, False), (0.0, True)])
+def test_where_nothing_was_predicted_the_worth_of_pre_training_is_told(tmp_path, gain, chance):
+  naive = NAIVE[0, :, 1]
+  scratch = naive - gain + 0.01 * np.array([1, -1, 2, -1.7])
+  write_table(
+    tmp_path / RESULTS,
+    COLUMNS,
+    [row('scratch', seed, scratch[seed], multiple=0.0) for seed in range(SEEDS)]
+    + [row('persistence', seed, naive[seed]) for seed in range(SEEDS)],
+  )
+  told = stand_ins.write(4, tmp_path, tmp_path / 'page.md')
+  gains = 100 * (naive - scratch)
+  low, high = scipy.stats.t.interval(0.95, 3, gains.mean(), scipy.stats.sem(gains))
+  assert told.startswith('4 source seeds; no predicted start was tried.')
+  assert f'worth {gains.mean():+.2f} [{low:+.2f}, {high:+.2f}] points of masked accuracy' in told
+  assert told.endswith('no more than chance.') == chance
