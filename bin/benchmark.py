@@ -19,8 +19,8 @@ _QUICK = flags.DEFINE_bool('quick', False, 'Small sizes, to see that it runs.')
 
 
 def main() -> None:
-  found = runner.run(_OUTPUT.value, only=_ONLY.value, quick=_QUICK.value)
-  print(report.goals_table(found))
+  result = runner.run(_OUTPUT.value, only=_ONLY.value, quick=_QUICK.value)
+  print(report.goals_table(result))
   print(f'\nreport: {_OUTPUT.value}')
 
 

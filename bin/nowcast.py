@@ -109,13 +109,13 @@ def main() -> None:
   # None: the rule of the run's task.
   kinds = kinds_.parse_kinds(_KINDS.value) if _KINDS.value else None
   print(from_run.kinds_report(trajectory, kinds))
-  found = from_run.run(
+  result = from_run.run(
     workdir, predictors=predictors, steps=_STEPS.value, batch_norm=_BATCH_NORM.value,
     recalibration_batches=_BATCHES.value, known=_KNOWN.value, on_bad=_ON_BAD.value,
     kinds=kinds,
   )  # fmt: skip
   print(f'\nBatchNorm after prediction: {_BATCH_NORM.value}\n')
-  print(from_run.report(found))
+  print(from_run.report(result))
   print(f'\ncheckpoints and picture (nowcast.png) in {workdir / "predictions"}')
 
 

@@ -40,7 +40,7 @@ def main() -> None:
   if not chosen:
     cli.refuse('steps', because='no --predictor is given')
   starts = [Start(name, steps) for name in chosen for steps in _numbers(_STEPS, int)]
-  found = transfer_starts.run(
+  result = transfer_starts.run(
     _CONFIG.value,
     cli.workdir(),
     starts=starts or STARTS,
@@ -49,7 +49,7 @@ def main() -> None:
     validation=_VALIDATION.value,
     labels_seed=_SEED.value,
   )
-  print(found)
+  print(result)
 
 
 if __name__ == '__main__':

@@ -66,13 +66,13 @@ def parse_kinds(rules: Sequence[str]) -> dict[str, str]:
   Raises:
     UserError: a rule is not of that form.
   """
-  found = {}
+  result = {}
   for rule in rules:
     pattern, equals, kind = rule.rpartition('=')
     if not equals or not pattern:
       raise UserError(f"kinds: found {rule!r}; expected 'regex=kind', as in 'embed=keep'.")
-    found[pattern] = kind
-  return found
+    result[pattern] = kind
+  return result
 
 
 # --- all leaves of a tree -------------------------------------------------------------------------
@@ -174,18 +174,18 @@ def _layered(stacked: str | None, arrays: Mapping[str, Any]) -> frozenset[str]:
     pattern = re.compile(f'(?:^|[/.])(?:{stacked})')
   except re.error as error:
     raise UserError(f'stacked: {stacked!r} is no regular expression: {error}.') from error
-  found = [path for path, leaf in arrays.items() if is_inexact(leaf) and pattern.search(path)]
-  if not found:
+  result = [path for path, leaf in arrays.items() if is_inexact(leaf) and pattern.search(path)]
+  if not result:
     raise UserError(
       f'stacked: {stacked!r} is found in no path of a floating-point leaf; the first leaf is '
       f'{next(iter(arrays), None)!r}.'
     )
-  for path in found:
+  for path in result:
     if not arrays[path].shape:
       raise UserError(
         f'stacked: {stacked!r} fits leaf {path!r}, a scalar; expected layers on axis 0.'
       )
-  return frozenset(found)
+  return frozenset(result)
 
 
 def _may_be_weight(leaf: Any) -> bool:
@@ -281,18 +281,18 @@ def _pattern(paths: Sequence[str], leaves: Iterable[str]) -> str:
     for parts in (parts_of(path), re.split(r'[/.]', path))
     for tail in _tails(parts)
   }
-  found: dict[str, None] = {}
+  result: dict[str, None] = {}
   for parts in sorted(expected):
     tails = _tails(parts)
     if WEIGHT.fullmatch(parts[-1]):  # Called so, a vector is named by its module too.
       tails = tails[1:] or tails
     fitting = next((tail for tail in tails if tail not in others), None)
-    found[f'(^|/){fitting}' if fitting else '^' + re.escape('/'.join(parts))] = None
-  if len(found) == 1:
-    return f'{next(iter(found))}$'
-  if all(one.startswith('(^|/)') for one in found):
-    return f'(^|/)({"|".join(one.removeprefix("(^|/)") for one in found)})$'
-  return f'({"|".join(found)})$'
+    result[f'(^|/){fitting}' if fitting else '^' + re.escape('/'.join(parts))] = None
+  if len(result) == 1:
+    return f'{next(iter(result))}$'
+  if all(one.startswith('(^|/)') for one in result):
+    return f'(^|/)({"|".join(one.removeprefix("(^|/)") for one in result)})$'
+  return f'({"|".join(result)})$'
 
 
 def _tails(parts: Sequence[str]) -> list[str]:
@@ -335,12 +335,12 @@ def leaf_kinds(
   Raises:
     UserError: as `find_kinds` does.
   """
-  found: dict[str, str] = {}
+  result: dict[str, str] = {}
   kinds_of = find_kinds(named_leaves(tree, is_leaf=is_state), kinds, stacked).of
   for path, leaf in named_leaves(tree, is_leaf=is_state).items():
     inner = [f'{path}/{rest}' if path else rest for rest in named_leaves(leaf)]
-    found |= dict.fromkeys(inner if is_state(leaf) else [path], kinds_of[path])
-  return found
+    result |= dict.fromkeys(inner if is_state(leaf) else [path], kinds_of[path])
+  return result
 
 
 def flatten(

@@ -261,7 +261,7 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   loss, accuracy = evaluate_points(
     task, plane, newest, grid, tested, points_per_call=per_call, show_progress=show_progress
   )
-  found = {
+  result = {
     'config': config,
     'shares': plane.shares.tolist(),
     'x': x.tolist(),
@@ -273,11 +273,11 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   folder = workdir / 'landscape'
   try:
     folder.mkdir(exist_ok=True)
-    write_sealed(folder / 'landscape.json', found)
-    _draw(folder / 'landscape.png', found)
+    write_sealed(folder / 'landscape.json', result)
+    _draw(folder / 'landscape.png', result)
   except OSError as error:
     raise UserError(f'cannot write in {folder}: {reason(error)}.') from error
-  return found
+  return result
 
 
 def _check(config: Mapping[str, Any]) -> None:

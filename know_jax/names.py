@@ -111,9 +111,9 @@ class Names:
     halves: dict[str, set[tuple[str, ...]]] = {'mu': set(), 'nu': set()}
     for path, parts in self.parts.items():
       self._modules[_module(parts)][parts[-1]] = shapes[path]
-      for half, found in halves.items():
+      for half, result in halves.items():
         if half in parts:
-          found.add(tuple(parts[: parts.index(half)]))
+          result.add(tuple(parts[: parts.index(half)]))
     self._adam = halves['mu'] & halves['nu']
     self._shapes = shapes
     # What jax_utils.replicate gives: one axis before those of all leaves, vectors included.

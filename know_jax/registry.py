@@ -92,17 +92,17 @@ def load_object(path: str, what: str = 'object') -> Any:
     raise UserError(f"{what} is {path!r}; expected a name, or 'package.module:object'.")
   try:
     with _current_folder():
-      found = importlib.import_module(module_name)
+      result = importlib.import_module(module_name)
   except Exception as error:  # Whatever the user's module raises while it is imported.
     raise UserError(
       f'{what} {path!r}: cannot import {module_name!r} ({type(error).__name__}: {error}).'
     ) from error
   for name in attributes.split('.'):
     try:
-      found = getattr(found, name)
+      result = getattr(result, name)
     except AttributeError as error:
       raise UserError(f'{what} {path!r}: {module_name!r} has no {attributes!r}.') from error
-  return found
+  return result
 
 
 def discover(package: str, table: str, *, skip: str = '') -> dict[str, Any]:
@@ -115,11 +115,11 @@ def discover(package: str, table: str, *, skip: str = '') -> dict[str, Any]:
     table: the name of the dict in each module that declares entries.
     skip: the name of the module that asks, if it is one of them.
   """
-  found: dict[str, Any] = {}
+  result: dict[str, Any] = {}
   for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f'{package}.'):
     if module.name != skip:
-      found |= getattr(importlib.import_module(module.name), table, {})
-  return found
+      result |= getattr(importlib.import_module(module.name), table, {})
+  return result
 
 
 @contextlib.contextmanager

@@ -173,13 +173,13 @@ def _run(
         row = done.get(_row_key(about))
         if row is None:
           try:
-            found = train_one(task, arm.variables, data, subset, config, seed)
+            result = train_one(task, arm.variables, data, subset, config, seed)
           except DivergedError:
             # One arm's failure is a result, and no reason to lose the others'.
-            found = dict.fromkeys((score, 'loss', 'seconds'), math.nan)
-          row = about | {name: found[name] for name in (score, 'loss', 'seconds')}
-          if 'validation' in found:
-            row['validation'] = found['validation']
+            result = dict.fromkeys((score, 'loss', 'seconds'), math.nan)
+          row = about | {name: result[name] for name in (score, 'loss', 'seconds')}
+          if 'validation' in result:
+            row['validation'] = result['validation']
           append_line(path, row)
         rows.append(row)
         bar.set_postfix(arm=f'{arm.name} x{arm.multiple:.3g}', **{score: f'{row[score]:.3f}'})
@@ -204,10 +204,10 @@ def find_arms(
   # Hidden folders with other names are what a kill left of a save.
   paths = [path for path in (workdir / 'predictions').glob('*/*/') if path.name.isdecimal()]
   paths.sort(key=lambda path: (path.parent.name, int(path.name)))
-  found = {path.parent.name for path in paths}
-  if missing := sorted(set(only) - found):
+  result = {path.parent.name for path in paths}
+  if missing := sorted(set(only) - result):
     raise UserError(
-      f'{workdir}: no predictions of {missing[0]!r}; found {", ".join(sorted(found)) or "none"}. '
+      f'{workdir}: no predictions of {missing[0]!r}; found {", ".join(sorted(result)) or "none"}. '
       f'Run bin/nowcast.py --predictor={missing[0]} first.'
     )
   metadata = checkpoints.read_metadata(newest)

@@ -95,22 +95,22 @@ def run(
       bar.set_postfix(start=str(start), **{task.score: f'{value:.3f}'})
       bar.update(1)
 
-    found = recommend(
+    result = recommend(
       trajectory, score, starts=starts, rates=rates, repeats=repeats, rate=source['rate'],
       kinds=task.kinds, workdir=folder, on_score=show,
     )  # fmt: skip
   answers.update(
     answer=plain(
       {
-        'start': str(found.start), 'rate': found.rate, 'gain': found.gain,
-        'interval': found.interval, 'best': str(found.best[0]), 'best_rate': found.best[1],
-        'best_gain': found.best[2], 'best_interval': found.best[3],
-        'naive_rate': found.naive_rate, 'naive_score': found.naive_score,
+        'start': str(result.start), 'rate': result.rate, 'gain': result.gain,
+        'interval': result.interval, 'best': str(result.best[0]), 'best_rate': result.best[1],
+        'best_gain': result.best[2], 'best_interval': result.best[3],
+        'naive_rate': result.naive_rate, 'naive_score': result.naive_score,
       },
       'answer',
     )
   )  # fmt: skip
-  return found
+  return result
 
 
 def task_score(

@@ -87,16 +87,16 @@ def check_same(reference: PyTree, other: PyTree, *, names: tuple[str, str]) -> N
   Raises:
     UserError: they differ; the first differing leaf is named with what was found and expected.
   """
-  expected, found = named_leaves(reference), named_leaves(other)
-  if missing := [path for path in expected if path not in found]:
+  expected, result = named_leaves(reference), named_leaves(other)
+  if missing := [path for path in expected if path not in result]:
     raise UserError(f'{names[1]} lacks leaf {missing[0]!r}, which {names[0]} has{_more(missing)}.')
-  if extra := [path for path in found if path not in expected]:
+  if extra := [path for path in result if path not in expected]:
     raise UserError(f'{names[1]} has leaf {extra[0]!r}, which {names[0]} lacks{_more(extra)}.')
   for path in expected:
-    if not (is_array(expected[path]) or is_array(found[path])):
+    if not (is_array(expected[path]) or is_array(result[path])):
       continue
     for what, of in (('shape', lambda leaf: tuple(np.shape(leaf))), ('dtype', dtype_of)):
-      want, have = of(expected[path]), of(found[path])
+      want, have = of(expected[path]), of(result[path])
       if want != have:
         raise UserError(
           f'leaf {path!r} has {what} {have} in {names[1]}; expected {want}, as in {names[0]}.'
@@ -110,11 +110,11 @@ def check_containers(reference: PyTree, other: PyTree, *, names: tuple[str, str]
   Raises:
     UserError: they are not.
   """
-  found: Any = jax.tree.structure(other)
+  result: Any = jax.tree.structure(other)
   expected: Any = jax.tree.structure(reference)
-  if _types(found) != _types(expected):
+  if _types(result) != _types(expected):
     raise UserError(
-      f'{names[1]} has the leaves of {names[0]} in containers of other types: found {found}, '
+      f'{names[1]} has the leaves of {names[0]} in containers of other types: found {result}, '
       f'expected {expected}.'
     )
 
@@ -154,10 +154,10 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 def objects(values: Sequence[Any]) -> np.ndarray:
   """A NumPy array of these objects, as they are."""
-  found = np.empty(len(values), object)
+  result = np.empty(len(values), object)
   for place, value in enumerate(values):
-    found[place] = value
-  return found
+    result[place] = value
+  return result
 
 
 def num_weights(tree: PyTree) -> int:
@@ -182,5 +182,5 @@ def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:
 
 
 def _mapped_axes(leaf: Any) -> frozenset[str]:
-  found: Any = jax.typeof(leaf)
-  return found.manual_axis_type.varying
+  result: Any = jax.typeof(leaf)
+  return result.manual_axis_type.varying

@@ -294,8 +294,8 @@ class _Workdir:
           raise UserError(
             f'{path} lacks leaf {name!r}, which start has; expected the same network.'
           )
-        found = saved.pop(name)
-        leaves.append(jnp.asarray(found) if isinstance(leaf, jax.Array) else found)
+        result = saved.pop(name)
+        leaves.append(jnp.asarray(result) if isinstance(leaf, jax.Array) else result)
       else:
         leaves.append(others.get(name, leaf))
     if saved:

@@ -144,6 +144,8 @@ for name in ('fcntl', 'resource'):
 unix = 'preadv pwrite posix_fallocate sched_getaffinity O_DIRECTORY O_CLOEXEC'
 for name in unix.split():
   delattr(os, name)
+# From Python 3.13 on: it asks for the affinity only where the system had it.
+os.process_cpu_count = os.cpu_count
 sys.modules['msvcrt'] = msvcrt = types.ModuleType('msvcrt')
 locks = []
 msvcrt.LK_NBLCK, msvcrt.locking = 2, lambda *args: locks.append(args)

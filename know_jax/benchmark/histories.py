@@ -71,11 +71,11 @@ def by_kind(history: History) -> dict[str, dict[str, list[Any]]]:
   """Kind -> path -> the stages of a leaf, oldest first; leaves that are kept are left out."""
   kinds = leaf_kinds(history[-1])
   named = [named_leaves(stage) for stage in history]
-  found: dict[str, dict[str, list[Any]]] = {}
+  result: dict[str, dict[str, list[Any]]] = {}
   for path, kind in kinds.items():
     if kind != KEEP:
-      found.setdefault(kind, {})[path] = [stage[path] for stage in named]
-  return found
+      result.setdefault(kind, {})[path] = [stage[path] for stage in named]
+  return result
 
 
 def num_predicted(history: History) -> tuple[int, int]:

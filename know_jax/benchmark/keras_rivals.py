@@ -51,7 +51,7 @@ class KerasKNOWN:
 
   def __call__(self, history: History) -> dict[str, np.ndarray]:
     """Predicts one step ahead: path -> leaf."""
-    found: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     for kind, leaves in by_kind(history).items():
       rows = [
         np.concatenate([np.ravel(leaf) for leaf in stage])
@@ -62,8 +62,8 @@ class KerasKNOWN:
       splits = np.cumsum([stages[-1].size for stages in leaves.values()])[:-1]
       parts = np.split(rows[-1] + moved, splits)
       for (path, stages), part in zip(leaves.items(), parts, strict=True):
-        found[path] = part.reshape(stages[-1].shape)
-    return found
+        result[path] = part.reshape(stages[-1].shape)
+    return result
 
 
 def known_model(params: Any) -> Any:
@@ -90,8 +90,8 @@ def known_model(params: Any) -> Any:
   joined = keras.layers.Concatenate()(streams)
   out = dense('residual', joined, params['residual'], activation='tanh')
   model = keras.Model(window, out)
-  for layer, found in made.values():
-    layer.set_weights([np.asarray(found['kernel']), np.asarray(found['bias'])])
+  for layer, result in made.values():
+    layer.set_weights([np.asarray(result['kernel']), np.asarray(result['bias'])])
   return model
 
 

@@ -33,8 +33,8 @@ def machine() -> dict[str, Any]:
 def _processor(field: str) -> str:
   info = Path('/proc/cpuinfo')
   lines = info.read_text().splitlines() if info.is_file() else []
-  found = [line.partition(':')[2].strip() for line in lines if line.startswith(field)]
-  return found[0] if found else ''
+  result = [line.partition(':')[2].strip() for line in lines if line.startswith(field)]
+  return result[0] if result else ''
 
 
 def _instructions() -> str:

@@ -118,7 +118,7 @@ def growth(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
   The slope of log cost over log size, by least squares, over the sizes from their median on: below,
   the call itself costs more than the work.
   """
-  found = {}
+  result = {}
   for predictor, steps in dict.fromkeys((e['predictor'], e['steps']) for e in entries):
     mine = [e for e in entries if (e['predictor'], e['steps']) == (predictor, steps)]
     least = np.median([e['weights'] for e in mine])
@@ -126,8 +126,8 @@ def growth(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     if len(large) > 1:
       sizes = np.array([e['weights'] for e in large])
       seconds = sizes * [e['seconds_a_weight']['median'] for e in large]
-      found[f'{predictor}, {steps}'] = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-  return found
+      result[f'{predictor}, {steps}'] = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+  return result
 
 
 def _measure(
@@ -191,7 +191,7 @@ def measure_task(task: dict[str, Any]) -> dict[str, Any]:
     len(later) < _MOST and time.perf_counter() - began < task['seconds']
   ):
     later.append(watched(call, history))
-  found = {
+  result = {
     'weights': num_predicted(history)[0],
     'inputs': sum(leaf.nbytes for leaf in jax.tree.leaves(history)),
     'outputs': first.pop('outputs'),
@@ -201,8 +201,8 @@ def measure_task(task: dict[str, Any]) -> dict[str, Any]:
     'later_extra': [entry['extra'] for entry in later],
   }
   if len(targets) > 1:
-    found['other'] = watched(call, of_network(targets[1]))
-  return found
+    result['other'] = watched(call, of_network(targets[1]))
+  return result
 
 
 def _start_xla(_: History) -> jax.Array:
@@ -224,9 +224,9 @@ def watched(call: Callable[[History], Any], history: History) -> dict[str, Any]:
   Path('/proc/self/clear_refs').write_text('5')
   before = status('VmRSS')
   began = time.perf_counter()
-  found = jax.block_until_ready(call(history))
+  result = jax.block_until_ready(call(history))
   seconds, peak = time.perf_counter() - began, status('VmHWM')
-  outputs = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(found))
+  outputs = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(result))
   return {
     'seconds': seconds,
     'programs': len(_compiled) - compiled,

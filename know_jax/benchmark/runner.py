@@ -81,15 +81,15 @@ def run(
   settings = QUICK if quick else FULL
   about, began = machine(), time.perf_counter()
   sections = {name: SECTIONS[name](settings, show=show_progress) for name in chosen}
-  found = {
+  result = {
     'machine': about,
     'quick': quick,
     'seconds': time.perf_counter() - began,
     'load_average_after': list(os.getloadavg()),
     'sections': sections,
   }
-  _write(path, found)
-  return found
+  _write(path, result)
+  return result
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

@@ -52,12 +52,12 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     for predictor, count in PREDICTORS.items():
       history = stages[-count:]
       copied = copy_seconds(history, folder / 'copy')
-      found = call([
+      result = call([
         sys.executable, str(_SCRIPT), f'--history={",".join(map(str, history))}', '--steps=1',
         f'--output={folder / "predicted"}', f'--predictor={predictor}',
       ], folder / 'log')  # fmt: skip
       shutil.rmtree(folder / 'copy')
-      calls[predictor] = {**found, 'stages': count, 'copy_seconds': copied}
+      calls[predictor] = {**result, 'stages': count, 'copy_seconds': copied}
     start = call([sys.executable, str(_SCRIPT), '--help'], folder / 'log')['seconds']
   return {
     'note': f'`bin/nowcast.py --history=... --output=...` predicts one step of '

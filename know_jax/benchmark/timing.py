@@ -43,8 +43,8 @@ def race(
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
   """What a function gives, once it is there, and the seconds that it took."""
   began = time.perf_counter()
-  found = jax.block_until_ready(function())
-  return found, time.perf_counter() - began
+  result = jax.block_until_ready(function())
+  return result, time.perf_counter() - began
 
 
 def rates(times: Times, amount: float) -> dict[str, dict[str, float]]:

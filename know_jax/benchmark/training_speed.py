@@ -118,8 +118,8 @@ def _differences(
   inputs, labels = inputs[:size], labels[:size]
   network = _keras(begin, settings, jit)
   logits, _ = task.model.apply(begin.state.variables, {'image': inputs}, train=False, key=None)
-  found = network.predict(inputs, batch_size=size, verbose=0)
-  apart = float(np.abs(found - logits).max())
+  result = network.predict(inputs, batch_size=size, verbose=0)
+  apart = float(np.abs(result - logits).max())
   theirs = network.fit(
     inputs, labels, batch_size=size, epochs=_CHECKED_STEPS, shuffle=False, verbose=0
   ).history['loss']

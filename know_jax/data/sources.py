@@ -228,15 +228,15 @@ def _default_data_dir() -> str:
 
 def _prepared(base: Path, name: str = '*') -> dict[str, dict[str, Path]]:
   """What lies prepared in a TFDS data directory: `name` or `name/config` -> version -> folder."""
-  found: dict[str, dict[str, Path]] = {}
+  result: dict[str, dict[str, Path]] = {}
   for versions in ('*', '*/*'):
     for path in base.glob(f'{name}/{versions}/dataset_info.json'):
       folder = path.parent
       # Folders of unfinished preparations have other names.
       if _VERSION.fullmatch(folder.name) and (folder / 'features.json').is_file():
         name = folder.parent.relative_to(base).as_posix()
-        found.setdefault(name, {})[folder.name] = folder
-  return found
+        result.setdefault(name, {})[folder.name] = folder
+  return result
 
 
 def _find_prepared(name: str, base: Path) -> Path:
@@ -363,10 +363,10 @@ def _image_and_label(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     case (str() as image, str() as label) if image in images and label in labels:
       images, labels = [image], [label]
   if len(images) != 1 or len(labels) != 1:
-    found = ', '.join(f'{key} ({type(features[key]).__name__})' for key in sorted(features))
+    result = ', '.join(f'{key} ({type(features[key]).__name__})' for key in sorted(features))
     raise UserError(
       f'data set {name!r} is not one for image classification: it has the features '
-      f'{found or type(info.features).__name__} and the supervised keys {info.supervised_keys}; '
+      f'{result or type(info.features).__name__} and the supervised keys {info.supervised_keys}; '
       'expected one Image and one ClassLabel.'
     )
   image = features[images[0]]

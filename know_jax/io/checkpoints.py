@@ -300,14 +300,14 @@ def _check_leaves(
   path: Path, tree: PyTree, expected: dict[str, dict[str, Any]], *, checksums: bool
 ) -> None:
   """Compares leaves, or Orbax's descriptions of them, with the manifest."""
-  found = trees.named_leaves(tree)
-  if found.keys() != expected.keys():
-    name = sorted(found.keys() ^ expected.keys())[0]
-    where = ('weights', 'manifest') if name in found else ('manifest', 'weights')
+  result = trees.named_leaves(tree)
+  if result.keys() != expected.keys():
+    name = sorted(result.keys() ^ expected.keys())[0]
+    where = ('weights', 'manifest') if name in result else ('manifest', 'weights')
     raise UserError(
       f'checkpoint {path} is damaged: leaf {name!r} is in its {where[0]}, not in its {where[1]}.'
     )
-  for name, leaf in found.items():
+  for name, leaf in result.items():
     have = {'shape': list(leaf.shape), 'dtype': np.dtype(leaf.dtype).name}
     if checksums:
       have['sha256'] = _leaf_checksum(leaf)
@@ -508,15 +508,15 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
 
 def _check_files(path: Path, home: Path, expected: dict[str, dict[str, Any]]) -> None:
   damaged = f'checkpoint {path} is damaged: file '
-  found = {name: status for name, status in _walk(home) if name != _MANIFEST}
-  for name in sorted(found.keys() | expected.keys()):
-    if name not in found:
+  result = {name: status for name, status in _walk(home) if name != _MANIFEST}
+  for name in sorted(result.keys() | expected.keys()):
+    if name not in result:
       raise UserError(f'{damaged}{name!r} is missing.')
     if name not in expected:
       raise UserError(f'{damaged}{name!r} does not belong to it.')
-    if not stat.S_ISREG(found[name].st_mode):
+    if not stat.S_ISREG(result[name].st_mode):
       raise UserError(f'{damaged}{name!r} is a link or a device; expected a plain file.')
-    if (size := found[name].st_size) != expected[name]['size']:
+    if (size := result[name].st_size) != expected[name]['size']:
       raise UserError(f'{damaged}{name!r} has {size} bytes; expected {expected[name]["size"]}.')
   for name, entry in expected.items():
     if (checksum := _file_checksum(home / name)) != entry['sha256']:

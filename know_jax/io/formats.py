@@ -55,13 +55,13 @@ def formats() -> dict[str, Any]:
 
   A module with `LAST = True` is asked after the others: what it detects may be something else.
   """
-  found = {}
+  result = {}
   for module in pkgutil.iter_modules(sys.modules[__package__].__path__):
     # By its text, as some of the others need packages that not everybody has.
     path = Path(module.module_finder.path, f'{module.name}.py')  # type: ignore[union-attr]
     if module.name != 'formats' and '\ndef detect(' in path.read_text('utf-8'):
-      found[module.name] = importlib.import_module(f'{__package__}.{module.name}')
-  return dict(sorted(found.items(), key=lambda item: getattr(item[1], 'LAST', False)))
+      result[module.name] = importlib.import_module(f'{__package__}.{module.name}')
+  return dict(sorted(result.items(), key=lambda item: getattr(item[1], 'LAST', False)))
 
 
 def register(entry: Any) -> None:

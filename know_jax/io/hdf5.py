@@ -51,12 +51,12 @@ def read_arrays(path: Path, names: Sequence[str], *, limit: int, sort: str) -> d
   unreadable = f'{path}: not a readable {sort} file'
   output = _in_child(path, [str(path.absolute()), str(limit), *names], unreadable)
   head, _, data = output.partition(b'\n')
-  found = json.loads(head)
-  if wrong := found.get('error'):
+  result = json.loads(head)
+  if wrong := result.get('error'):
     known = any(wrong.startswith(f'{name}: ') for name in names)
     raise UserError(f'{path}: {wrong}' if known else f'{unreadable} ({wrong}).')
   arrays, start = {}, 0
-  for name, (dtype, shape, attributes) in zip(names, found['arrays'], strict=True):
+  for name, (dtype, shape, attributes) in zip(names, result['arrays'], strict=True):
     values = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
     arrays[name] = Array(values, tuple(attributes))
     start += values.nbytes
@@ -79,10 +79,10 @@ def list_arrays(path: Path, start: int, size: int) -> dict[str, tuple[str, list[
   """
   unreadable = f'{path}: not a readable HDF5 file'
   output = _in_child(path, ['--list', str(path.absolute()), str(start), str(size)], unreadable)
-  found = json.loads(output)
-  if wrong := found.get('error'):
+  result = json.loads(output)
+  if wrong := result.get('error'):
     raise UserError(f'{unreadable} ({" ".join(wrong.split())}).')
-  return {name: tuple(entry) for name, entry in found['arrays'].items()}
+  return {name: tuple(entry) for name, entry in result['arrays'].items()}
 
 
 def copy_array(path: Path, start: int, size: int, name: str, to: IO[bytes]) -> None:

@@ -41,9 +41,9 @@ def main(path: str, limit: int, names: list[str]) -> None:
   try:
     with h5py.File(path, 'r') as file:
       # Everything is checked before anything is read: shapes may be chosen to fill the memory.
-      found = [_dataset(file, name, limit) for name in names]
-      about = [[d.dtype.str, list(d.shape), sorted(map(str, d.attrs))] for d in found]
-      arrays = [np.ascontiguousarray(data[()]) for data in found]
+      result = [_dataset(file, name, limit) for name in names]
+      about = [[d.dtype.str, list(d.shape), sorted(map(str, d.attrs))] for d in result]
+      arrays = [np.ascontiguousarray(data[()]) for data in result]
   except _RefusedError as error:
     print(json.dumps({'error': str(error)}))
     return
@@ -125,13 +125,13 @@ def _arrays(group: Any, before: str, depth: int) -> Any:
   for name in group:
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
       raise _RefusedError(f'{before}{name} is a link to elsewhere')
-    found = group[name]
-    if isinstance(found, h5py.Group):
-      yield from _arrays(found, f'{before}{name}/', depth + 1)
-    elif isinstance(found, h5py.Dataset) and _has_numbers(found):
-      if found.is_virtual or found.external:
+    result = group[name]
+    if isinstance(result, h5py.Group):
+      yield from _arrays(result, f'{before}{name}/', depth + 1)
+    elif isinstance(result, h5py.Dataset) and _has_numbers(result):
+      if result.is_virtual or result.external:
         raise _RefusedError(f'{before}{name} keeps its values in other files')
-      yield f'{before}{name}', found
+      yield f'{before}{name}', result
 
 
 def list_arrays(path: str, start: int, size: int, name: str | None) -> None:
@@ -148,7 +148,7 @@ def list_arrays(path: str, start: int, size: int, name: str | None) -> None:
         if not data.shape:
           sys.stdout.buffer.write(np.asarray(data[()]).tobytes())
         return
-      found = {}
+      result = {}
       for key, data in _arrays(file, '', 0):
         dtype = data.dtype.str
         if data.dtype.kind == 'V':
@@ -160,11 +160,11 @@ def list_arrays(path: str, start: int, size: int, name: str | None) -> None:
           raw = part.read(data.dtype.itemsize)
           first = np.asarray(data[(0,) * data.ndim])
           place = place if raw == first.tobytes() else None
-        found[key] = [dtype, list(data.shape), place]
+        result[key] = [dtype, list(data.shape), place]
   except Exception as error:  # Of no few types, as above.
     print(json.dumps({'error': f'not readable: {error}'}))
     return
-  print(json.dumps({'arrays': found}))
+  print(json.dumps({'arrays': result}))
 
 
 if __name__ == '__main__':

@@ -57,7 +57,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     data = path.read_bytes() if path.exists() else b''
   except OSError as error:
     raise UserError(f'cannot read {path}: {reason(error)}.') from error
-  found, length = [], 0
+  result, length = [], 0
   lines = io.BytesIO(data).readlines()
   for number, line in enumerate(lines, 1):
     try:
@@ -70,9 +70,9 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
       if number == len(lines) and not line.endswith(b'\n'):
         break
       raise UserError(f'{path} is damaged: line {number} is no JSON object.') from error
-    found.append(value)
+    result.append(value)
     length += len(line)
-  return found, length
+  return result, length
 
 
 class Journal:

@@ -114,13 +114,13 @@ def _open(
     if isinstance(error, UserError):
       raise
     raise UserError(f'cannot read {given}: {_first_line(error)}') from error
-  found = by_path(leaves, given)
+  result = by_path(leaves, given)
   name = directory.relative_to(given).as_posix()
   writing = functools.partial(_writing, directory, ocdbt, specs)
   if name != '.' and seal is None:
     writing = functools.partial(_with_step, given, directory, writing)
-  shards = (Shard(name, tuple(found), writing),)
-  return Weights(given, 'orbax', found, shards, identify, seal=seal)
+  shards = (Shard(name, tuple(result), writing),)
+  return Weights(given, 'orbax', result, shards, identify, seal=seal)
 
 
 def _chunk_shape(array: Any) -> tuple[int, ...]:

@@ -75,10 +75,10 @@ def detect(path: Path) -> bool:
 
 
 def _index_in(folder: Path) -> Path | None:
-  found = sorted(folder.glob('*.safetensors.index.json'))
-  if folder / INDEX in found or len(found) > 1:
+  result = sorted(folder.glob('*.safetensors.index.json'))
+  if folder / INDEX in result or len(result) > 1:
     return folder / INDEX
-  return found[0] if found else None
+  return result[0] if result else None
 
 
 def open(path: Path) -> Weights:

@@ -54,12 +54,12 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
   except OSError as error:
     raise UserError(f'cannot read {what} {path}: {reason(error)}.') from error
   try:
-    found = json.loads(data)
+    result = json.loads(data)
   except (ValueError, RecursionError) as error:
     raise UserError(f'{damaged}{error or "nested too deep"}; expected JSON.') from error
-  if not isinstance(found, dict) or 'sha256' not in found:
+  if not isinstance(result, dict) or 'sha256' not in result:
     raise UserError(f'{damaged}it has no checksum of itself.')
-  content = {key: value for key, value in found.items() if key != 'sha256'}
+  content = {key: value for key, value in result.items() if key != 'sha256'}
   try:
     content = restored(content)
     # Compared as bytes: JSON can be spelt in several ways (1e5, 1E5), and only one was written.

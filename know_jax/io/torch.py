@@ -49,8 +49,8 @@ def detect(path: Path) -> bool:
 
 
 def _prefix(names: list[str]) -> str | None:
-  found = [name.removesuffix('data.pkl') for name in names if name.endswith('data.pkl')]
-  return found[0] if len(found) == 1 and found[0].count('/') <= 1 else None
+  result = [name.removesuffix('data.pkl') for name in names if name.endswith('data.pkl')]
+  return result[0] if len(result) == 1 and result[0].count('/') <= 1 else None
 
 
 def open(path: Path) -> Weights:
@@ -81,9 +81,9 @@ def open(path: Path) -> Weights:
   shards: list[Shard] = []
   notes: list[str] = []
   for file in files:
-    found, members = _open_file(file, notes)
-    paths = tuple(leaf.name.replace('.', '/') for leaf in found)
-    leaves += found
+    result, members = _open_file(file, notes)
+    paths = tuple(leaf.name.replace('.', '/') for leaf in result)
+    leaves += result
     shards.append(
       Shard(file.name, paths, patching(file, functools.partial(zipped.mend, changed=members)))
     )

@@ -261,19 +261,19 @@ def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:
   Raises:
     UserError: there is none, or two have the same path.
   """
-  found: dict[str, Leaf] = {}
+  result: dict[str, Leaf] = {}
   for leaf in leaves:
     if not leaf.dtype.isnative or leaf.dtype.itemsize > 8 or leaf.dtype.kind in 'SUMm':
       leaf = _as_bytes(leaf)
     path = leaf.name.replace('.', '/')
-    if path in found:
+    if path in result:
       raise UserError(
-        f'{where}: tensors {found[path].name!r} and {leaf.name!r} have the same path {path!r}.'
+        f'{where}: tensors {result[path].name!r} and {leaf.name!r} have the same path {path!r}.'
       )
-    found[path] = leaf
-  if not found:
+    result[path] = leaf
+  if not result:
     raise UserError(f'{where} holds no tensor.')
-  return dict(sorted(found.items()))
+  return dict(sorted(result.items()))
 
 
 def _as_bytes(leaf: Leaf) -> Leaf:
@@ -294,18 +294,18 @@ def identify_files(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any
   Raises:
     UserError: a file cannot be read.
   """
-  found = {}
+  result = {}
   for path in files:
     try:
       with path.open('rb') as file:
         checksum = hashlib.file_digest(file, 'sha256').hexdigest()
-        found[path.relative_to(root).as_posix()] = {
+        result[path.relative_to(root).as_posix()] = {
           'size': os.fstat(file.fileno()).st_size,
           'sha256': checksum,
         }
     except OSError as error:
       raise UserError(f'cannot read {path}: {reason(error)}.') from error
-  return found
+  return result
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -368,12 +368,12 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
   """
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    for name in found:
+    result = dict(pairs)
+    for name in result:
       name.encode()  # JSON can hold halves of characters, which no file should.
-    if len(found) != len(pairs):
+    if len(result) != len(pairs):
       raise ValueError('a name stands twice in it')
-    return found
+    return result
 
   try:
     content = json.loads(data.decode(), object_pairs_hook=unique)

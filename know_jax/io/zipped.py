@@ -58,7 +58,7 @@ def members(path: Path) -> dict[str, Member]:
     UserError: the archive is cut off or damaged.
   """
   damaged = f'{path}: not a readable zip archive: '
-  found: dict[str, Member] = {}
+  result: dict[str, Member] = {}
   with (
     reading(f'{path}: not a readable zip archive'),
     zipfile.ZipFile(path) as archive,
@@ -74,20 +74,20 @@ def members(path: Path) -> dict[str, Member]:
       if central[:4] != b'PK\1\2' or local[:4] != b'PK\3\4' or len(local) < 30:
         raise UserError(f'{damaged}its directory leads to no header of {info.filename!r}.')
       start = info.header_offset + 30 + sum(struct.unpack('<HH', local[26:30]))
-      if start + info.compress_size > size or info.filename in found:
+      if start + info.compress_size > size or info.filename in result:
         raise UserError(f'{damaged}{info.filename!r} is cut off, or there twice.')
-      found[info.filename] = Member(
+      result[info.filename] = Member(
         start, info.compress_size, info.compress_type == zipfile.ZIP_STORED
         and info.compress_size == info.file_size, info.header_offset, entry,
         bool(info.flag_bits & 8),
       )  # fmt: skip
       entry += 46 + sum(struct.unpack('<HHH', central[28:34]))
   reached = 0
-  for name, member in sorted(found.items(), key=lambda item: item[1].header):
+  for name, member in sorted(result.items(), key=lambda item: item[1].header):
     if member.header < reached:
       raise UserError(f'{damaged}{name!r} lies in another file of it.')
     reached = member.start + member.size
-  return found
+  return result
 
 
 def mend(file: IO[bytes], changed: Iterable[Member]) -> None:

@@ -364,10 +364,10 @@ def _read_weights(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]
     raise UserError(
       f'{file}: cannot be read ({error.strerror}); expected the weights of a run.'
     ) from error
-  found = hashlib.sha256(data).hexdigest()
-  if found != about['weights_sha256']:
+  result = hashlib.sha256(data).hexdigest()
+  if result != about['weights_sha256']:
     raise UserError(
-      f'{file}: sha256 {found[:12]}...; expected {about["weights_sha256"][:12]}..., as in {path}.'
+      f'{file}: sha256 {result[:12]}...; expected {about["weights_sha256"][:12]}..., as in {path}.'
     )
   try:
     # The library gives them in another order in every process.

@@ -185,11 +185,11 @@ def run(
       chosen = [arm for arm in arms if arm.name in config['networks']]
       tested = [runs[n] for n in parts['test']]
       networks = score_all(workdir, tested, chosen, config['batch_norm'])
-  for name, fields, found in (
+  for name, fields, result in (
     ('retrodiction', FIELDS, rows),
     ('networks', NETWORK_FIELDS, networks),
   ):
-    lines = pd.DataFrame(found, columns=list(fields)).to_csv(index=False, lineterminator='\n')
+    lines = pd.DataFrame(result, columns=list(fields)).to_csv(index=False, lineterminator='\n')
     write_atomic(workdir / f'{name}.csv', lines.encode())
   text = report(rows, networks, config['resamples'])
   write_atomic(workdir / 'report.md', text.encode())
@@ -211,12 +211,12 @@ def split_groups(
   families, datasets = (
     sorted({meta_training.group_names(about)[i] for about in abouts.values()}) for i in (0, 1)
   )
-  found = {
+  result = {
     'run': [('run', '')],
     'family': [('family', name) for name in families],
     'dataset': [('dataset', name) for name in datasets],
   }
-  groups = [group for split in SPLITS if split in config['splits'] for group in found[split]]
+  groups = [group for split in SPLITS if split in config['splits'] for group in result[split]]
   for _, left_out in groups:
     meta_training.parts_of({**config['known_leaf'], 'leave_out': left_out}, abouts)
   return groups
@@ -257,7 +257,7 @@ def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dic
     {path: leaf[start + i] for path, leaf in run.weights.items()} for i in range(HISTORY_LENGTH)
   ]
   kinds = run.about['kinds']
-  found = predict(
+  result = predict(
     stages,
     steps,
     predictor=arm.predictor,
@@ -266,7 +266,7 @@ def predict_stage(run: collect.Run, arm: Arm, start: int, steps: int = 1) -> dic
     on_bad='ignore',  # Predictors are compared as they are.
     **arm.options,
   )
-  return {path: np.asarray(leaf) for path, leaf in found.items()}
+  return {path: np.asarray(leaf) for path, leaf in result.items()}
 
 
 def retrodict(run: collect.Run, arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
@@ -287,10 +287,10 @@ def retrodict(run: collect.Run, arms: Sequence[Arm]) -> dict[str, dict[str, floa
   tiny = float(np.finfo(np.float32).tiny)
   return {
     name: {
-      **{kind: found[kind] / max(copying[kind], tiny) for kind in KINDS},
-      OVERALL: sum(found.values()) / max(sum(copying.values()), tiny),
+      **{kind: result[kind] / max(copying[kind], tiny) for kind in KINDS},
+      OVERALL: sum(result.values()) / max(sum(copying.values()), tiny),
     }
-    for name, found in errors.items()
+    for name, result in errors.items()
   }
 
 
@@ -318,14 +318,14 @@ def score_all(
 ) -> list[dict[str, Any]]:
   """What `score_networks` gives for several runs, each scored now or, by the journal, before."""
   journal = Journal(workdir / 'networks.jsonl')
-  found: list[dict[str, Any]] = []
+  result: list[dict[str, Any]] = []
   with progress(len(runs), 'test predicted networks', 'run') as bar:
     for run in runs:
       key = str(run.number)
       done = journal.get(key) or journal.add(key, rows=score_networks(run, arms, policies))
-      found += done['rows']
+      result += done['rows']
       bar.update(1)
-  return found
+  return result
 
 
 def score_networks(
@@ -357,18 +357,18 @@ def score_networks(
     ('retrodicted', last - 1, last - HISTORY_LENGTH),
     ('beyond', last, last - HISTORY_LENGTH + 1),
   ):
-    found = {'copying': stages[newest]}
+    result = {'copying': stages[newest]}
     if what == 'retrodicted':
-      found['truth'] = stages[last]
-    questions.append((what, found | {arm.name: predict_stage(run, arm, start) for arm in arms}))
+      result['truth'] = stages[last]
+    questions.append((what, result | {arm.name: predict_stage(run, arm, start) for arm in arms}))
   rows: list[dict[str, Any]] = []
   for policy in policies:
     if rows and not normalised:
       rows += [{**row, 'batch_norm': policy} for row in rows[: sum(len(f) for _, f in questions)]]
       continue
-    for what, found in questions:
-      before = score(found['copying'], policy)
-      for name, weights in found.items():
+    for what, result in questions:
+      before = score(result['copying'], policy)
+      for name, weights in result.items():
         metrics = before if name == 'copying' else score(weights, policy)
         changes = {f'{key}_change': metrics[key] - before[key] for key in ('loss', 'accuracy')}
         rows.append(

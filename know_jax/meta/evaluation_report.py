@@ -73,8 +73,8 @@ def _error_tables(rows: pd.DataFrame, resamples: int) -> list[str]:
   by_run = {column: rows.pivot(index='run', columns='arm', values=column) for column in COLUMNS}
 
   def cells(arm: str, minus: bool) -> list[str]:
-    found = (each[_OURS] - each[arm] if minus else each[arm] for each in by_run.values())
-    return [f'`{arm}`', *(_cell(values, left_out, resamples) for values in found)]
+    result = (each[_OURS] - each[arm] if minus else each[arm] for each in by_run.values())
+    return [f'`{arm}`', *(_cell(values, left_out, resamples) for values in result)]
 
   first = f'predictor ({len(left_out)} test runs)'
   second = f'`{_OURS}` minus ... (negative: `{_OURS}` is better)'
@@ -87,8 +87,12 @@ def _error_tables(rows: pd.DataFrame, resamples: int) -> list[str]:
 def _group_table(rows: pd.DataFrame, field: str) -> str:
   groups = rows[rows['arm'] == _OURS].groupby(field)
   body = [
-    [str(name), str(found['run'].nunique()), *(f'{found[column].mean():.3f}' for column in COLUMNS)]
-    for name, found in groups
+    [
+      str(name),
+      str(result['run'].nunique()),
+      *(f'{result[column].mean():.3f}' for column in COLUMNS),
+    ]
+    for name, result in groups
   ]
   return table([field, 'runs', *COLUMNS], body, pad=False)
 
@@ -108,11 +112,11 @@ def _network_tables(rows: pd.DataFrame, resamples: int) -> list[str]:
     for arm, of_arm in of_policy.groupby('arm', sort=False):
       cells = []
       for what in questions:
-        found = of_arm[of_arm['what'] == what].set_index('run')
-        accuracy, loss = 100 * found['accuracy_change'], found['loss_change']
+        result = of_arm[of_arm['what'] == what].set_index('run')
+        accuracy, loss = 100 * result['accuracy_change'], result['loss_change']
         cells += (
           [_cell(accuracy, left_out, resamples, 2), _cell(loss, left_out, resamples)]
-          if len(found)
+          if len(result)
           else ['', '']
         )
       body.append([f'`{arm}`', *cells])

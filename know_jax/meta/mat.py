@@ -93,17 +93,17 @@ def read_mat(path: str | Path, *, number: int = 0, rate: float | None = None) ->
       f'{path}: the sampling rate is {config.get("rate", "not in the name")}; expected one between '
       "0 and 1, in the file's name as in `_r0.5_`, or as `rate`."
     )
-  found = hdf5.read_arrays(
+  result = hdf5.read_arrays(
     path, list(DATASETS), limit=MAX_WEIGHTS * STAGES, sort='HDF5 (MATLAB v7.3)'
   )
   with path.open('rb') as raw:
     marked = raw.read(10) == b'MATLAB 7.3'
-  marked = marked or any('MATLAB_class' in data.attributes for data in found.values())
-  by_column = _by_column(found['ConvWeights'].values.shape, marked, f'{path}: ConvWeights')
-  for name, data in found.items():
+  marked = marked or any('MATLAB_class' in data.attributes for data in result.values())
+  by_column = _by_column(result['ConvWeights'].values.shape, marked, f'{path}: ConvWeights')
+  for name, data in result.items():
     _check_axes(name, data.values.shape, by_column, f'{path}: {name}')
   weights = {
-    name: _oldest_first(data.values, by_column, f'{path}: {name}') for name, data in found.items()
+    name: _oldest_first(data.values, by_column, f'{path}: {name}') for name, data in result.items()
   }
   about = {
     'format': FORMAT,
@@ -185,9 +185,9 @@ def name_fields(stem: str) -> dict[str, Any]:
   for field, names in _NAMES.items():
     fields[field] = next((ours for name, ours in names.items() if re.search(name, text)), UNKNOWN)
   for field, aliases in _FIELDS.items():
-    found = re.search(rf'(?<![a-z0-9.])(?:{"|".join(aliases)})[-_= ]?{_NUMBER}(?![a-z0-9])', text)
-    if found:
-      value = float(found[1])
+    result = re.search(rf'(?<![a-z0-9.])(?:{"|".join(aliases)})[-_= ]?{_NUMBER}(?![a-z0-9])', text)
+    if result:
+      value = float(result[1])
       fields[field] = int(value) if field in _WHOLE else value
   return fields
 

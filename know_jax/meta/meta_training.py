@@ -163,8 +163,8 @@ def run(
     return record
 
   best, done = _train(config, workdir, train, validation, told)
-  for kind, found in best.items():
-    if not np.isfinite(found['ratio']):
+  for kind, result in best.items():
+    if not np.isfinite(result['ratio']):
       raise DivergedError(
         f'the error on the validation runs was never finite for {kind!r} at learning rate '
         f'{config["lr"]}; expected a finite one.'
@@ -221,7 +221,7 @@ def parts_of(
   if not left_out:
     return parts
   names = {number: group_names(about) for number, about in abouts.items()}
-  if not any(left_out in found for found in names.values()):
+  if not any(left_out in result for result in names.values()):
     raise unknown_name('family or data set', left_out, sorted(set().union(*names.values())))
   for part, numbers in parts.items():
     parts[part] = [n for n in numbers if (left_out in names[n]) == (part == 'test')]
@@ -296,7 +296,7 @@ def _train(
   state = steps.replicate(moving)
 
   def more() -> bool:
-    last = max(int(found['step']) for found in best.values())
+    last = max(int(result['step']) for result in best.values())
     patient = done - last < config['patience'] * config['validate_every']
     return done < config['steps'] and patient
 
@@ -316,8 +316,8 @@ def _train(
         ratios = ratios_of(config['architecture'], theta, validation)
         for kind, ratio in ratios.items():
           if ratio < best[kind]['ratio']:
-            found = {'ratio': np.float64(ratio), 'step': np.int64(done)}
-            best[kind] = {'theta': theta[kind], **found}
+            result = {'ratio': np.float64(ratio), 'step': np.int64(done)}
+            best[kind] = {'theta': theta[kind], **result}
         log.write(done, loss=float(np.mean(losses)), **{f'ratio_{k}': v for k, v in ratios.items()})
         bar.set_postfix({kind: f'{ratio:.3f}' for kind, ratio in ratios.items()})
         losses.clear()
@@ -340,13 +340,13 @@ def _with_context_scale(params: Any, windows: Windows, kind: str) -> Any:
   for run, rows in enumerate(windows.leaves[kind]):
     rate[rows] = windows.rates[run]
   drawn = np.unique(windows.leaves[kind])
-  found = np.asarray(
+  result = np.asarray(
     jax.vmap(known_leaf.context)(windows.moments[kind][drawn], rate[drawn]), np.float64
   )
-  scale = np.maximum(found.std(axis=0), 1e-2)
+  scale = np.maximum(result.std(axis=0), 1e-2)
   return {
     **params,
-    'mean': found.mean(axis=0).astype(np.float32),
+    'mean': result.mean(axis=0).astype(np.float32),
     'scale': scale.astype(np.float32),
   }
 
@@ -362,14 +362,14 @@ def draw_batch(windows: Windows, batch_size: int, seed: int, step: int) -> dict[
   for kind, weights in windows.weights.items():
     run = rng.integers(weights.shape[0], size=batch_size)
     row = rng.integers(weights.shape[1], size=batch_size)
-    found = {
+    result = {
       'windows': weights[run, row],
       'moments': windows.moments[kind][windows.leaves[kind][run, row]],
       'rate': windows.rates[run],
       'weight': (1.0 / windows.copying(kind))[run].astype(np.float32),
     }
     batch[kind] = jax.tree.map(
-      lambda x: x.reshape(devices, batch_size // devices, *x.shape[1:]), found
+      lambda x: x.reshape(devices, batch_size // devices, *x.shape[1:]), result
     )
   return batch
 
@@ -412,7 +412,7 @@ def train_step(architecture: str, weight_decay: float) -> Any:
 
 def ratios_of(architecture: str, theta: Any, windows: Windows) -> dict[str, float]:
   """Kind -> error of the hidden weight over that of copying, the mean over runs."""
-  found = {}
+  result = {}
   predict = _window_predictor(architecture)
   for kind in KINDS:
     weights, copying = windows.weights[kind], windows.copying(kind)
@@ -429,8 +429,8 @@ def ratios_of(architecture: str, theta: Any, windows: Windows) -> dict[str, floa
         predicted = np.asarray(predict(theta[kind], batch), np.float64)
         errors.append(np.abs(predicted - batch['windows'][:, -1]))
       ratios.append(np.concatenate(errors).mean() / copying[run])
-    found[kind] = float(np.mean(ratios))
-  return found
+    result[kind] = float(np.mean(ratios))
+  return result
 
 
 @functools.lru_cache(maxsize=8)

@@ -96,8 +96,8 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
       if not leaves:
         raise UserError(f'run {run.number} has no leaf of kind {kind!r}; expected at least one.')
       rng = np.random.default_rng([seed, run.number, KINDS.index(kind)])
-      found, row = _draw(leaves, per_run, rng)
-      weights[kind].append(found)
+      result, row = _draw(leaves, per_run, rng)
+      weights[kind].append(result)
       rows[kind].append(row + len(moments[kind]))
       for path, leaf in zip(paths, leaves, strict=True):
         of_leaf = [
@@ -114,9 +114,9 @@ def sample_windows(runs: Iterable[Run], per_run: int, seed: int) -> Windows:
     raise UserError('no finished run is left to draw weights from; expected at least one.')
   return Windows(
     tuple(numbers),
-    {kind: np.stack(found) for kind, found in weights.items()},
-    {kind: np.stack(found) for kind, found in rows.items()},
-    {kind: np.stack(found) for kind, found in moments.items()},
+    {kind: np.stack(result) for kind, result in weights.items()},
+    {kind: np.stack(result) for kind, result in rows.items()},
+    {kind: np.stack(result) for kind, result in moments.items()},
     np.asarray(rates, np.float32),
   )
 
@@ -144,12 +144,12 @@ def _draw(
   chosen = rng.integers(len(flat), size=count)
   start = rng.integers(windows, size=count)
   place = rng.random(count)
-  found = np.empty((count, SPAN), np.float32)
+  result = np.empty((count, SPAN), np.float32)
   for i, leaf in enumerate(flat):
     rows = np.flatnonzero(chosen == i)
     columns = (place[rows] * leaf.shape[1]).astype(np.int64)
-    found[rows] = leaf[start[rows, None] + np.arange(SPAN), columns[:, None]]
-  return found, (chosen * windows + start).astype(np.int32)
+    result[rows] = leaf[start[rows, None] + np.arange(SPAN), columns[:, None]]
+  return result, (chosen * windows + start).astype(np.int32)
 
 
 def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
@@ -158,7 +158,7 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
   Kind -> the coefficients of the differences, oldest first, and of the newest weight, as
   `least_squares` takes them.
   """
-  found = {}
+  result = {}
   for kind in KINDS:
     normal, right = 0.0, 0.0
     for weights in windows.weights[kind].astype(np.float64):
@@ -167,14 +167,14 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
       move = hidden - history[-1]
       scale = 1.0 / max(float((move**2).sum()), np.finfo(np.float64).tiny)
       normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)
-    found[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
-  return found
+    result[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
+  return result
 
 
 def range_of(windows: Windows) -> dict[str, dict[str, float]]:
   """By kind, the largest weight, and difference between stages, of what was trained on."""
-  found = {}
+  result = {}
   for kind, weights in windows.weights.items():
     largest = {'weight': weights, 'difference': np.diff(weights, axis=-1)}
-    found[kind] = {name: float(np.abs(values).max()) for name, values in largest.items()}
-  return found
+    result[kind] = {name: float(np.abs(values).max()) for name, values in largest.items()}
+  return result

@@ -147,12 +147,12 @@ def _floating(name: str, dtype: Any) -> np.dtype:
   if dtype is None:  # NumPy takes it for float64.
     raise error
   try:
-    found = jnp.dtype(dtype)
+    result = jnp.dtype(dtype)
   except TypeError:
     raise error from None
-  if not jnp.issubdtype(found, jnp.floating) or jax.dtypes.canonicalize_dtype(found) != found:
+  if not jnp.issubdtype(result, jnp.floating) or jax.dtypes.canonicalize_dtype(result) != result:
     raise error
-  return found
+  return result
 
 
 def _family(name: str) -> Family:

@@ -93,7 +93,7 @@ def write_readme(
     '', '## Weights', '', '| kind | leaves | weights | largest move |', '|---|---:|---:|---:|',
   ]  # fmt: skip
   for kind in (*kinds_.KINDS, kinds_.KEEP):
-    paths = [path for path, found in card['kinds'].items() if found == kind]
+    paths = [path for path, result in card['kinds'].items() if result == kind]
     far = max((moved[path] for path in paths if path in moved), default=0.0)
     weights = sum(sizes[path] for path in paths)
     lines.append(f'| {kind} | {len(paths)} | {weights} | {far:.3g} |')

@@ -68,15 +68,15 @@ def predict_leaves(
 
 def _room(arrays: Sequence[tuple[tuple[int, ...], Any]]) -> list[np.ndarray]:
   """Arrays of these shapes and dtypes, small ones in the same memory one after the other."""
-  found, room = [], np.empty(0, np.uint8)
+  result, room = [], np.empty(0, np.uint8)
   for shape, dtype in arrays:
     size = math.prod(shape) * dtype.itemsize
     taken = -(-size // _ALIGNED) * _ALIGNED
     if taken > room.size:
       room = _aligned(max(taken, _SHARED if taken <= _SHARED // 16 else 0))
-    found.append(room[:size].view(dtype).reshape(shape))
+    result.append(room[:size].view(dtype).reshape(shape))
     room = room[taken:]
-  return found
+  return result
 
 
 _ALIGNED, _SHARED = 64, 1 << 20
@@ -185,16 +185,16 @@ def coefficients_of(
   """
   params, count = job.window(kind, theta, sums.shape[-1], steps)
   moments = (sums / np.maximum(sizes, 1)[:, None, None]).astype(width)
-  found, far = [], []
+  result, far = [], []
   # Always of one size: compiled once, whatever networks come.
   for start in range(0, len(moments), _LEAVES):
     part = moments[start : start + _LEAVES]
     filled = np.zeros((_LEAVES, count, count), width)
     filled[: len(part)] = part
     rows, outside = leaf_coefficients(job.predictor, params, filled, job.rate, steps)
-    found.append(np.asarray(rows, np.float64)[: len(part)])
+    result.append(np.asarray(rows, np.float64)[: len(part)])
     far.append(np.asarray(outside)[: len(part)])
-  return np.concatenate(found), np.concatenate(far)
+  return np.concatenate(result), np.concatenate(far)
 
 
 _LEAVES = 128
@@ -206,8 +206,8 @@ def moment_sums(group: Sequence[Piece], count: int) -> np.ndarray:
   threads = _threads(group[0].width)
   total = np.zeros((len(group), count, count))
   calls = linear.shared_out(linear.cut([piece.size for piece in group], linear.MOMENTS), threads)
-  for found in _in_threads(functools.partial(linear.moments, group, count), calls, threads):
-    for i, of_part in found:
+  for result in _in_threads(functools.partial(linear.moments, group, count), calls, threads):
+    for i, of_part in result:
       total[i] += of_part
   return total
 
@@ -289,11 +289,11 @@ def _whole(i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]) -
   """A leaf as a whole, by the program that is compiled for its shape."""
   plain = dataclasses.replace(job, leaves=(piece.leaf,), shardings=(None,), on_bad='ignore')
   stages = tuple(stage.reshape(piece.shape or -1) for stage in piece.stages)
-  (found,), _ = jax.device_get(predict_whole([stages], theta, plain, steps))
+  (result,), _ = jax.device_get(predict_whole([stages], theta, plain, steps))
   facts = Facts.none(1, len(steps), job.keeps_still(len(piece.stages)))
   starts = np.zeros(1, np.intp)
   with np.errstate(over='ignore', invalid='ignore'):
-    piece.out[:] = found.reshape(piece.out.shape)
+    piece.out[:] = result.reshape(piece.out.shape)
     if piece.size:
       facts.see_finite(piece.stages, starts)
       facts.see_still(piece.stages, starts)
@@ -307,8 +307,8 @@ def _whole(i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]) -
 
 def _residuals(newest: np.ndarray, predicted: np.ndarray, starts: np.ndarray) -> np.ndarray:
   """The largest residual up to each step, `[leaves, steps]`, of weights `[N]` and `[steps, N]`."""
-  found = [largest_by(b - a, starts) for a, b in itertools.pairwise((newest, *predicted))]
-  return np.maximum.accumulate(np.stack(found, -1), axis=1)
+  result = [largest_by(b - a, starts) for a, b in itertools.pairwise((newest, *predicted))]
+  return np.maximum.accumulate(np.stack(result, -1), axis=1)
 
 
 def _new_row(length: int, dtype: Any) -> np.ndarray:

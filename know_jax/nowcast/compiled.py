@@ -39,7 +39,7 @@ def _predict_leaves(
     return [], None
   run = _linear if isinstance(job.predictor, Linear) else _whole
   run = _elementwise if isinstance(job.predictor, Elementwise) else run
-  found, residuals, outside = run(leaves, theta, job, steps)
+  result, residuals, outside = run(leaves, theta, job, steps)
   health = []
   for i, leaf in enumerate(leaves):
     newest = leaf[-1]
@@ -47,13 +47,13 @@ def _predict_leaves(
     if job.keeps_still(_length(leaf)):
       kept |= _is_still(leaf)
     if job.is_watched:
-      of_leaf = _health(leaf, found[i], residuals[i], outside[i])
+      of_leaf = _health(leaf, result[i], residuals[i], outside[i])
       # What never moved is left alone, whatever might have become of it.
       of_leaf = jnp.where(kept[:, None], 0.0, of_leaf)
       health.append(of_leaf)
       kept |= health_.is_bad(of_leaf)
-    found[i] = jnp.where(kept.reshape(-1, *[1] * newest.ndim), newest[None], found[i])
-  return found, jnp.stack(health) if job.is_watched else None
+    result[i] = jnp.where(kept.reshape(-1, *[1] * newest.ndim), newest[None], result[i])
+  return result, jnp.stack(health) if job.is_watched else None
 
 
 predict_leaves = jax.jit(_predict_leaves, static_argnums=(2, 3))
@@ -97,7 +97,7 @@ def _health(leaf: Any, predicted: jax.Array, residual: jax.Array, outside: jax.A
 def _linear(
   leaves: list[Any], theta: Any, job: Job, steps: tuple[int, ...]
 ) -> tuple[list[Any], list[Any], list[Any]]:
-  found: list[Any] = [None] * len(leaves)
+  result: list[Any] = [None] * len(leaves)
   outside: list[Any] = [jnp.zeros(())] * len(leaves)
   for kind in dict.fromkeys(info.kind for info in job.leaves):
     members = [i for i, info in enumerate(job.leaves) if info.kind == kind]
@@ -112,8 +112,8 @@ def _linear(
     else:
       rows = [job.coefficients(params, count, steps)] * len(members)
     for i, row, window, sharding in zip(members, rows, windows, shardings, strict=True):
-      found[i] = _combine(row, window, sharding)
-  return found, [jnp.zeros(len(steps))] * len(leaves), outside
+      result[i] = _combine(row, window, sharding)
+  return result, [jnp.zeros(len(steps))] * len(leaves), outside
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -127,9 +127,9 @@ def leaf_coefficients(
   count = moments.shape[-1]
 
   def of_leaf(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    found = jnp.asarray(predictor.coefficients(count, g, params, rate, steps))
-    check_shape(predictor, 'coefficients', found, (len(steps), count))
-    return found, jnp.asarray(predictor.outside(g, params, rate))
+    result = jnp.asarray(predictor.coefficients(count, g, params, rate, steps))
+    check_shape(predictor, 'coefficients', result, (len(steps), count))
+    return result, jnp.asarray(predictor.outside(g, params, rate))
 
   return jax.vmap(of_leaf)(moments)
 
@@ -213,7 +213,7 @@ def _elementwise(
   leaves: list[Any], theta: Any, job: Job, steps: tuple[int, ...]
 ) -> tuple[list[Any], list[Any], list[Any]]:
   """Sharded leaves shard by shard, large ones in place, small ones together."""
-  found: list[Any] = [None] * len(leaves)
+  result: list[Any] = [None] * len(leaves)
   residuals: list[Any] = [jnp.zeros(len(steps))] * len(leaves)
   outside: list[Any] = [jnp.zeros(())] * len(leaves)
   ranges = dict(job.ranges)
@@ -228,17 +228,17 @@ def _elementwise(
         outside[i] = _outside(window, ranges[kind])
       sharding = job.shardings[i]
       if sharding is not None:
-        found[i], residuals[i] = _sharded(run, params, window, steps, sharding)
+        result[i], residuals[i] = _sharded(run, params, window, steps, sharding)
       elif math.prod(window[0].shape) < SMALL:
         small.append(i)
       else:
-        found[i], residuals[i] = run(params, window, steps)
+        result[i], residuals[i] = run(params, window, steps)
     for batch in _batches(small, [math.prod(windows[i][0].shape) for i in small]):
       flat = [windows[i] for i in batch]
       joined = _batch(run, params, flat, steps, job.predictor.saturates)
       for i, parts in zip(batch, joined, strict=True):
-        found[i], residuals[i] = parts
-  return found, residuals, outside
+        result[i], residuals[i] = parts
+  return result, residuals, outside
 
 
 def _outside(window: Any, limits: tuple[float, float]) -> jax.Array:
@@ -326,9 +326,9 @@ def _sharded(
   axes = _used_axes(sharding)
 
   def of_shard(params: Any, window: Any) -> tuple[jax.Array, jax.Array]:
-    found, residual = run(params, window, steps)
+    result, residual = run(params, window, steps)
     residual = trees.vary_alike(residual, window)
-    return found, jax.lax.pmax(residual, axes) if axes else residual
+    return result, jax.lax.pmax(residual, axes) if axes else residual
 
   return jax.shard_map(
     of_shard,
@@ -359,12 +359,12 @@ def _batch(
   joined, _ = run(params, jnp.concatenate(flat, axis=1), taken)
   splits = np.cumsum([leaf.shape[1] for leaf in flat])[:-1]
   asked = jnp.asarray([taken.index(n) for n in steps])
-  found = []
+  result = []
   for part, row, window in zip(jnp.split(joined, splits, axis=1), flat, windows, strict=True):
     predicted = part[asked].reshape(len(steps), *window[0].shape).astype(window[0].dtype)
     largest = residuals(row[-1], part)[asked] if saturates else jnp.zeros(len(steps))
-    found.append((predicted, largest))
-  return found
+    result.append((predicted, largest))
+  return result
 
 
 # --- whole leaves ---------------------------------------------------------------------------------

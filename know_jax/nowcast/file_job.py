@@ -121,16 +121,16 @@ def prepare(
   newest = stages[-1]
   chosen = _not_chosen(newest.leaves, only, skip)
   _check_complex(newest.leaves, {**chosen, **(kinds or {})})
-  found = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})}, stacked)
+  result = kinds_.find_kinds(newest.leaves, {**chosen, **(kinds or {})}, stacked)
   opaque = [path for path, leaf in newest.leaves.items() if leaf.dtype == np.dtype('V1')]
   told = f'of a dtype that is not predicted, and copied: {", ".join(opaque)}.'
   notes = [told] if opaque else []
-  notes += dict.fromkeys([*found.notes, *(note for stage in stages for note in stage.notes)])
+  notes += dict.fromkeys([*result.notes, *(note for stage in stages for note in stage.notes)])
   if any(_STATISTICS.search(path) for path in newest.leaves):
     notes.append(_RECIPE)
-  if lora_.has_factors({path for path, kind in found.of.items() if kind != kinds_.KEEP}):
+  if lora_.has_factors({path for path, kind in result.of.items() if kind != kinds_.KEEP}):
     notes.append(lora_.APART)
-  _check_stages(stages, found.of, notes, skip)
+  _check_stages(stages, result.of, notes, skip)
   for note in notes:
     warnings.warn(note, PredictionWarning, stacklevel=2)
   shards, leaves = _output(real, format, dtype)
@@ -139,9 +139,9 @@ def prepare(
   network = None if known is None else network_of(load_known(known))
   check_used(known, network, made)
   job = Job(
-    stages, found.of, made, steps, rate, on_bad, known, network,
+    stages, result.of, made, steps, rate, on_bad, known, network,
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
-    tuple(notes), found.stacked,
+    tuple(notes), result.stacked,
   )  # fmt: skip
   for name in job.predictors:
     _check_predictor(job, name)
@@ -211,12 +211,12 @@ def _not_chosen(leaves: Mapping[str, Leaf], only: str | None, skip: str | None) 
     if pattern is None:
       continue
     try:
-      found = {path for path in leaves if re.search(pattern, path)}
+      result = {path for path in leaves if re.search(pattern, path)}
     except re.error as error:
       raise UserError(f'{name}: {pattern!r} is no regular expression: {error}.') from error
-    if not found:
+    if not result:
       raise UserError(f'{name}: {pattern!r} is found in no path; the first is {min(leaves)!r}.')
-    kept |= found if name == 'skip' else leaves.keys() - found
+    kept |= result if name == 'skip' else leaves.keys() - result
   return {f'^(?:{"|".join(map(re.escape, sorted(kept)))})$': kinds_.KEEP} if kept else {}
 
 

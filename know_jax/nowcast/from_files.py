@@ -473,11 +473,11 @@ def _write_batch(
     facts = chunks.predict(batch, run.theta, engine, steps)
     for i in np.flatnonzero(~facts.finite).tolist():
       predicted[i][0].check(batch[i], 0, facts)
-    found = facts.health(lambda i: pieces.largest([batch[i]]))
-    kept = _to_keep(job, run, facts, found, leaves)
+    result = facts.health(lambda i: pieces.largest([batch[i]]))
+    kept = _to_keep(job, run, facts, result, leaves)
     for i in np.flatnonzero(kept.any(1)).tolist():
       batch[i].out[kept[i]] = batch[i].stages[-1]
-    health |= {leaf.path: of_leaf for leaf, of_leaf in zip(leaves, found, strict=True)}
+    health |= {leaf.path: of_leaf for leaf, of_leaf in zip(leaves, result, strict=True)}
   last = None
   for path, values in written:
     for sink, of_step in zip(sinks, values, strict=True):

@@ -114,7 +114,7 @@ def run(
 
   newest = jax.device_get(trajectory.newest)
   stage, score = record['stages'][0], 'score' if task is None else task.score
-  found = [
+  result = [
     Prediction(
       'persistence', 0, 1.0, newest, stage.get(f'test_{score}'), stage.get('test_loss'), score,
       _movement(newest, newest, named_kinds), None,
@@ -159,14 +159,14 @@ def run(
         movement=_movement(newest, variables, named_kinds),
         path=prediction_path(workdir, name, n),
       )
-      found.append(prediction)
+      result.append(prediction)
       _save(prediction, batch_norm, sources[name], warned[name])
   history = [s['test_loss'] for s in record['stages'] if 'test_loss' in s]
   plot_nowcast(
-    workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(found), history,
+    workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(result), history,
     config['rate'], rule,
   )  # fmt: skip
-  return found
+  return result
 
 
 @contextlib.contextmanager
@@ -217,7 +217,7 @@ def _save(
 def _movement(newest: Any, predicted: Any, kinds: dict[str, str]) -> dict[str, dict[str, float]]:
   """How far the leaves of each kind moved, in float64."""
   before, after = trees.named_leaves(newest), trees.named_leaves(predicted)
-  found = {}
+  result = {}
   for kind in (*kinds_.KINDS, kinds_.KEEP):
     paths = [p for p, k in kinds.items() if k == kind and np.size(before[p])]
     if not paths:
@@ -225,12 +225,12 @@ def _movement(newest: Any, predicted: Any, kinds: dict[str, str]) -> dict[str, d
     old = np.concatenate([np.ravel(before[p]).astype(np.float64) for p in paths])
     move = np.concatenate([np.ravel(after[p]).astype(np.float64) for p in paths]) - old
     norm = float(np.linalg.norm(old))
-    found[kind] = {
+    result[kind] = {
       'weights': float(old.size),
       'mean_absolute': float(np.abs(move).mean()),
       'relative': float(np.linalg.norm(move)) / norm if norm else 0.0,
     }
-  return found
+  return result
 
 
 def _by_predictor(found: Sequence[Prediction]) -> dict[str, list[Prediction]]:

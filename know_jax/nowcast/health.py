@@ -100,8 +100,8 @@ def report(
   if bad.any():
     # The first bad step of a leaf says what went wrong.
     told = [
-      f'{names[leaf]} at step {steps[first := int(bad[leaf].argmax())]}: {_fault(*found[first])}'
-      for leaf, found in enumerate(health)
+      f'{names[leaf]} at step {steps[first := int(bad[leaf].argmax())]}: {_fault(*result[first])}'
+      for leaf, result in enumerate(health)
       if bad[leaf].any()
     ]
     text = f'{predictor}: {len(told)} of {len(leaves)} leaves have a bad prediction'

@@ -146,14 +146,14 @@ def _read(
     structs = {path: _struct(leaf, 1) for path, leaf in named.items()}
   else:
     structs = {path: _struct(leaf, 0) for path, leaf in named.items()}
-  found = kinds_.find_kinds(structs, kinds, stacked)
-  for note in found.notes:
+  result = kinds_.find_kinds(structs, kinds, stacked)
+  for note in result.notes:
     warn(note)
   # There is nothing to predict in a leaf without weights.
   predicted = {
     path: i
     for i, path in enumerate(named)
-    if found.of[path] != kinds_.KEEP and 0 not in structs[path].shape
+    if result.of[path] != kinds_.KEEP and 0 not in structs[path].shape
   }
   for path in predicted:
     _check_dtype(path, structs[path].dtype)
@@ -161,11 +161,11 @@ def _read(
   if stages is None:
     columns = {path: _usable(named[path]) for path in predicted}
   else:
-    columns = _columns(stages, {path: structs[path] for path in predicted}, found.of)
+    columns = _columns(stages, {path: structs[path] for path in predicted}, result.of)
   parts, leaves, structs_of, paths, kinds_of = [], [], [], [], []
   for path, i in predicted.items():
     struct = structs[path]
-    layers = range(struct.shape[0]) if path in found.stacked else [None]
+    layers = range(struct.shape[0]) if path in result.stacked else [None]
     halves = ('real', 'imag') if jnp.issubdtype(struct.dtype, jnp.complexfloating) else ('',)
     column = columns[path]
     if len(layers) + len(halves) > 2:  # Taken apart: on the host without a compilation.
@@ -173,7 +173,7 @@ def _read(
     for layer, half in itertools.product(layers, halves):
       part = _Part(i, layer, half)
       parts.append(part)
-      kinds_of.append(found.of[path])
+      kinds_of.append(result.of[path])
       if part == _Part(i):
         leaf = column
         structs_of.append(struct)
@@ -298,25 +298,25 @@ def _columns(
   for number, stage in enumerate(stages):
     flat, other = jax.tree.flatten(stage, is_leaf=trees.is_state)
     if other == treedef:
-      found = dict(zip(kinds, flat, strict=True))
+      result = dict(zip(kinds, flat, strict=True))
     else:
-      found = trees.named_leaves(stage, is_leaf=trees.is_state)
+      result = trees.named_leaves(stage, is_leaf=trees.is_state)
       extra = [
-        p for p in found if p not in kinds and kinds_.default_kind(p, found[p]) != kinds_.KEEP
+        p for p in result if p not in kinds and kinds_.default_kind(p, result[p]) != kinds_.KEEP
       ]
       names = (newest, f'stage {number}')
-      same = {path: found[path] for path in (*structs, *extra) if path in found}
+      same = {path: result[path] for path in (*structs, *extra) if path in result}
       trees.check_same(dict(structs), same, names=names)
-      if kinds.keys() == found.keys():
+      if kinds.keys() == result.keys():
         trees.check_containers(stages[-1], stage, names=names)
     for path, column in columns.items():
-      leaf, struct = found[path], structs[path]
+      leaf, struct = result[path], structs[path]
       if not trees.is_array(leaf) or (tuple(leaf.shape), trees.dtype_of(leaf)) != (
         struct.shape,
         struct.dtype,
       ):
         trees.check_same(
-          dict(structs), {p: found[p] for p in structs}, names=(newest, f'stage {number}')
+          dict(structs), {p: result[p] for p in structs}, names=(newest, f'stage {number}')
         )
       column.append(_usable(leaf))
   return {path: tuple(column) for path, column in columns.items()}
@@ -423,8 +423,8 @@ def _surely_finite(leaves: list[Any]) -> bool:
   if threads == 1:
     return all(map(sums_finite, parts))
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    found = pool.map(lambda i: all(map(sums_finite, parts[i::threads])), range(threads))
-    return all(found)
+    result = pool.map(lambda i: all(map(sums_finite, parts[i::threads])), range(threads))
+    return all(result)
 
 
 def _is_finite(leaf: Any) -> bool:

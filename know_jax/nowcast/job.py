@@ -43,6 +43,6 @@ class Job:
 
     NumPy's in float64, unless they come from parameters that are traced.
     """
-    found = self.predictor.coefficients(stages, None, params, self.rate, steps)
-    found = found if isinstance(found, jax.core.Tracer) else np.asarray(found, np.float64)
-    return check_shape(self.predictor, 'coefficients', found, (len(steps), stages))
+    result = self.predictor.coefficients(stages, None, params, self.rate, steps)
+    result = result if isinstance(result, jax.core.Tracer) else np.asarray(result, np.float64)
+    return check_shape(self.predictor, 'coefficients', result, (len(steps), stages))

@@ -33,19 +33,19 @@ MOMENTS = 1 << 15
 
 def cut(sizes: Sequence[int], most: int) -> list[Parts]:
   """Cuts leaves into chunks of at most so many weights; small leaves come into one together."""
-  found: list[Parts] = []
+  result: list[Parts] = []
   together: Parts = []
   place = 0
   for i, size in enumerate(sizes):
     if size > most // 8:
-      found += [[(0, i, start, min(start + most, size))] for start in range(0, size, most)]
+      result += [[(0, i, start, min(start + most, size))] for start in range(0, size, most)]
     elif size:
       if place + size > most:
-        found.append(together)
+        result.append(together)
         together, place = [], 0
       together.append((place, i, 0, size))
       place += size
-  return [*found, together] if together else found
+  return [*result, together] if together else result
 
 
 def shared_out(chunks: list[Parts], threads: int) -> list[tuple[list[Parts]]]:
@@ -62,8 +62,8 @@ def _gathered(group: Sequence[Piece], parts: Parts, first: int) -> tuple[list[np
     return [stage[start:stop] for stage in group[i].stages[first:]], stop - start
   pieces = [group[i] for _, i, _, _ in parts]
   stages = range(len(pieces[0].stages))[first:]
-  found = [np.concatenate([piece.stages[t] for piece in pieces]) for t in stages]
-  return found, found[0].size
+  result = [np.concatenate([piece.stages[t] for piece in pieces]) for t in stages]
+  return result, result[0].size
 
 
 # --- moments --------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def moments(
   """The second moments of the parts of some chunks."""
   width = group[0].width
   v, before = np.empty((count, MOMENTS), width), np.empty((2, MOMENTS), width)
-  found = []
+  result = []
   for parts in chunks:
     stages, size = _gathered(group, parts, -count)
     # Differences of half precision are not exact in it.
@@ -90,19 +90,19 @@ def moments(
       older = stage
     v[-1, :size] = older
     for place, i, start, stop in parts:
-      found.append((i, _gram(v[:, place : place + stop - start])))
-  return found
+      result.append((i, _gram(v[:, place : place + stop - start])))
+  return result
 
 
 def _gram(v: np.ndarray) -> np.ndarray:
   """V v^T of few long rows."""
   if v.shape[1] < 2048:
     return v @ v.T
-  found = np.empty((len(v), len(v)), v.dtype)
+  result = np.empty((len(v), len(v)), v.dtype)
   for i in range(len(v)):
     for j in range(i + 1):
-      found[i, j] = found[j, i] = np.dot(v[i], v[j])
-  return found
+      result[i, j] = result[j, i] = np.dot(v[i], v[j])
+  return result
 
 
 # --- linear ---------------------------------------------------------------------------------------
@@ -124,15 +124,15 @@ def combined(
 
   `rows` are the coefficients `[steps, S]` for all leaves, or `[L, steps, S]`.
   """
-  found: list[Seen] = []
+  result: list[Seen] = []
   buffers = np.empty((3, CHUNK), width)
   steps = len(group[0].out)
   for parts in chunks:
     indices = [i for _, i, _, _ in parts]
     stages, size = _gathered(group, parts, 0)
     starts = np.array([place for place, _, _, _ in parts])
-    again = len(parts) == 1 and bool(found) and found[-1][0] == indices
-    facts = found[-1][1] if again else Facts.none(len(parts), steps, still)
+    again = len(parts) == 1 and bool(result) and result[-1][0] == indices
+    facts = result[-1][1] if again else Facts.none(len(parts), steps, still)
     if len(parts) == 1:
       ((_, i, start, stop),) = parts
       terms = _terms(rows[i] if rows.ndim > 2 else rows, float)
@@ -158,8 +158,8 @@ def combined(
           for out, values in zip(group[i].out, outs, strict=True):
             out[start:stop] = values[place : place + stop - start]
     if not again:
-      found.append((indices, facts))
-  return found
+      result.append((indices, facts))
+  return result
 
 
 def _spread(lengths: Sequence[int], width: np.dtype, of_parts: Any) -> Any:

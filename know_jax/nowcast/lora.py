@@ -62,15 +62,15 @@ class _Pair:
 def _pairs(leaves: Mapping[str, Leaf]) -> list[_Pair]:
   pairs = []
   for path in leaves:
-    if not (found := _FIRST.search(path)):
+    if not (result := _FIRST.search(path)):
       continue
-    letter = path[found.end() - 1]
-    other = f'{path[: found.end() - 1]}{chr(ord(letter) + 1)}{path[found.end() :]}'
+    letter = path[result.end() - 1]
+    other = f'{path[: result.end() - 1]}{chr(ord(letter) + 1)}{path[result.end() :]}'
     if other not in leaves:
       raise UserError(f'lora: leaf {path!r} has no {other!r} beside it; expected A and B.')
     # PEFT's layers have their outputs first, kernels of Flax last.
     left, right = (other, path) if letter == 'A' else (path, other)
-    product = f'{path[: found.end() - 1]}{"BA" if letter == "A" else "ab"}{path[found.end() :]}'
+    product = f'{path[: result.end() - 1]}{"BA" if letter == "A" else "ab"}{path[result.end() :]}'
     before, after = leaves[left].shape, leaves[right].shape
     fit = len(before) > 1 and len(after) > 1 and before[1] == after[0]
     if not fit or math.prod(before[2:]) != 1 or product in leaves:
@@ -114,14 +114,14 @@ def merged(stages: Sequence[Weights]) -> list[Weights]:
     UserError: a stage has no pairs, a factor is alone, two do not fit each other, or the adapter's
       config has no alpha; they are named.
   """
-  found = []
+  result = []
   for stage in stages:
     pairs = _pairs(stage.leaves)
     factors = {path for pair in pairs for path in (pair.left, pair.right)}
     products = {pair.path: _product(stage, pair) for pair in pairs}
     leaves = {path: leaf for path, leaf in stage.leaves.items() if path not in factors}
-    found.append(dataclasses.replace(stage, leaves=dict(sorted((leaves | products).items()))))
-  return found
+    result.append(dataclasses.replace(stage, leaves=dict(sorted((leaves | products).items()))))
+  return result
 
 
 def _product(stage: Weights, pair: _Pair) -> Leaf:
@@ -210,7 +210,7 @@ def output(
     )
   pairs = _pairs(real.leaves)
   (virtual,) = merged([real])
-  found = []
+  result = []
   for shard in shards:
     inside = [pair for pair in pairs if pair.left in shard.paths]
     for pair in pairs:
@@ -219,9 +219,9 @@ def output(
     factors = {path for pair in inside for path in (pair.left, pair.right)}
     rest = [path for path in shard.paths if path not in factors]
     writing = functools.partial(_writing, shard, inside, real, virtual, leaves)
-    found.append(Shard(shard.name, (*(pair.path for pair in inside), *rest), writing))
+    result.append(Shard(shard.name, (*(pair.path for pair in inside), *rest), writing))
   kept = {path: leaves.get(path, leaf) for path, leaf in virtual.leaves.items()}
-  return tuple(found), kept
+  return tuple(result), kept
 
 
 @contextlib.contextmanager
@@ -313,17 +313,17 @@ class _Factoring(Sink):
     with self._virtual.leaves[pair.path].open(self._folder) as reader:
       is_newest = np.array_equal(reader.read(0, product.size), product.reshape(-1))
     if is_newest:
-      found = [_factor(left, self._folder, 1), _factor(right, self._folder, 0)]
+      result = [_factor(left, self._folder, 1), _factor(right, self._folder, 0)]
     else:
       scale = _scale(self._real, pair)
-      found = list(take_apart(product.astype(np.float64) / scale, left.shape[1]))
+      result = list(take_apart(product.astype(np.float64) / scale, left.shape[1]))
     for n, path in enumerate((pair.left, pair.right)):
       leaf = self._leaves[path]
-      self._factors[path] = found[n].astype(leaf.dtype).reshape(leaf.shape)
-      found[n] = self._factors[path].astype(np.float64).reshape(found[n].shape)
+      self._factors[path] = result[n].astype(leaf.dtype).reshape(leaf.shape)
+      result[n] = self._factors[path].astype(np.float64).reshape(result[n].shape)
     self.errors[pair.path] = 0.0
     if not is_newest and (size := float(np.linalg.norm(product))):
-      lost = np.linalg.norm(found[0] @ found[1] * scale - product)
+      lost = np.linalg.norm(result[0] @ result[1] * scale - product)
       self.errors[pair.path] = float(lost) / size
 
 

@@ -90,12 +90,12 @@ class Facts:
 
 def largest(pieces: Iterable[Piece]) -> float:
   """The largest weight at any stage."""
-  found = 0.0
+  result = 0.0
   for piece in pieces:
     for stage in piece.stages:
       for start in range(0, stage.size, STRETCH):
-        found = max(found, largest_of(stage[start : start + STRETCH].astype(piece.width)))
-  return found
+        result = max(result, largest_of(stage[start : start + STRETCH].astype(piece.width)))
+  return result
 
 
 def largest_of(values: np.ndarray) -> float:

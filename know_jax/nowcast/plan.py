@@ -147,9 +147,9 @@ def plan_of(
   if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
     raise UserError(f'rate is {rate!r}; expected a Python number in (0, 1).')
   history = read_history(params_history, kinds, stacked)
-  found = set(history.kinds)
-  theta, ranges = checked_theta(name, made, theta, found, steps)
-  check_length(name, made, steps, history.length, theta, found)
+  result = set(history.kinds)
+  theta, ranges = checked_theta(name, made, theta, result, steps)
+  check_length(name, made, steps, history.length, theta, result)
   check_finite(history)
   job = Job(
     name=name,

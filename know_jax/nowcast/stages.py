@@ -42,20 +42,22 @@ def expand(history: Sequence[str | os.PathLike]) -> list[Path]:
       series.setdefault(tuple(re.split(r'\d+', path.name)), []).append((numbers, path))
   # With those that are damaged: an error will name them. A folder that is a checkpoint itself may
   # hold one other beside it.
-  found = [
+  result = [
     sorted(one)
     for one in series.values()
     if any(formats.detect(path) for _, path in one) and (whole is None or len(one) > 1)
   ]
-  if not found:
+  if not result:
     return paths
-  if len(found) > 1 or not _counts_up([numbers for numbers, _ in found[0]]):
-    shown = [one[0][1].name for one in found] if len(found) > 1 else [p.name for _, p in found[0]]
+  if len(result) > 1 or not _counts_up([numbers for numbers, _ in result[0]]):
+    shown = (
+      [one[0][1].name for one in result] if len(result) > 1 else [p.name for _, p in result[0]]
+    )
     raise UserError(
       f'{paths[0]} holds several series of checkpoints: {" ... and ".join(shown[:4])} ... Name the '
       'stages.'
     )
-  return [path for _, path in found[0]]
+  return [path for _, path in result[0]]
 
 
 def _counts_up(numbers: Sequence[tuple[int, ...]]) -> bool:

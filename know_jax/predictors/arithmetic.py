@@ -33,13 +33,13 @@ class TaskVector(Linear):
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
     del moments, params, rate
-    found = np.zeros((len(steps), stages))
-    for row, n in zip(found, steps, strict=True):
+    result = np.zeros((len(steps), stages))
+    for row, n in zip(result, steps, strict=True):
       if self.variant == 'two_point':
         row[-2] = -self.lam * n
       else:
         row[-1 - n] = -self.lam
-    return found
+    return result
 
 
 class _LooksBack(Elementwise):

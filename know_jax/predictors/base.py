@@ -238,11 +238,11 @@ def make(name: str, entry: Any, options: Mapping[str, Any]) -> Any:
   if not isinstance(entry, type):
     return entry
   try:
-    found = entry(**options)
+    result = entry(**options)
   except TypeError as error:
     raise UserError(f'predictor {name!r}: {error}.') from error
-  check_predictor(found, f'predictor {name!r}')
-  return found
+  check_predictor(result, f'predictor {name!r}')
+  return result
 
 
 def check_number(what: str, value: Any, *, integer: bool = False) -> None:

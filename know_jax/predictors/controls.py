@@ -75,10 +75,10 @@ class Average(Linear):
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
     del moments, params, rate
-    found = np.zeros((len(steps), stages))
-    for row, n in zip(found, steps, strict=True):
+    result = np.zeros((len(steps), stages))
+    for row, n in zip(result, steps, strict=True):
       row[-1 - n : -1] = 1.0 / (n + 1)
-    return found
+    return result
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -117,10 +117,10 @@ class LeastSquares(Linear):
     for _ in range(max(steps)):
       moved, now = moved + step @ now, slid @ now
       path.append(moved)
-    found = np.stack([path[n - 1] for n in steps])
+    result = np.stack([path[n - 1] for n in steps])
     # From the differences between neighbours to those from the newest stage.
-    older = np.concatenate([np.zeros_like(found[:, :1]), found[:, :-2]], axis=1) - found[:, :-1]
-    return np.concatenate([older, found[:, -1:]], axis=1)
+    older = np.concatenate([np.zeros_like(result[:, :1]), result[:, :-2]], axis=1) - result[:, :-1]
+    return np.concatenate([older, result[:, -1:]], axis=1)
 
 
 def _checked_rows(value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:

@@ -38,9 +38,9 @@ class _Fit(Linear):
   ) -> np.ndarray:
     del moments, params
     x = self._x(_ages(stages), rate)
-    found = np.stack([_line(x, float(self._x(np.array(-float(n)), rate))) for n in steps])
-    found[:, -1] = 0.0  # The shares sum to 1.
-    return found
+    result = np.stack([_line(x, float(self._x(np.array(-float(n)), rate))) for n in steps])
+    result[:, -1] = 0.0  # The shares sum to 1.
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,12 @@ class ExpFit(Elementwise):
     del params, rate
     newest = history[-1]
     logs = jnp.log(jnp.maximum(jnp.abs(history), 1e-12))
-    found = []
+    result = []
     for n in steps:
       shares = _line(-_ages(len(history)), n)
       moved = sum(float(c) * (log - logs[-1]) for c, log in zip(shares[:-1], logs, strict=False))
-      found.append(jnp.sign(newest) * jnp.exp(logs[-1] + moved))
-    return jnp.stack(found)
+      result.append(jnp.sign(newest) * jnp.exp(logs[-1] + moved))
+    return jnp.stack(result)
 
 
 PREDICTORS = {'linear_fit': LinearFit, 'log_fit': LogFit, 'exp_fit': ExpFit}

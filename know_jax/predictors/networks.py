@@ -40,11 +40,11 @@ class _Network(Predictor):
     super().check_theta(theta, kinds)
     for kind in sorted(kinds):
       named = trees.named_leaves(theta[kind])
-      found = {path: tuple(np.shape(leaf)) for path, leaf in named.items()}
-      for path, shape in parameter_shapes(found).items():
-        if found.get(path) != shape:
+      result = {path: tuple(np.shape(leaf)) for path, leaf in named.items()}
+      for path, shape in parameter_shapes(result).items():
+        if result.get(path) != shape:
           raise UserError(
-            f'theta[{kind!r}] has {path!r} of shape {found.get(path)}; expected {shape}, as '
+            f'theta[{kind!r}] has {path!r} of shape {result.get(path)}; expected {shape}, as '
             'load_known gives it.'
           )
     if kinds and (network := network_of({kind: theta[kind] for kind in kinds})) != self.network:

@@ -93,8 +93,8 @@ def _shipped(name: str) -> dict[str, Any]:
 @functools.cache
 def least_squares_coefficients() -> dict[str, tuple[float, ...]]:
   """The shipped coefficients of `least_squares`: kind -> those of d_0 .. d_3 and of theta^0."""
-  found = read_sealed(LEAST_SQUARES, 'coefficients')['coefficients']
-  return {kind: tuple(found[kind]) for kind in kinds.KINDS}
+  result = read_sealed(LEAST_SQUARES, 'coefficients')['coefficients']
+  return {kind: tuple(result[kind]) for kind in kinds.KINDS}
 
 
 @functools.cache
@@ -108,8 +108,8 @@ def trained_range(name: str) -> dict[str, tuple[float, float]]:
     The differences are those from one stage to the next. Empty for parameters that see no raw
     weights.
   """
-  found = read_card(SHIPPED[name]).get('range', {})
-  return {kind: (entry['weight'], entry['difference']) for kind, entry in found.items()}
+  result = read_card(SHIPPED[name]).get('range', {})
+  return {kind: (entry['weight'], entry['difference']) for kind, entry in result.items()}
 
 
 def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, Any]) -> None:
@@ -150,13 +150,13 @@ def network_of(theta: Mapping[str, Any]) -> str:
   Raises:
     UserError: kinds of leaf have parameters of different networks.
   """
-  found = {
+  result = {
     kind: 'known_leaf' if known_leaf.is_conditioned(params) else 'known'
     for kind, params in theta.items()
   }
-  if len(set(found.values())) != 1:
-    raise UserError(f'theta has parameters of different networks: {found}; expected one for all.')
-  return next(iter(found.values()))
+  if len(set(result.values())) != 1:
+    raise UserError(f'theta has parameters of different networks: {result}; expected one for all.')
+  return next(iter(result.values()))
 
 
 def theta_digest(theta: Mapping[str, Any]) -> str:
@@ -204,9 +204,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   # Files written before there were checksums have none. One that is damaged still has three keys.
   if unknown := metadata.keys() - {'format', 'card', 'sha256'}:
     raise UserError(f'{path}: is damaged: {min(unknown)!r} in the header is no part of the format.')
-  if 'sha256' in metadata and (found := _checksum(tensors, metadata)) != metadata['sha256']:
+  if 'sha256' in metadata and (result := _checksum(tensors, metadata)) != metadata['sha256']:
     raise UserError(
-      f'{path}: is damaged: it has the checksum {found}; expected {metadata["sha256"]}, as in its '
+      f'{path}: is damaged: it has the checksum {result}; expected {metadata["sha256"]}, as in its '
       'header.'
     )
   return tensors, metadata
@@ -242,10 +242,10 @@ def _load_keras(folder: Path) -> dict[str, Any]:
         f'{path}: no such file; the folder must hold {", ".join(_KERAS_FILES.values())}.'
       )
     try:
-      found = hdf5.read_arrays(path, list(expected), limit=_MAX_NUMBERS, sort='HDF5 (Keras)')
+      result = hdf5.read_arrays(path, list(expected), limit=_MAX_NUMBERS, sort='HDF5 (Keras)')
     except UserError as error:
       raise UserError(f'{path}: not the Keras weights of KNOWN ({error}).') from error
-    tensors |= {f'{kind}/{ours}': found[keras].values for keras, ours in expected.items()}
+    tensors |= {f'{kind}/{ours}': result[keras].values for keras, ours in expected.items()}
   _check_theta(tensors, str(folder))
   return _nest(tensors)
 
@@ -274,12 +274,12 @@ def paper_shapes(history_length: int) -> dict[str, tuple[int, ...]]:
 def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
   expected: dict[str, tuple[int, ...]] = {}
   for kind in kinds.KINDS:
-    found = {
+    result = {
       name.removeprefix(f'{kind}/'): leaf.shape
       for name, leaf in tensors.items()
       if name.startswith(f'{kind}/')
     }
-    expected |= {f'{kind}/{name}': shape for name, shape in parameter_shapes(found).items()}
+    expected |= {f'{kind}/{name}': shape for name, shape in parameter_shapes(result).items()}
   for name in [*expected, *tensors]:
     if name not in tensors:
       raise UserError(f'{where}: lacks tensor {name!r} of KNOWN.')

@@ -68,15 +68,15 @@ def resolve_all(predictors: Iterable[Any], options: Mapping[str, Any] | None = N
   Raises:
     UserError: as `resolve`; or there is none, or two have the same short name.
   """
-  found: dict[str, Predictor] = {}
+  result: dict[str, Predictor] = {}
   for predictor in dict.fromkeys(predictors):
     name, made = resolve(predictor, options)
-    if name in found:
+    if name in result:
       raise UserError(f'two predictors are called {name!r}; register one by another name.')
-    found[name] = made
-  if not found:
+    result[name] = made
+  if not result:
     raise UserError(f'no predictor is given; expected some of {", ".join(REGISTRY)}.')
-  return found
+  return result
 
 
 def check_used(known: str | None, network: str | None, predictors: Mapping[str, Any]) -> None:

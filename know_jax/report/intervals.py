@@ -137,5 +137,5 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return math.nan
   from scipy.stats import spearmanr
 
-  found: Any = spearmanr(x, y)
-  return float(found.statistic)
+  result: Any = spearmanr(x, y)
+  return float(result.statistic)

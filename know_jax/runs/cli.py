@@ -212,13 +212,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _with_shipped_config(name: str, default: str, argv: Sequence[str]) -> list[str]:
   """A command line in which the name of a shipped config is its path; files come before names."""
-  found = list(argv)
+  result = list(argv)
   for i, arg in enumerate(argv):
     if (match := re.fullmatch(rf'(--?{name}=)([\w/]*?(\w+)(?:\.py)?)(:.*)?', arg)) and i:
       shipped = Path(default).with_name(f'{match[3]}.py')
       if not Path(match[2]).is_file() and match[2] in _names(shipped) and shipped.is_file():
-        found[i] = f'{match[1]}{shipped}{match[4] or ""}'
-  return found
+        result[i] = f'{match[1]}{shipped}{match[4] or ""}'
+  return result
 
 
 def _names(config: Path) -> tuple[str, ...]:

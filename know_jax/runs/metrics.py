@@ -37,10 +37,10 @@ def find_callback(given: OnMetrics | str | None) -> OnMetrics | None:
   Raises:
     UserError: it is neither.
   """
-  found: Any = load_object(given, 'on_metrics') if isinstance(given, str) else given
-  if found is not None and not callable(found):
-    raise UserError(f'on_metrics is {found!r}; expected a function of a step and its metrics.')
-  return found
+  result: Any = load_object(given, 'on_metrics') if isinstance(given, str) else given
+  if result is not None and not callable(result):
+    raise UserError(f'on_metrics is {result!r}; expected a function of a step and its metrics.')
+  return result
 
 
 def tell(on_metrics: OnMetrics | None, step: int, metrics: dict[str, float]) -> None:

@@ -46,10 +46,10 @@ def finished_record(workdir: str | Path) -> RunRecord:
   if not (Path(workdir).expanduser() / 'record.json').exists():
     raise UserError(f'{workdir}: no forgetting run is here; make one with bin/forget.py.')
   record = RunRecord.read(workdir, KIND)
-  expected, found = record['config']['stages'], len(record.get('stages', []))
-  if found < expected:
+  expected, done = record['config']['stages'], len(record.get('stages', []))
+  if done < expected:
     raise UserError(
-      f'{workdir}: {found} of {expected} stages are done; run bin/forget.py with the same flags to '
+      f'{workdir}: {done} of {expected} stages are done; run bin/forget.py with the same flags to '
       'finish it.'
     )
   return record

@@ -136,16 +136,16 @@ def differences(line: Line, reference: Line | pd.Series) -> pd.Series:
   Pairs without a reference, and trainings that diverged, are left out.
   """
   other = reference.rows['accuracy'] if isinstance(reference, Line) else reference
-  found = 100 * (line.rows['accuracy'] - other.reindex(line.rows.index)).astype(float)
-  return found[np.isfinite(found)]
+  result = 100 * (line.rows['accuracy'] - other.reindex(line.rows.index)).astype(float)
+  return result[np.isfinite(result)]
 
 
 def compare(line: Line | None, reference: Line | pd.Series | None) -> Comparison | None:
   """Summary of `differences`; None where there are none, or one of the two is None."""
   if line is None or reference is None:
     return None
-  found = differences(line, reference).groupby(level=0, sort=False)
-  groups = [members.to_numpy() for _, members in found]
+  result = differences(line, reference).groupby(level=0, sort=False)
+  groups = [members.to_numpy() for _, members in result]
   if not groups:
     return None
   means = intervals.source_means(groups)
@@ -172,14 +172,14 @@ def beyond_shrinking(
   The second is against the shrink sweep at the line's weight norm; lines whose norm lies beyond the
   sweep's are left out.
   """
-  naive, found = naive_line(lines, amount), []
+  naive, result = naive_line(lines, amount), []
   for line in lines:
     predicted = line.predictor not in (*UNPREDICTED, 'persistence', 'shrink')
     if line.group == MAIN and line.amount == amount and predicted:
       to_naive, to_shrink = compare(line, naive), compare(line, shrink_curve(line, lines))
       if to_naive and to_shrink:
-        found.append((line, to_naive, to_shrink))
-  return found
+        result.append((line, to_naive, to_shrink))
+  return result
 
 
 def mean_curve(line: Line) -> pd.Series:

@@ -157,21 +157,21 @@ def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
       for part in ('', *config['official_parts'])
     ]
   entries += [_entry(entry, 'ablations') for entry in config['ablations']]
-  found: list[Arm] = []
+  result: list[Arm] = []
   for entry in entries:
     if batch_norm or entry.get('batch_norm', 'keep') == 'keep':
-      found += _arms(entry, config)
-  names = [(arm.group, arm.name, arm.step) for arm in found]
+      result += _arms(entry, config)
+  names = [(arm.group, arm.name, arm.step) for arm in result]
   if twice := [name for name in names if names.count(name) > 1]:
     raise UserError(
       f'two arms of group {twice[0][0]!r} are called {twice[0][1]!r} at step {twice[0][2]}; give '
       'each a name of its own.'
     )
-  if not any(arm.group == MAIN and is_naive(arm) for arm in found):
+  if not any(arm.group == MAIN and is_naive(arm) for arm in result):
     raise UserError(
       "arms lack 'persistence'; expected it, because all others are compared with it."
     )
-  return found
+  return result
 
 
 def is_naive(arm: Arm) -> bool:

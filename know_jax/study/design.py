@@ -138,14 +138,14 @@ class Study:
 
   def sources(self) -> list[Source]:
     """All forgetting runs, those of the config's own rate first."""
-    found = [
+    result = [
       Source(amount, seed, rate)
       for arm_rate in dict.fromkeys(arm.rate for arm in self.arms)
       for amount in self.config['amounts']
       for seed in range(self.config['source_seeds'])
       for rate in (arm_rate,)
     ]
-    return [source for source in found if self.arms_from(source)]
+    return [source for source in result if self.arms_from(source)]
 
   def arms_from(self, source: Source) -> list[Arm]:
     """The arms that start from a source run."""

@@ -74,12 +74,12 @@ def gains_by_step(path: Path, title: str, gains: Sequence[tuple[Line, Comparison
   arms = list(dict.fromkeys(line.arm for line, _ in gains))
   with _axes(path, title, 'multiple of the data', 'points over naive transfer') as axes:
     for i, arm in enumerate(arms):
-      mine = [(line.first['multiple'], found) for line, found in gains if line.arm == arm]
+      mine = [(line.first['multiple'], result) for line, result in gains if line.arm == arm]
       # Side by side, so that intervals do not hide one another.
       x = [multiple * (1 + 0.012 * (i - len(arms) / 2)) for multiple, _ in mine]
-      y = [found.mean for _, found in mine]
-      below = [max(found.mean - found.low, 0.0) for _, found in mine]
-      above = [max(found.high - found.mean, 0.0) for _, found in mine]
+      y = [result.mean for _, result in mine]
+      below = [max(result.mean - result.low, 0.0) for _, result in mine]
+      above = [max(result.high - result.mean, 0.0) for _, result in mine]
       axes.errorbar(x, y, [below, above], label=arm, capsize=2, **_style(i, arm))
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('x{x:g}')

@@ -220,12 +220,12 @@ class _Study:
     self.journal = Journal(self.journal_path)
     self.images, target, test = _data(config)
     used = config['labels'] + config['validation']
-    for found, least, what in (
+    for result, least, what in (
       (self.images.size, config['source_examples'] + 1, 'source images'),
       (target.size, used, 'target images'),
     ):
-      if found < least:
-        raise UserError(f'found {found} {what}; expected at least {least}.')
+      if result < least:
+        raise UserError(f'found {result} {what}; expected at least {least}.')
     drawn = np.random.default_rng(config['seed']).permutation(target.size)[:used]
     labelled, validation = np.split(drawn, [config['labels']])
     self.target = self._task(target, np.sort(labelled), test)

@@ -101,18 +101,18 @@ def against_rivals(main: Sequence[Line], naive: Line) -> dict[str, Comparison]:
   study lacks is left out.
   """
   known = cross_chosen([line for line in main if line.arm == ANSWER])
-  found = {
+  result = {
     'naive transfer': compare(known, naive),
     'shrink': compare(known, cross_chosen([line for line in main if line.predictor == 'shrink'])),
     'equal compute': compare(known, cross_chosen([line for line in main if line.arm == 'extra'])),
   }
-  return {name: comparison for name, comparison in found.items() if comparison}
+  return {name: comparison for name, comparison in result.items() if comparison}
 
 
 def answer_text(main: Sequence[Line], naive: Line) -> str:
   """What KNOWN gains against naive transfer, shrink and equal compute, in a sentence each."""
-  found = against_rivals(main, naive)
-  if not found:
+  result = against_rivals(main, naive)
+  if not result:
     return f'The study has no `{ANSWER}` that never diverged among its main arms.'
   shrinks = sum(line.predictor == 'shrink' for line in main)
   names = {
@@ -120,13 +120,13 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
     'shrink': f'the best of {shrinks} ways to shrink, chosen likewise',
     'equal compute': 'extra training of equal compute',
   }
-  corrected = intervals.holm([comparison.p_exact for comparison in found.values()])
+  corrected = intervals.holm([comparison.p_exact for comparison in result.values()])
   steps = ', '.join(line.title for line in main if line.arm == ANSWER)
   lines = [
     f'`{ANSWER}` below is the best of {steps}, for each source seed chosen by the other source '
     'seeds.'
   ]
-  for (name, comparison), holm in zip(found.items(), corrected, strict=True):
+  for (name, comparison), holm in zip(result.items(), corrected, strict=True):
     verdict = 'excludes' if comparison.excludes_zero else 'includes'
     lines.append(
       f'- Against {names[name]}, it changes accuracy by {comparison.mean:+.2f} points (95 % '
@@ -138,12 +138,12 @@ def answer_text(main: Sequence[Line], naive: Line) -> str:
 
 def _points(main: Sequence[Line], naive: Line, column: str) -> pd.DataFrame:
   """`arm`, `x` (a column of the start) and `gain` of all predictions that have both."""
-  found = [
+  result = [
     (line.arm, line.mean(column), gain.mean)
     for line in main
     if line.predictor not in UNPREDICTED and line.step and (gain := compare(line, naive))
   ]
-  return pd.DataFrame(found, columns=['arm', 'x', 'gain']).dropna()
+  return pd.DataFrame(result, columns=['arm', 'x', 'gain']).dropna()
 
 
 def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
@@ -167,7 +167,9 @@ def _why(main: Sequence[Line], naive: Line, lines: Sequence[Line]) -> list[str]:
   if faster := at_other_rates(lines, naive):
     sentences.append(
       'Naive transfer at other learning rates gains '
-      + ', '.join(f'{tables.interval(found)} at {scale:g} times' for scale, found in faster.items())
+      + ', '.join(
+        f'{tables.interval(result)} at {scale:g} times' for scale, result in faster.items()
+      )
       + '.'
     )
   return ['## Why', ' '.join(sentences)] if sentences else []
@@ -181,16 +183,16 @@ def at_other_rates(lines: Sequence[Line], naive: Line) -> dict[float, Comparison
     if line.predictor == 'persistence' and line.first['lr_scale'] != 1
     if line.first['batch_norm'] == 'keep'
   }
-  return {scale: found for scale, found in others.items() if found}
+  return {scale: result for scale, result in others.items() if result}
 
 
 def _draw(main: Sequence[Line], naive: Line, path: Path) -> Mapping[str, str]:
   """Draws the plots; title -> file name."""
-  found: dict[str, str] = {}
+  result: dict[str, str] = {}
 
   def place(title: str, suffix: str) -> tuple[Path, str]:
-    found[title] = f'{path.stem}_{suffix}.png'
-    return path.parent / found[title], title
+    result[title] = f'{path.stem}_{suffix}.png'
+    return path.parent / result[title], title
 
   predicted = [line for line in main if line.step and not is_sweep(line)]
   gains = [(line, gain) for line in predicted if (gain := compare(line, naive))]
@@ -212,4 +214,4 @@ def _draw(main: Sequence[Line], naive: Line, path: Path) -> Mapping[str, str]:
     'norm of the weights / norm of the newest',
     sorted([(1.0, 0.0), *zip(sweep['x'], sweep['gain'], strict=True)]),
   )
-  return found
+  return result

@@ -104,8 +104,8 @@ def read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
     raise UserError(f'{path} is no table of comma-separated values ({error}).') from error
   known = {name: kind for name, kind in columns.items() if name in header or name not in _LATER}
   if header != list(known):
-    found = ','.join(header) or 'nothing'
-    raise UserError(f'{path} has the columns {found}; expected {",".join(columns)}.')
+    result = ','.join(header) or 'nothing'
+    raise UserError(f'{path} has the columns {result}; expected {",".join(columns)}.')
   rows = []
   for number, line in enumerate(lines, 2):
     if len(line) != len(known):

@@ -81,14 +81,14 @@ def run(
 
 def _legs(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
   """The studies that a config stands for, and where each is."""
-  found = []
+  result = []
   for name, settings in domains.legs(config_dict(config.transfer)).items():
     leg = copy.deepcopy(config)
     if name:
       leg.transfer.update(train_split=settings['train_split'], test_split=settings['test_split'])
       leg.sources = config.sources or str(workdir / 'sources')
-    found.append((leg, workdir / name))
-  return found
+    result.append((leg, workdir / name))
+  return result
 
 
 def _run(
@@ -185,14 +185,14 @@ def _run_source(
           variables, _ = loaded().start(arm)
         number = combined_seed(source.seed, seed)
         try:
-          found = train_one(
+          result = train_one(
             study.target, variables, target(), study.subsets[number], study.transfer_config(arm),
             number, study.curve_epochs(seed),
           )  # fmt: skip
         except DivergedError:
           # One arm's failure is a result, and no reason to lose the others'.
-          found = _DIVERGED
-        journal.add(key, task='transfer', **found)
+          result = _DIVERGED
+        journal.add(key, task='transfer', **result)
       bar.set_postfix(source=source.name, arm=f'{arm.name} x{arm.multiple:.3g}')
       bar.update(1)
 

@@ -74,8 +74,8 @@ def run(
   """
   if config.source.epochs <= 2 * _LAST + 1:
     raise UserError(
-      f'source.epochs is {config.source.epochs}; expected more than {2 * _LAST + 1}, of which '
-      'averages are taken.'
+      f'source.epochs is {config.source.epochs}; expected more than {2 * _LAST + 1}, for averages '
+      'over the last and over the middle ones.'
     )
   workdir = Path(workdir).expanduser()
   workdir.mkdir(parents=True, exist_ok=True)
@@ -100,15 +100,15 @@ def _measure(config: ConfigDict, seed: int, only: Sequence[str]) -> dict[str, An
   newest, kinds = made['stages'][-1], leaf_kinds(made['stages'][-1], task.kinds)
   rng = np.random.default_rng(seed)
   families = starts_of(made, kinds, probe.gradient(newest), rng, task, source)
-  found = {}
+  result = {}
   for name, starts in families.items():
     if only and name not in only:
       continue
-    found[name] = probe.best(starts, NAIVE_RATES if name == NAIVE else RATES)
-    strength, rate, _ = found[name].values()
+    result[name] = probe.best(starts, NAIVE_RATES if name == NAIVE else RATES)
+    strength, rate, _ = result[name].values()
     tests = range(config.transfer_seeds)
-    found[name]['test'] = [probe.tested(starts[strength], rate, test) for test in tests]
-  return {'families': found, 'as_is': as_they_are(made, kinds, task, source)}
+    result[name]['test'] = [probe.tested(starts[strength], rate, test) for test in tests]
+  return {'families': result, 'as_is': as_they_are(made, kinds, task, source)}
 
 
 def _train_source(task: Task, source: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -261,8 +261,8 @@ class _Probe:
       outputs, _ = model.apply(variables, batch, train=False, key=None)
       return self._testing.loss(outputs, batch)[0].mean()
 
-    found = jax.device_get(jax.jit(jax.grad(loss))(warm[0]['params']))
-    return trees.named_leaves({'params': found})
+    result = jax.device_get(jax.jit(jax.grad(loss))(warm[0]['params']))
+    return trees.named_leaves({'params': result})
 
 
 def _score(

@@ -199,12 +199,12 @@ class Run:
       return {}
     predicted = jax.device_get(self._predict(arm, seen[-arm.history :]))
     groups = {'all': kinds_.KINDS, **{kind: (kind,) for kind in kinds_.KINDS}}
-    found = {}
+    result = {}
     for name, kinds in groups.items():
       truth, copied, guess = (self._flat(x, kinds) for x in (self.stages[-1], seen[-1], predicted))
       if truth.size and (distance := np.abs(copied - truth).mean()) > 0:
-        found[name] = float(np.abs(guess - truth).mean() / distance)
-    return found
+        result[name] = float(np.abs(guess - truth).mean() / distance)
+    return result
 
   def _flat(self, variables: Any, kinds: Sequence[str]) -> np.ndarray:
     """The leaves of some kinds below the head as one float64 vector."""

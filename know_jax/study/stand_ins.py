@@ -104,12 +104,12 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     )
   rows = read_rows(workdir)
   what, score = TABLES[number]
-  found = scores(rows)
-  naive, tuned = found.loc[(NAIVE, 0)], None
-  if (TUNED, 0) in found.index:
-    tuned = found.loc[(TUNED, 0)]
+  result = scores(rows)
+  naive, tuned = result.loc[(NAIVE, 0)], None
+  if (TUNED, 0) in result.index:
+    tuned = result.loc[(TUNED, 0)]
   body, gains = [], {}
-  for (name, step), values in found.iterrows():
+  for (name, step), values in result.iterrows():
     multiple = rows[rows.step.eq(step)].multiple.max() if step else 1.0
     cells = [f'{name}{f" x{multiple:.3g}" if step else ""}', str(int(values.notna().sum()))]
     cells.append(f'{values.mean():.2f}')
@@ -125,8 +125,8 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     body.append([*cells, _published(number, name, multiple)])
   first = rows.iloc[0]
   sentence = verdict(gains, len(naive.dropna()), tuned is not None, score)
-  if ('scratch', 0) in found.index and len(naive.dropna()) > 1:
-    sentence += ' ' + _worth((naive - found.loc[('scratch', 0)]).dropna(), score)
+  if ('scratch', 0) in result.index and len(naive.dropna()) > 1:
+    sentence += ' ' + _worth((naive - result.loc[('scratch', 0)]).dropna(), score)
   paper = f"paper's, %{_data_sets(number)}"
   header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}', paper]
   parts = [

@@ -39,13 +39,13 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     names = [Path(workdir).name for workdir in workdirs]
     twice = next(name for name in names if names.count(name) > 1)
     raise UserError(f'two studies are called {twice!r}; expected names that tell them apart.')
-  found, body, counts, beyond = {}, [], [], []
+  result, body, counts, beyond = {}, [], [], []
   for name, workdir in places.items():
     rows, lines, main, naive = report.read_lines(workdir)
     counts.append((len(rows), trainings(rows)))
     file = f'{path.stem}_{name}.md'
     report.write(workdir, path.with_name(file))
-    found[name] = report.against_rivals(main, naive)
+    result[name] = report.against_rivals(main, naive)
     first = naive.first
     what = f'{first["source"]} to {first["target"]}, {first["model"]}'
     for line, to_naive, to_shrink in beyond_shrinking(lines, naive.amount):
@@ -59,13 +59,13 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
         f'[{what}]({file})',
         ' x '.join(str(naive.rows[seed].nunique()) for seed in PAIR),
         f'{100 * naive.rows["accuracy"].mean():.2f}',
-        *(interval(found[name].get(rival)) for rival in _RIVALS),
+        *(interval(result[name].get(rival)) for rival in _RIVALS),
         interval(compare(shrunk, naive)),
         interval(compare(scratch, naive)),
         '' if fastest is None else f'{interval(faster[fastest])} at {fastest:g} times',
       ]
     )  # fmt: skip
-  answer = answer_text(found)
+  answer = answer_text(result)
   header = [
     'study', 'seeds', 'naive, %', *(f'`{ANSWER}` to {rival}' for rival in _RIVALS),
     'shrink to naive', 'scratch to naive', 'naive at its best other learning rate',

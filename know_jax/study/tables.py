@@ -73,9 +73,9 @@ def beyond_text(gains: Sequence[tuple[str, Comparison, Comparison]]) -> list[str
   if not gains:
     return []
   both = {
-    'bootstrap intervals': [name for name, *found in gains if min(c.low for c in found) > 0],
+    'bootstrap intervals': [name for name, *result in gains if min(c.low for c in result) > 0],
     't-intervals over source seeds': [
-      name for name, *found in gains if min(c.t_low for c in found) > 0
+      name for name, *result in gains if min(c.t_low for c in result) > 0
     ],
   }
   return [
@@ -99,10 +99,10 @@ def _by_step(lines: Sequence[Line], columns: Sequence[str] = ()) -> str:
   body = [
     [
       _label(arm),
-      *(str(next(iter(found.values())).first[name]) for name in columns),
-      *(_spread(found[n]) if n in found else '' for n in sorted(steps)),
+      *(str(next(iter(result.values())).first[name]) for name in columns),
+      *(_spread(result[n]) if n in result else '' for n in sorted(steps)),
     ]
-    for arm, found in cells.items()
+    for arm, result in cells.items()
   ]
   heads = ['S' if name == 'history' else name for name in columns]
   return table(['arm', *heads, *(f'x{steps[n]:.3g}' for n in sorted(steps))], body)
@@ -121,14 +121,14 @@ def _tested_table(lines: Sequence[Line], naive: Line, sweep_in: Sequence[Line] |
   """Differences to naive and, if lines with a shrink sweep are given, to that sweep."""
   header = ['arm', 'pairs', 'to naive (95 % interval)', 'exact p', 'Holm', 't-test p', 'Holm']
   header += ['to shrink at equal norm'] if sweep_in else []
-  pairs = [(line, found) for line in lines if (found := compare(line, naive))]
-  exact = intervals.holm([found.p_exact for _, found in pairs])
-  student = intervals.holm([found.p_t for _, found in pairs])
+  pairs = [(line, result) for line in lines if (result := compare(line, naive))]
+  exact = intervals.holm([result.p_exact for _, result in pairs])
+  student = intervals.holm([result.p_t for _, result in pairs])
   body = []
-  for (line, found), holm_exact, holm_t in zip(pairs, exact, student, strict=True):
+  for (line, result), holm_exact, holm_t in zip(pairs, exact, student, strict=True):
     cells = [
-      _label(line.title), str(found.pairs), interval(found), f'{found.p_exact:.3f}',
-      f'{holm_exact:.3f}', _number(found.p_t, '.3f'), _number(holm_t, '.3f'),
+      _label(line.title), str(result.pairs), interval(result), f'{result.p_exact:.3f}',
+      f'{holm_exact:.3f}', _number(result.p_t, '.3f'), _number(holm_t, '.3f'),
     ]  # fmt: skip
     if sweep_in:
       curved = line.predictor not in UNPREDICTED
@@ -170,12 +170,12 @@ def rivals(main: Sequence[Line], naive: Line) -> list[str]:
   for line in (line for line in main if line.predictor in _PREDICTORS):
     first = not any(row[0].startswith(f'{line.arm}, ') for row in body)
     for step in (None, line.step) if first else (line.step,):
-      if (found := best(line.arm, step)) is None:
+      if (result := best(line.arm, step)) is None:
         continue
       history_free, average = best(f'{line.predictor}_history_free', step), best('average', step)
       others = [naive, reset, best('extra'), history_free, average, best('shrink')]
       name = line.title if step else f'{line.arm}, best step'
-      body.append([name, *(interval(compare(found, other)) for other in others)])
+      body.append([name, *(interval(compare(result, other)) for other in others)])
   if not body:
     return []
   header = ['arm', 'naive', 'BatchNorm reset', 'extra', 'history-free', 'average', 'shrink']
@@ -240,8 +240,8 @@ def times(timings: pd.DataFrame, history: int) -> list[str]:
     'one prediction': seconds.get('predict', []),
     'one transfer': seconds.get('transfer', []),
   }
-  medians = {name: np.median(found) for name, found in parts.items() if len(found)}
-  body = [[name, f'{found:.2f}', f'{found / unit:.3f}'] for name, found in medians.items()]
+  medians = {name: np.median(result) for name, result in parts.items() if len(result)}
+  body = [[name, f'{result:.2f}', f'{result / unit:.3f}'] for name, result in medians.items()]
   return [
     '## Time',
     table(['part', 'seconds', 'of pre-training'], body),

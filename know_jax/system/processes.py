@@ -115,8 +115,8 @@ def from_first(make: Callable[[], Any]) -> Any:
   """
   if jax.process_count() == 1:
     return make()
-  found = in_all(lambda: make() if is_first() else None)
-  return json.loads(_exchange(json.dumps(found))[0])
+  result = in_all(lambda: make() if is_first() else None)
+  return json.loads(_exchange(json.dumps(result))[0])
 
 
 def check_same(values: Mapping[str, Any], what: str) -> None:
