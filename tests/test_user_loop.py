@@ -399,6 +399,25 @@ def test_whole_numbers_and_keys_of_any_sort_are_seeds():
   assert_same_bits({'w': keys[0]}, {'w': keys[2]})
 
 
+def test_lists_of_torch_tensors_are_labels_and_stages():
+  torch = pytest.importorskip('torch')
+  labels = [i % 3 for i in range(100)]
+  subsets = know_jax.nested_subsets([torch.tensor(label) for label in labels])
+  for part, expected in zip(subsets, know_jax.nested_subsets(labels), strict=True):
+    np.testing.assert_array_equal(part, expected)
+  arrays = [
+    [np.full((4, 4), 1 + 0.1 * stage, np.float32), np.eye(4, dtype=np.float32)]
+    for stage in range(5)
+  ]
+  stages = [[torch.tensor(leaf) for leaf in stage] for stage in arrays]
+  given, expected = (
+    know_jax.predict(history, predictor='log_fit', kinds={'': 'fc'}) for history in (stages, arrays)
+  )
+  assert all(isinstance(leaf, torch.Tensor) for leaf in given)
+  for leaf, value in zip(given, expected, strict=True):
+    np.testing.assert_array_equal(leaf.numpy(), value)
+
+
 def test_a_size_in_place_of_labels():
   found = know_jax.nested_subsets(64)
   assert [len(part) for part in found] == [64, 32, 16, 8, 4]
