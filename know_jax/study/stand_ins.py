@@ -64,8 +64,7 @@ def scores(rows: pd.DataFrame, column: str = 'accuracy') -> pd.DataFrame:
   is_naive = rows.predictor.eq('persistence')
   names = [_name(*row) for row in zip(rows.arm, rows.lr_scale, is_naive, strict=True)]
   rows, keys = rows.assign(arm=names), ['leg', 'source_seed']
-  naive = rows[is_naive & rows.batch_norm.eq('keep')]
-  by_rate = naive.groupby([*keys, 'lr_scale'])[['validation', column]].mean().reset_index()
+  by_rate = _naive_by_rate(rows, column).reset_index()
   parts = [rows[[*keys, 'arm', 'step', 'transfer_seed', column]]]
   if by_rate.validation.notna().all() and by_rate.lr_scale.nunique() > 1:
     best = by_rate.loc[by_rate.groupby(keys).validation.idxmax()]
@@ -142,6 +141,7 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     'the target; every other start has the one rate of the config. "naive at the norms of" a '
     'predictor is the newest weight with every leaf scaled to the norm that it has in the '
     'prediction: what of a gain is no more than shrinking or growing.',
+    *_at_the_edge(rows),
     *_other_metric(rows),
     *_paper(number),
     f'Made by `python bin/study.py --workdir={workdir} --table={number} --report={path}` from '
@@ -183,6 +183,8 @@ def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) ->
       f'Over {seeds} source seeds no predicted start beats {against} by more than chance (the best '
       f'by {largest.mean():+.2f} points of {score})'
     )
+  if len(worse) == len(chosen):
+    return f'{start}; all lose, by more than chance.'
   return start + (f'; these lose: {", ".join(worse)}.' if worse else '.')
 
 
@@ -229,6 +231,26 @@ def _paper(number: int) -> list[str]:
   # pandas numbers columns of one name: sd, sd.1, ...
   header = [str(name).partition('.')[0] for name in frame.columns]
   return [f"## The paper's table {number}", table(header, frame.to_numpy().tolist())]
+
+
+def _at_the_edge(rows: pd.DataFrame) -> list[str]:
+  """Whether rates outside the grid could have been better still for naive transfer."""
+  by_rate = _naive_by_rate(rows, 'validation').validation
+  if by_rate.isna().any() or rows.lr_scale.nunique() < 2:
+    return []
+  best = by_rate.groupby(['leg', 'source_seed']).idxmax().map(lambda place: place[-1])
+  edges = int(best.isin([rows.lr_scale.min(), rows.lr_scale.max()]).sum())
+  if not edges:
+    return []
+  return [
+    f'In {edges} of {len(best)} cases the best rate is at the edge of those tried, so that naive '
+    'transfer could be better still, and so could be every other start at a rate of its own.'
+  ]
+
+
+def _naive_by_rate(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+  naive = rows[rows.predictor.eq('persistence') & rows.batch_norm.eq('keep')]
+  return naive.groupby(['leg', 'source_seed', 'lr_scale'])[list({'validation', column})].mean()
 
 
 def _other_metric(rows: pd.DataFrame) -> list[str]:

@@ -124,3 +124,11 @@ def test_where_nothing_was_predicted_the_worth_of_pre_training_is_told(tmp_path,
   assert told.startswith('4 source seeds; no predicted start was tried.')
   assert f'worth {gains.mean():+.2f} [{low:+.2f}, {high:+.2f}] points of masked accuracy' in told
   assert told.endswith('no more than chance.') == chance
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_told(workdir):
+  stand_ins.write(3, workdir, workdir / 'page.md')
+  edges = int((VALIDATION.argmax(-1) != 1).sum())
+  assert 0 < edges < 8
+  told = f'In {edges} of 8 cases the best rate is at the edge of those tried'
+  assert told in (workdir / 'page.md').read_text()
