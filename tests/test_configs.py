@@ -174,7 +174,8 @@ def test_tables_are_those_of_the_paper_and_their_stand_ins(name):
     assert config.transfer.validation_examples > 0
     found = arms.arms_of(config_dict(config), batch_norm=name == 'table5')
     rates = {a.lr_scale for a in found if arms.is_naive(a) or a.predictor == 'persistence'}
-    assert rates == {0.3, 1.0, 3.0}
+    only_naive = name == 'table4' and config is small
+    assert rates == ({0.3, 1.0, 3.0} if only_naive else {0.3, 1.0, 3.0, 10.0})
     if name != 'table4' or config is paper:
       made = {(a.name, a.step) for a in found}
       both = ('known', 'known_leaf', 'task_vector', 'log_fit', 'tsv', 'known norms')

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import functools
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from know_jax import forgetting
 from know_jax.errors import UserError, reason
 from know_jax.io.files import hidden_sibling, local_path, locked
 from know_jax.io.journal import Journal
+from know_jax.jsonable import digest
 from know_jax.kinds import KINDS
 from know_jax.runs.record import RunRecord, config_dict
 from know_jax.runs.workdir import KIND as KIND_OF_SOURCES
@@ -106,7 +106,7 @@ def _run(
       target = functools.cache(lambda: put_data(study.target))
       make = functools.partial(_at_source, study, workdir, target, bar, show_progress)
     else:
-      make = functools.partial(_in_worker, pickle.dumps(study.given), workdir)
+      make = functools.partial(_in_worker, study.given, workdir)
     for source in each(make, study.sources(), workers=workers, scheduler=scheduler):
       if isinstance(source, str):
         elsewhere.append(source)
@@ -120,17 +120,18 @@ def _run(
   return text
 
 
-@functools.lru_cache(maxsize=1)
-def _unpickled(given: bytes) -> tuple[Study, Callable[[], tuple[Data, Data]]]:
-  study = Study(pickle.loads(given))
-  return study, functools.cache(lambda: put_data(study.target))
+_OPENED: dict[str, tuple[Study, Callable[[], tuple[Data, Data]]]] = {}
+"""Of a worker: its studies by the digest of their configs, and their data once they are needed."""
 
 
-def _in_worker(given: bytes, workdir: Path, source: Source) -> Source | str:
-  """`_at_source` in a process that has only the pickled config of the study."""
-  study, target = _unpickled(given)
+def _in_worker(given: ConfigDict, workdir: Path, source: Source) -> Source | str:
+  """`_at_source` in a process that has only the config of the study."""
+  key = digest(config_dict(given))
+  if key not in _OPENED:
+    study = Study(given)
+    _OPENED[key] = study, functools.cache(lambda: put_data(study.target))
   with progress(0, 'study', 'training', show=False) as bar:
-    return _at_source(study, workdir, target, bar, False, source)
+    return _at_source(_OPENED[key][0], workdir, _OPENED[key][1], bar, False, source)
 
 
 def _at_source(
