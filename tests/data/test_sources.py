@@ -112,7 +112,10 @@ def test_real_data_sets_load_as_they_were_packed(name, monkeypatch):
     np.testing.assert_array_equal(np.bincount(found.labels), np.bincount(packed_labels))
     if split == 'test':
       images, labels = script.load(name, split)
-      np.testing.assert_array_equal(_hashes(found.images, found.labels), _hashes(images, labels))
+      if 'psnr_db' in info[split]:
+        _assert_same_but_for_the_decoder(found.images, found.labels, images, labels)
+      else:
+        np.testing.assert_array_equal(_hashes(found.images, found.labels), _hashes(images, labels))
 
 
 def _hashes(images, labels):
@@ -120,6 +123,22 @@ def _hashes(images, labels):
     hashlib.sha256(image.tobytes() + bytes([label])).digest()
     for image, label in zip(images, labels.tolist(), strict=True)
   )
+
+
+def _assert_same_but_for_the_decoder(images, labels, other_images, other_labels):
+  """The same examples in any order; two versions of a lossy decoder may differ by one level.
+
+  The data directory is shared by environments with other versions of the decoder: imagecodecs
+  2024.9.22 and 2026.3.6 decode one pixel of the 10,000 test images of CIFAR-100 differently.
+  """
+  for label in np.unique(other_labels):
+    mine = images[labels == label].astype(np.int16)
+    left = list(other_images[other_labels == label].astype(np.int16))
+    assert len(mine) == len(left)
+    for image in mine:
+      worst = [np.abs(image - other).max() for other in left]
+      assert min(worst) <= 1
+      left.pop(int(np.argmin(worst)))  # each partner once
 
 
 # --- the embedded digits ---------------------------------------------------------------------
