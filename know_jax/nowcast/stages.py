@@ -75,14 +75,17 @@ def check_paths(stages: Sequence[Weights]) -> None:
   seen: dict[Path, int] = {}
   for number, stage in enumerate(stages):
     _check_new(seen, stage.path.resolve(), number, stages)
-  for older, newer in itertools.pairwise(stages):
-    before, after = _recorded(older), _recorded(newer)
+  records = [_recorded(stage) for stage in stages]
+  pairs = itertools.pairwise(zip(stages, records, strict=True))
+  for (older, before), (newer, after) in pairs:
     if before[0] == after[0] and before[1] > after[1]:
       raise UserError(
         f'the history must be given oldest first: {older.path} has {before[0][0]} {before[1]}, '
         f'and {newer.path}, given after it, {after[1]}. Give them in the order of their '
         f'{before[0][0]}.'
       )
+  if len({counted for counted, _ in records}) == 1 and records[0][1] < records[-1][1]:
+    return  # Names may mean something else: stages of forgetting are numbered from the newest.
   numbers = [_NUMBER.match(stage.path.stem) for stage in stages]
   if len(stages) > 1 and len({n and n['before'] for n in numbers}) == 1:
     steps = [int(n['step']) for n in numbers if n]

@@ -143,6 +143,11 @@ def test_names_that_count_down_are_warned_of(tmp_path):
     warnings.simplefilter('error')
     prepare(files)
     prepare([files[1], files[0], files[2]])
+    # Stages of forgetting: 0 is the newest, as their records show.
+    for number in (0, 1, 2):
+      tree = {'dense': {'kernel': np.full((2, 2), number, np.float32)}}
+      checkpoints.save(tmp_path / f'{number}', tree, metadata={'examples': 80 >> number})
+    prepare([tmp_path / f'{number}' for number in (2, 1, 0)])
 
 
 @pytest.mark.parametrize('url', ['gs://bucket/run', 's3://b/run', 'hf://org/model', 'gs:/b'])
