@@ -75,27 +75,24 @@ def check_paths(stages: Sequence[Weights]) -> None:
   seen: dict[Path, int] = {}
   for number, stage in enumerate(stages):
     _check_new(seen, stage.path.resolve(), number, stages)
-  records = [_recorded(stage) for stage in stages]
-  pairs = itertools.pairwise(zip(stages, records, strict=True))
-  for (older, before), (newer, after) in pairs:
-    if before[0] == after[0] and before[1] > after[1]:
+  records = [(stage, *_recorded(stage)) for stage in stages]
+  for (older, counted, before), (newer, other, after) in itertools.pairwise(records):
+    if counted == other and before > after:
       raise UserError(
-        f'the history must be given oldest first: {older.path} has {before[0][0]} {before[1]}, '
-        f'and {newer.path}, given after it, {after[1]}. Give them in the order of their '
-        f'{before[0][0]}.'
+        f'the history must be given oldest first: {older.path} has {counted[0]} {before}, and '
+        f'{newer.path}, given after it, {after}. Give them in the order of their {counted[0]}.'
       )
-  if len({counted for counted, _ in records}) == 1 and records[0][1] < records[-1][1]:
+  if len({counted for _, counted, _ in records}) == 1 and records[0][-1] < records[-1][-1]:
     return  # Names may mean something else: stages of forgetting are numbered from the newest.
-  numbers = [_NUMBER.match(stage.path.stem) for stage in stages]
-  if len(stages) > 1 and len({n and n['before'] for n in numbers}) == 1:
-    steps = [int(n['step']) for n in numbers if n]
-    if len(steps) == len(stages) and all(a > b for a, b in itertools.pairwise(steps)):
-      warnings.warn(
-        f'the history looks reversed: its names count down, from {stages[0].path.name} to '
-        f'{stages[-1].path.name}; the oldest stage must come first.',
-        PredictionWarning,
-        stacklevel=3,
-      )
+  names = [_NUMBER.match(stage.path.stem) for stage in stages]
+  steps = [int(n['step']) for n in names if n and names[0] and n['before'] == names[0]['before']]
+  if len(steps) == len(stages) > 1 and all(a > b for a, b in itertools.pairwise(steps)):
+    warnings.warn(
+      f'the history looks reversed: its names count down, from {stages[0].path.name} to '
+      f'{stages[-1].path.name}; the oldest stage must come first.',
+      PredictionWarning,
+      stacklevel=3,
+    )
 
 
 def check_content(stages: Sequence[Weights], identities: Sequence[dict[str, Any]]) -> None:
