@@ -5,7 +5,11 @@ Command:   python bin/study.py --workdir=W --config=configs/table4.py
 Also:      --config=configs/table4.py:small, the stand-in, from the sources of table 2's: a sample
            of 800 images at 32 pixels, a decoder of 32 units; naive transfer and scratch alone,
            which tell whether pre-training helps captions by more than the noise
-Then:      python bin/study.py --workdir=W --table=4 --report=docs/results/table4.md
+Then:      python bin/study.py --workdir=W --config=configs/table4.py:small
+           --config.arms="('persistence','known','known_leaf')" --examples=docs/results/table4.png
+           draws captions (of the forgetting runs in W the first alone is needed, which
+           --config.source_seeds=1 makes);
+           python bin/study.py --workdir=W --table=4 --report=docs/results/table4.md
 Hardware:  one GPU of 24 GB, not run yet; estimated as in configs/table2.py, after its sources: 12
            GB of activations, 0.13 GB of logits for 128 captions of 50 tokens; 30,000 captions and
            52 epochs at 4.9 G operations each, 4 minutes a transfer. The stand-in: 1 core, about 1

@@ -4,7 +4,9 @@ Command:   python bin/study.py --workdir=W --config=configs/table5.py
            --config.source.start=FILE for a MobileNetV2 of torchvision, timm or Keras
 Also:      --config=configs/table5.py:small, the stand-in: LabelMeFacade to CamVid at 48 x 64
            pixels, channels of a quarter, 12 epochs a stage
-Then:      python bin/study.py --workdir=W --table=5 --report=docs/results/table5.md
+Then:      python bin/study.py --workdir=W --config=configs/table5.py:small
+           --examples=docs/results/table5.png draws label maps;
+           python bin/study.py --workdir=W --table=5 --report=docs/results/table5.md
 Hardware:  one GPU of 24 GB, not run yet. Estimated: the activations that JAX keeps for the gradient
            are 1.1 GB an image of 512 x 512 in bfloat16, 18 GB for 8 of 512 x 1024 (accumulate or
            remat cut that). A step costs 6 x 5.6 G operations an image of 512 x 512: at a twentieth

@@ -23,14 +23,14 @@ SHOWN = ('known_official', 'known', 'known_leaf', 'task_vector')
 """The starts, one step ahead, that are shown beside the naive one."""
 
 
-def write(config: ConfigDict, workdir: str | Path, path: str | Path, *, images: int = 4) -> str:
+def write(config: ConfigDict, workdir: str | Path, path: str | Path, *, images: int = 0) -> str:
   """Trains naive and predicted starts of the first source seed anew, and draws what they say.
 
   Args:
     config: of a study of segmentation or captioning.
     workdir: of the study; the forgetting run of the first seed is finished.
     path: the picture, a PNG file.
-    images: how many test images, evenly spread over the test set.
+    images: how many test images, evenly over the test set; 0: 4 of label maps, 6 of captions.
 
   Returns:
     The score of each start, and for captions what is said, as Markdown.
@@ -40,12 +40,13 @@ def write(config: ConfigDict, workdir: str | Path, path: str | Path, *, images: 
   """
   study, workdir = Study(config), local_path(workdir, 'workdir')
   task, source = study.target, study.sources()[0]
-  draw = {'miou': _label_maps, 'masked_accuracy': _captions}.get(task.score)
-  if draw is None:
+  ways = {'miou': (_label_maps, 4), 'masked_accuracy': (_captions, 6)}
+  if task.score not in ways:
     raise UserError(
       f'task {study.config["transfer"]["task"]!r} has no pictures; expected segmentation or '
       'captioning.'
     )
+  draw, usual = ways[task.score]
   run = Run(study.sources_folder(workdir) / source.name)
   data, seed = put_data(task), combined_seed(source.seed, 0)
   trained: dict[str, Any] = {}
@@ -57,7 +58,7 @@ def write(config: ConfigDict, workdir: str | Path, path: str | Path, *, images: 
       on_trained=functools.partial(trained.__setitem__, name),
     )  # fmt: skip
     lines.append(f'- {name}: {task.score} {100 * result[task.score]:.2f} %')
-  chosen = np.linspace(0, task.test.size - 1, images).astype(np.int32)
+  chosen = np.linspace(0, task.test.size - 1, images or usual).astype(np.int32)
   lines += draw(task, trained, task.test.batch(chosen), Path(path).expanduser())
   return '\n'.join(lines)
 
@@ -92,9 +93,7 @@ def _label_maps(task: Any, trained: dict[str, Any], batch: Any, path: Path) -> l
 
 def _captions(task: Any, trained: dict[str, Any], batch: Any, path: Path) -> list[str]:
   """Every image with a caption of a person's and those of each start: greedy, and of 3 beams."""
-  vocabulary = captioning.Vocabulary(
-    tuple(task.about['vocabulary']), tuple(task.about['log_prior'])
-  )
+  vocabulary = captioning.Vocabulary(tuple(task.about['vocabulary']), ())
   said = {'a person': [vocabulary.decode(tokens) for tokens in batch['caption']]}
   for name, variables in trained.items():
     for way, beams in (('greedy', 1), ('3 beams', 3)):

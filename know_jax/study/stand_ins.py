@@ -144,6 +144,7 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     *_at_the_edge(rows),
     *_other_metric(rows),
     *_paper(number),
+    *_picture(Path(path)),
     f'Made by `python bin/study.py --workdir={workdir} --table={number} --report={path}` from '
     f'`{RESULTS}` there.',
   ]
@@ -231,6 +232,18 @@ def _paper(number: int) -> list[str]:
   # pandas numbers columns of one name: sd, sd.1, ...
   header = [str(name).partition('.')[0] for name in frame.columns]
   return [f"## The paper's table {number}", table(header, frame.to_numpy().tolist())]
+
+
+def _picture(page: Path) -> list[str]:
+  """What `--examples` drew, where that lies beside the page under its name."""
+  picture = page.expanduser().with_suffix('.png')
+  if not picture.exists():
+    return []
+  return [
+    f'![Test images and what naive and predicted starts make of them]({picture.name})',
+    'Test images evenly spread over the test set, none picked for what came out, after '
+    "transfers of one source seed, the first. Drawn by `--examples` as the config's header says.",
+  ]
 
 
 def _at_the_edge(rows: pd.DataFrame) -> list[str]:

@@ -76,6 +76,15 @@ def test_the_page_says_what_a_sceptic_would_sign(workdir, tmp_path):
   assert 'reproduce none' in ' '.join(page.split())
 
 
+def test_a_picture_beside_the_page_is_on_it(workdir, tmp_path):
+  shown = '![Test images and what naive and predicted starts make of them](page.png)'
+  stand_ins.write(3, workdir, tmp_path / 'page.md')
+  assert '![' not in (tmp_path / 'page.md').read_text()
+  (tmp_path / 'page.png').touch()
+  stand_ins.write(3, workdir, tmp_path / 'page.md')
+  assert shown in (tmp_path / 'page.md').read_text()
+
+
 def test_nothing_is_said_of_chance(workdir, tmp_path):
   for leg in LEGS:
     path = workdir / leg / RESULTS
