@@ -171,7 +171,7 @@ def test_the_page_has_paired_intervals_and_holm():
     {
       'study': 'a', 'source_seed': i, 'as_is': {'half trained': 0.5, 'later': 0.5 + 0.01 * i},
       'families': {
-        name: {'strength': 's', 'rate': 1.0, 'test': list(values[i])}
+        name: {'strength': 's', 'rate': 4.0 if i < 2 else 1.0, 'test': list(values[i])}
         for name, values in scores.items()
       },
     }
@@ -192,6 +192,10 @@ def test_the_page_has_paired_intervals_and_holm():
   assert cells[4] == f'{adjusted[2]:.3f}'
   line = next(line for line in shown.splitlines() if line.startswith('| shrink'))
   assert line.split('|')[4].strip() == f'{adjusted[0]:.3f}'
+  assert line.split('|')[-2].strip() == '2'  # naive is tried at higher rates than 4
+  assert (
+    next(line for line in shown.splitlines() if '| naive' in line).split('|')[-2].strip() == '0'
+  )
   assert 'Above both rivals with p < 0.05: contrast (a).' in shown
   with pytest.raises(UserError, match='no rows'):
     screen.page([], 'x')
