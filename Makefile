@@ -75,6 +75,7 @@ study-smoke: venv
 # What other libraries make of predicted checkpoints. timm wants transforms of torchvision, which has
 # no release that imports beside every torch; 0.15.2 does, and has no part in what is shown.
 ROUND_TRIPS := .venv-round-trips/bin
+# An index of one's own, or a folder of wheels, where that one cannot be reached.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 round-trips: .ci/round_trips.txt .ci/newest.txt
@@ -83,6 +84,7 @@ round-trips: .ci/round_trips.txt .ci/newest.txt
 	  --extra-index-url $(TORCH_INDEX) --requirement .ci/round_trips.txt
 	$(ROUND_TRIPS)/python -m pip install --quiet --no-deps torchvision==0.15.2
 	$(ROUND_TRIPS)/python tests/tools/round_trips.py --output=docs/results/round_trips.md
+	KERAS_BACKEND=jax $(ROUND_TRIPS)/python -m pytest tests/docs/test_pages.py -k 'huggingface or keras or pytorch'
 
 # The source distribution and the wheel, in dist/, tried in a clean environment and an empty folder.
 package:
