@@ -196,10 +196,11 @@ def write(workdir: str | Path, path: str | Path) -> Path:
   return path
 
 
-def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-  groups: dict[str, list[Mapping[str, Any]]] = collections.defaultdict(list)
+def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+  """Data set -> network -> its rows."""
+  groups: dict[str, Any] = collections.defaultdict(lambda: collections.defaultdict(list))
   for row in rows:
-    groups[f'{row["dataset"]}, {row["model"]}'].append(row)
+    groups[row['dataset']][row['model']].append(row)
   return groups
 
 
@@ -213,28 +214,35 @@ def _mean_text(values: Sequence[float], form: str) -> str:
 
 def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
   """The page as Markdown."""
-  groups = _groups(rows)
+  sections = []
+  for dataset, groups in _groups(rows).items():
 
-  def line(words: str, *place: str | int, gain: bool = True) -> list[str]:
-    def value(row: Mapping[str, Any]) -> float:
-      reached: Any = row
-      for key in place:
-        reached = reached[key]
-      return 100 * (reached - row['start']) if gain else reached
+    def line(words: str, *place: str | int, gain: bool = True, groups: Any = groups) -> list[str]:
+      def value(row: Mapping[str, Any]) -> float:
+        reached: Any = row
+        for key in place:
+          reached = reached[key]
+        return 100 * (reached - row['start']) if gain else reached
 
-    return [words, *(_mean_text(list(map(value, group)), '+.2f') for group in groups.values())]
+      return [words, *(_mean_text(list(map(value, group)), '+.2f') for group in groups.values())]
 
-  angles = [line(words, 'cosines', name, gain=False) for name, words in _COSINES.items()]
-  gains = [line(f'trained on: {kind}', 'reached', kind) for kind in _KINDS]
-  gains += [
-    line(f'{words}, {strength:+g}', 'along', name, i)
-    for name, words in _DIRECTIONS.items()
-    for i, strength in enumerate(STRENGTHS)
-  ]
-  starts = ', '.join(
-    f'{name} {100 * statistics.mean(r["start"] for r in group):.1f} %'
-    for name, group in groups.items()
-  )
+    angles = [line(words, 'cosines', name, gain=False) for name, words in _COSINES.items()]
+    gains = [line(f'trained on: {kind}', 'reached', kind) for kind in _KINDS]
+    gains += [
+      line(f'{words}, {strength:+g}', 'along', name, i)
+      for name, words in _DIRECTIONS.items()
+      for i, strength in enumerate(STRENGTHS)
+    ]
+    starts = ', '.join(
+      f'{name} {100 * statistics.mean(r["start"] for r in group):.1f} %'
+      for name, group in groups.items()
+    )
+    sections += [
+      f'## {dataset}',
+      f'Theta^0 reaches: {starts}.',
+      table(['cosine', *groups], angles),
+      table(['test accuracy minus that of Theta^0, points', *groups], gains),
+    ]
   sizes = ', '.join(f'{name} {rows[0][name]:g}' for name in _SIZES)
   return '\n\n'.join(
     [
@@ -244,28 +252,31 @@ def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
       'more = twice - Theta^0, further = same - Theta^0: all as means of the branches where not '
       f'said otherwise. Means over seeds with 95 % t-intervals; {len(rows)} Theta^0 in all, whose '
       'training is not finished: further training helps, so that all branches share it. '
-      f'Theta^0 reaches: {starts}. Sizes: {sizes}; Adam, cosine, no augmentation.',
-      table(['cosine', *groups], angles),
+      f'Sizes: {sizes}; Adam, cosine, no augmentation.',
       'The contrast same - half takes further training out of tau, as twice - same takes it out of '
       'more; each side has its own branches of `same`.',
       f'![Accuracy along directions]({picture})',
-      table(['test accuracy minus that of Theta^0, points', *groups], gains),
+      *sections,
       'Made by `python bin/branches.py --workdir=docs/results/branches '
       '--report=docs/results/branches.md` from `docs/results/branches/rows.jsonl`.\n',
     ]
   )
 
 
-def _draw(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-  figure = new_figure(3.6 * len(groups), 3.4)
-  axes = np.ravel(figure.subplots(1, len(groups), squeeze=False))
+def _draw(path: Path, groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+  columns = max(map(len, groups.values()))
+  figure = new_figure(3.6 * columns, 3.4 * len(groups))
+  grid = figure.subplots(len(groups), columns, squeeze=False)
   middle = sum(strength < 0 for strength in STRENGTHS)
   places = [*STRENGTHS[:middle], 0.0, *STRENGTHS[middle:]]
-  for axis, (name, group) in zip(axes, groups.items(), strict=True):
-    for direction, words in _DIRECTIONS.items():
-      gains = np.mean([np.array(r['along'][direction]) - r['start'] for r in group], axis=0)
-      axis.plot(places, 100 * np.insert(gains, middle, 0.0), marker='o', label=words)
-    axis.axhline(0, color='grey', linewidth=0.5)
-    axis.set(title=name, xlabel='times the direction', ylabel='accuracy, points')
-  axes[0].legend()
+  for axes, (dataset, models) in zip(grid, groups.items(), strict=True):
+    for axis, (model, group) in zip(axes, models.items(), strict=False):
+      for direction, words in _DIRECTIONS.items():
+        gains = np.mean([np.array(r['along'][direction]) - r['start'] for r in group], axis=0)
+        axis.plot(places, 100 * np.insert(gains, middle, 0.0), marker='o', label=words)
+      axis.axhline(0, color='grey', linewidth=0.5)
+      axis.set(title=f'{dataset}, {model}', xlabel='times the direction', ylabel='accuracy, points')
+    for axis in axes[len(models) :]:
+      axis.set_visible(False)
+  grid[0, 0].legend()
   figure.savefig(path, dpi=110)

@@ -1,5 +1,6 @@
 """Branches from one network: directions with a known answer, and a run on the digits."""
 
+import json
 import math
 
 import numpy as np
@@ -64,7 +65,19 @@ def test_a_run_resumes_and_is_reported(tmp_path):
   for name, value in rows[0]['cosines'].items():
     line = next(line for line in text.splitlines() if branches._COSINES[name] in line)
     assert f'{value:+.2f}' in line
-  assert (tmp_path / 'page.png').stat().st_size > 1000
+  size = (tmp_path / 'page.png').stat().st_size
+  # Another data set, with more networks, has tables and pictures of its own.
+  with (tmp_path / 'rows.jsonl').open('a') as journal:
+    for model in ('vit', 'resnet_small'):
+      row = {**rows[0], 'key': f'other {model}', 'dataset': 'other', 'model': model, 'start': 0.25}
+      journal.write(json.dumps(row) + '\n')
+  text = branches.write(tmp_path, tmp_path / 'page.md').read_text()
+  heads = [line for line in text.splitlines() if line.startswith(('## ', '| cosine', 'Theta'))]
+  assert [line.replace(' ', '') for line in heads] == [
+    '##digits', f'Theta^0reaches:cnn{100 * rows[0]["start"]:.1f}%.', '|cosine|cnn|',
+    '##other', 'Theta^0reaches:vit25.0%,resnet_small25.0%.', '|cosine|vit|resnet_small|',
+  ]  # fmt: skip
+  assert (tmp_path / 'page.png').stat().st_size > size > 1000
   config.branches = 3
   with pytest.raises(UserError, match='expected an even number'):
     branches.run(config, tmp_path)
