@@ -58,7 +58,7 @@ def each(
           n_workers=workers,
           threads_per_worker=1,
           memory_limit=None,
-          dashboard_address=None,
+          dashboard_address='127.0.0.1:0',  # Any free port; Dask's own is taken by a second study.
           env=env,
         )
       )

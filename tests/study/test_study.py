@@ -1,11 +1,13 @@
 """The study: arms in pairs, rows that outlive kills, and a report of the rows alone."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import random
 import re
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -356,7 +358,11 @@ def test_two_workers_one_killed_give_the_same_rows(finished, studied, theta, tmp
   killer.start()
   names = ('scratch', 'persistence')
   config = small_study(theta, arms=names, ablations=(), transfer_seeds=1)
-  text = runner.run(config, workdir, show_progress=False, workers=2)
+  with socket.socket() as other:
+    with contextlib.suppress(OSError):  # Dask's own port is taken where another study is at work.
+      other.bind(('', 8787))
+      other.listen()
+    text = runner.run(config, workdir, show_progress=False, workers=2)
   killer.join(timeout=10)
   assert killed == [2]
   assert text == f'4 of 4 trainings are in {workdir / "results.csv"}'
