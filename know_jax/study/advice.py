@@ -145,7 +145,7 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     ]
     for row in rows
   ]
-  most = -min(0.0, *worst.values())
+  most = max(0.0, -min(worst.values()))
   verdict = (
     f'Following the recommendation cost at most {most:.2f} points on average over the sources of '
     f'a study ({"within" if most <= 0.2 else "beyond"} the 0.2 points that it should never cost).'
