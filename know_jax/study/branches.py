@@ -212,37 +212,39 @@ def _mean_text(values: Sequence[float], form: str) -> str:
   return f'{mean} ({low:{form}} to {high:{form}})'
 
 
+def _section(dataset: str, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+  """Of the page: the tables of one data set, with a column for each network."""
+
+  def line(words: str, *place: str | int, gain: bool = True) -> list[str]:
+    def value(row: Mapping[str, Any]) -> float:
+      reached: Any = row
+      for key in place:
+        reached = reached[key]
+      return 100 * (reached - row['start']) if gain else reached
+
+    return [words, *(_mean_text(list(map(value, group)), '+.2f') for group in groups.values())]
+
+  angles = [line(words, 'cosines', name, gain=False) for name, words in _COSINES.items()]
+  gains = [line(f'trained on: {kind}', 'reached', kind) for kind in _KINDS]
+  gains += [
+    line(f'{words}, {strength:+g}', 'along', name, i)
+    for name, words in _DIRECTIONS.items()
+    for i, strength in enumerate(STRENGTHS)
+  ]
+  starts = ', '.join(
+    f'{name} {100 * statistics.mean(r["start"] for r in group):.1f} %'
+    for name, group in groups.items()
+  )
+  return [
+    f'## {dataset}',
+    f'Theta^0 reaches: {starts}.',
+    table(['cosine', *groups], angles),
+    table(['test accuracy minus that of Theta^0, points', *groups], gains),
+  ]
+
+
 def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
   """The page as Markdown."""
-  sections = []
-  for dataset, groups in _groups(rows).items():
-
-    def line(words: str, *place: str | int, gain: bool = True, groups: Any = groups) -> list[str]:
-      def value(row: Mapping[str, Any]) -> float:
-        reached: Any = row
-        for key in place:
-          reached = reached[key]
-        return 100 * (reached - row['start']) if gain else reached
-
-      return [words, *(_mean_text(list(map(value, group)), '+.2f') for group in groups.values())]
-
-    angles = [line(words, 'cosines', name, gain=False) for name, words in _COSINES.items()]
-    gains = [line(f'trained on: {kind}', 'reached', kind) for kind in _KINDS]
-    gains += [
-      line(f'{words}, {strength:+g}', 'along', name, i)
-      for name, words in _DIRECTIONS.items()
-      for i, strength in enumerate(STRENGTHS)
-    ]
-    starts = ', '.join(
-      f'{name} {100 * statistics.mean(r["start"] for r in group):.1f} %'
-      for name, group in groups.items()
-    )
-    sections += [
-      f'## {dataset}',
-      f'Theta^0 reaches: {starts}.',
-      table(['cosine', *groups], angles),
-      table(['test accuracy minus that of Theta^0, points', *groups], gains),
-    ]
   sizes = ', '.join(f'{name} {rows[0][name]:g}' for name in _SIZES)
   return '\n\n'.join(
     [
@@ -256,7 +258,7 @@ def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
       'The contrast same - half takes further training out of tau, as twice - same takes it out of '
       'more; each side has its own branches of `same`.',
       f'![Accuracy along directions]({picture})',
-      *sections,
+      *(part for data_set in _groups(rows).items() for part in _section(*data_set)),
       'Made by `python bin/branches.py --workdir=docs/results/branches '
       '--report=docs/results/branches.md` from `docs/results/branches/rows.jsonl`.\n',
     ]

@@ -337,9 +337,8 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
       (most, count), *_ = chosen.most_common(1)
       edge = max(NAIVE_RATES if name == NAIVE else RATES)
       at_edge = sum(r['families'][name]['rate'] == edge for r in group)
-      lines.append(
-        [name, f'{_points(group, name).mean():.2f}', *cells, f'{most} ({count})', str(at_edge)]
-      )
+      cells += [f'{most} ({count})', str(at_edge)]
+      lines.append([name, f'{_points(group, name).mean():.2f}', *cells])
       keys = [(study, name, rival) for rival in (NAIVE, SHRINK)]
       if all(k in gains and p_values[k] < 0.05 and gains[k].mean() > 0 for k in keys):
         winners.append(f'{name} ({study})')
@@ -361,11 +360,10 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
       'Every family of starts has twelve candidates, of strengths and learning rates (naive: '
       f'twelve rates, {min(NAIVE_RATES):g} to {max(NAIVE_RATES):.3g} times that of the study; the '
       f'others {min(RATES):g} to {max(RATES):g} times); all are trained for a third of the epochs, '
-      f'the best {_GOES_ON} in full, and '
-      f'{_VALIDATION} validation images choose. The chosen one is trained with other seeds and '
-      'judged on the test set. Means over source seeds with 95 % t-intervals; p of paired t-tests, '
-      'after Holm over all on this page. Scales and averages are of kernels, leaf by leaf; a norm '
-      'is relative to the newest weights.',
+      f'the best {_GOES_ON} in full, and {_VALIDATION} validation images choose. The chosen one is '
+      'trained with other seeds and judged on the test set. Means over source seeds with 95 % '
+      't-intervals; p of paired t-tests, after Holm over all on this page. Scales and averages are '
+      'of kernels, leaf by leaf; a norm is relative to the newest weights.',
       f'Above both rivals with p < 0.05: {", ".join(winners) or "none"}.',
       *sections,
       f'Made by `{command}` from `rows.jsonl` there.\n',
