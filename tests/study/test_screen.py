@@ -148,6 +148,8 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   each = [(100, 1, 0)] * 12 + [(100, 3, 0)] * 4 + [(tested, 3, 1000), (tested, 3, 2000)]
   assert judged == 2 * each
   assert all(0 < value <= 1 for value in row['as_is'].values())
+  assert row['families']['naive']['rates'] == list(screen.NAIVE_RATES)
+  assert row['families']['shrink']['rates'] == list(screen.RATES)
   assert row['families']['naive']['rate'] in screen.NAIVE_RATES
   before = (tmp_path / 'rows.jsonl').read_bytes()
   screen.run(small(), tmp_path, name='digits', only=only)
@@ -171,7 +173,8 @@ def test_the_page_has_paired_intervals_and_holm():
     {
       'study': 'a', 'source_seed': i, 'as_is': {'half trained': 0.5, 'later': 0.5 + 0.01 * i},
       'families': {
-        name: {'strength': 's', 'rate': 4.0 if i < 2 else 1.0, 'test': list(values[i])}
+        name: {'strength': 's', 'rate': 4.0 if i < 2 else 1.0, 'test': list(values[i]),
+               'rates': [1.0, 4.0] + [9.0] * (name == 'naive')}
         for name, values in scores.items()
       },
     }
@@ -192,7 +195,8 @@ def test_the_page_has_paired_intervals_and_holm():
   assert cells[4] == f'{adjusted[2]:.3f}'
   line = next(line for line in shown.splitlines() if line.startswith('| shrink'))
   assert line.split('|')[4].strip() == f'{adjusted[0]:.3f}'
-  assert line.split('|')[-2].strip() == '2'  # naive is tried at higher rates than 4
+  assert line.split('|')[-2].strip() == '2'  # naive is tried at a higher rate than 4
+  assert 'study: 3 from 1 to 9 (naive), 2 from 1 to 4 (all others).' in shown
   assert (
     next(line for line in shown.splitlines() if '| naive' in line).split('|')[-2].strip() == '0'
   )
