@@ -1,9 +1,10 @@
 """Errors that are the user's to mend, and the wording they share."""
 
+import contextlib
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -42,6 +43,20 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
 def reason(error: OSError) -> str:
   """The operating system's own words for an error, such as 'No space left on device'."""
   return error.strerror or str(error)
+
+
+def first_line(error: Exception) -> str:
+  """The first line of an error's text; its type where it has none."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def os_errors(what: str) -> Iterator[None]:
+  """Raises a `UserError` for an `OSError` of the block: what failed ('cannot read x'), and why."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'{what}: {reason(error)}.') from error
 
 
 def warn(text: str, category: type[Warning] = KindsWarning) -> None:

@@ -23,12 +23,11 @@ from ml_collections.config_dict import placeholder
 from know_jax import kinds as kinds_
 from know_jax import trees
 from know_jax.data.base import Batch, Source, checked_batch, part_of
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.sealed import write_sealed
 from know_jax.models.adapters import Model
 from know_jax.nowcast import api
-from know_jax.predictors.parameters import load_known, network_of
-from know_jax.predictors.registry import check_used, resolve_all
+from know_jax.predictors.registry import given_theta, resolve_all
 from know_jax.report.plots import new_figure, principal_plane
 from know_jax.runs.record import config_dict
 from know_jax.runs.workdir import load_trajectory
@@ -219,16 +218,14 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   workdir = Path(workdir).expanduser()
   trajectory, record = load_trajectory(workdir)
   task = load_task(record['config'])
-  theta = None if config['known'] is None else load_known(config['known'])
-  network = None if theta is None else network_of(theta)
   made = resolve_all(config['predictors'])
-  check_used(config['known'], network, made)
+  theta = given_theta(config['known'], made)
   forecasts = {
     name: api.forecast(
       trajectory,
       config['steps'],
       predictor=predictor,
-      theta=theta if network is not None and predictor.accepts(network) else None,
+      theta=theta.get(name),
       rate=record['config']['rate'],
       kinds=task.kinds,
     )
@@ -248,13 +245,13 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   test = Data(tested, task.prepare)
   vectors = np.stack([kinds_.flatten(variables, task.kinds) for _, _, variables in weights])
   places, distances = plane.coordinates(vectors), plane.distances(vectors)
-  points = [
-    {
+  points = []
+  for (name, steps, variables), place, distance in zip(weights, places, distances, strict=True):
+    metrics = loop.evaluate(task, variables, test)
+    points.append({
       'name': name, 'steps': steps, 'x': float(place[0]), 'y': float(place[1]),
-      'distance': float(distance), **_scores(task, variables, test),
-    }
-    for (name, steps, variables), place, distance in zip(weights, places, distances, strict=True)
-  ]  # fmt: skip
+      'distance': float(distance), 'accuracy': metrics[task.score], 'loss': metrics['loss'],
+    })  # fmt: skip
   x, y = _grid_lines(places, config)
   grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
   per_call = config['points_per_call'] or (1 if jax.default_backend() == 'cpu' else 16)
@@ -271,12 +268,10 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     'points': points,
   }
   folder = workdir / 'landscape'
-  try:
+  with os_errors(f'cannot write in {folder}'):
     folder.mkdir(exist_ok=True)
     write_sealed(folder / 'landscape.json', result)
     _draw(folder / 'landscape.png', result)
-  except OSError as error:
-    raise UserError(f'cannot write in {folder}: {reason(error)}.') from error
   return result
 
 
@@ -287,11 +282,6 @@ def _check(config: Mapping[str, Any]) -> None:
       raise UserError(f'{field} is {config[field]}; expected at least {least}.')
   if len(config['grid']) != 2 or min(config['grid']) < 2:
     raise UserError(f'grid is {tuple(config["grid"])}; expected two numbers of at least 2.')
-
-
-def _scores(task: Task, variables: Any, test: Data) -> dict[str, float]:
-  metrics = loop.evaluate(task, variables, test)
-  return {'accuracy': metrics[task.score], 'loss': metrics['loss']}
 
 
 def _cloud(
@@ -330,7 +320,6 @@ def report(found: Mapping[str, Any]) -> str:
 
 
 def _draw(path: Path, found: Mapping[str, Any]) -> None:
-
   figure = new_figure(9, 7)
   axes = figure.subplots()
   accuracy = 100 * np.array(found['accuracy'])

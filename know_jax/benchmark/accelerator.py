@@ -5,19 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from know_jax.benchmark.histories import History, build, num_predicted, of_network
 from know_jax.benchmark.settings import STAGES, Settings
 from know_jax.benchmark.timing import goal, race, rates, spread
-from know_jax.benchmark.training_speed import random_images, random_task, start
+from know_jax.benchmark.training_speed import epoch_of, random_images, random_task
 from know_jax.data.augmentation import PAPER_AUGMENTATION
 from know_jax.errors import PredictionWarning
 from know_jax.nowcast import api
 from know_jax.tasks.base import AXIS
-from know_jax.training import loop
-from know_jax.training.state import Recipe
-from know_jax.training.steps import put_data
 
 PREDICTORS = ('known', 'known_leaf')
 STEPS = 3
@@ -38,9 +34,12 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     return {'unmeasured': f'JAX runs on {backend}, not on a GPU.', 'goals': goals}
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', PredictionWarning)
+    network = jax.device_put(of_network(settings.gpu_predicted))
+    repetitions = settings.gpu_predicted.repetitions
+    large = _large_history(settings.gpu_weights, settings.gpu_leaf)
     parts = {
-      'network': _network(settings, show),
-      'large': _large(settings, show),
+      'network': _predicted(network, STEPS, repetitions, 'float32', show),
+      'large': _predicted(large, 1, settings.gpu_repetitions, 'bfloat16', show),
       'epoch': _epoch(settings, show),
     }
   return {
@@ -59,16 +58,6 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
       for name, seconds in parts[part]['seconds'].items()
     ],
   }  # fmt: skip
-
-
-def _network(settings: Settings, show: bool) -> dict[str, Any]:
-  history = jax.device_put(of_network(settings.gpu_predicted))
-  return _predicted(history, STEPS, settings.gpu_predicted.repetitions, 'float32', show)
-
-
-def _large(settings: Settings, show: bool) -> dict[str, Any]:
-  history = _large_history(settings.gpu_weights, settings.gpu_leaf)
-  return _predicted(history, 1, settings.gpu_repetitions, 'bfloat16', show)
 
 
 def _predicted(
@@ -112,16 +101,7 @@ def _epoch(settings: Settings, show: bool) -> dict[str, Any]:
   images, labels = random_images(settings.gpu_images, target.image)
   model = build(target, axis_name=AXIS)
   task = random_task(model, images, labels, augmentation=PAPER_AUGMENTATION)
-  data, _ = put_data(task)
-  key = jax.random.key(0)
-  begin = start(task, key)
-
-  def fit() -> Any:
-    return loop.fit(
-      task, begin, data, np.arange(len(labels), dtype=np.int32), recipe=Recipe('adam'), epochs=1,
-      batch_size=settings.batch_size, lr=1e-3, schedule='cosine', key=key,
-    )  # fmt: skip
-
+  _, fit = epoch_of(task, settings.batch_size, 'cosine')
   times = race({'fit': fit}, settings.gpu_repetitions, 'epoch on the GPU', show=show)
   dtype = target.options.get('dtype', 'float32')
   return {

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from know_jax.predictors import known
 from know_jax.predictors.parameters import load_known
 
 _BLOCK = 2048
-_WHOLE, _PREDICT, _PRODUCT = 'the network', 'predict', 'large product'
+_PRODUCT = 'large product'
 
 NOTE = (
   'Where its time goes is CPU time a weight of a dense kernel, on all threads together, and how '
@@ -48,15 +47,15 @@ def measure(weights: int, size: int, flops: int, repetitions: int) -> list[dict[
   square = jax.jit(functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST))
   fused = known.fuse(params)
   parts: dict[str, Callable[[jax.Array], jax.Array]] = {
-    _WHOLE: functools.partial(_network, fused, jnp.exp),
-    'without exponentials': functools.partial(_network, fused, lambda x: x),
+    'the network': functools.partial(known.fused_residuals, fused),
+    'without exponentials': functools.partial(known.fused_residuals, fused, exp=lambda x: x),
     'products': functools.partial(_products, fused),
     'exponentials': _exponentials,
   }
   calls: dict[str, Callable[[], Any]] = {
     name: functools.partial(_in_blocks(part), rows) for name, part in parts.items()
   }
-  calls[_PREDICT] = lambda: api.predict(history, predictor='known', on_bad='ignore')
+  calls['predict'] = lambda: api.predict(history, predictor='known', on_bad='ignore')
   calls[_PRODUCT] = lambda: square(matrix, matrix)
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for turn in range(-1, repetitions):
@@ -94,28 +93,9 @@ def _dot(matrix: Any, x: jax.Array) -> jax.Array:
   return jnp.dot(matrix, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _streams(fused: Any, block: jax.Array) -> list[tuple[Any, jax.Array]]:
-  return [(fused['weights'], block), (fused['differences'], block[1:] - block[:-1])]
-
-
-def _network(fused: Any, exp: Callable[[jax.Array], jax.Array], block: jax.Array) -> jax.Array:
-  """`known.residuals` with another function in place of its exponential."""
-  streams = []
-  for maps, x in _streams(fused, block):
-    affine = {
-      name: functools.partial(lambda pair, v: _dot(pair[0], v) + pair[1], maps[name])
-      for name in ('embed', 'squeeze', 'gate', 'amplitude', 'offset')
-    }
-    h, z = affine['embed'](x), nn.relu(affine['squeeze'](x))
-    out = _dot(maps['project'], affine['amplitude'](z) * exp(affine['gate'](z) * h))
-    streams.append(nn.leaky_relu(out + affine['offset'](z), 0.3))
-  matrix, column = fused['residual']
-  return jnp.tanh((_dot(matrix, jnp.concatenate(streams)) + column)[0])
-
-
 def _products(fused: Any, block: jax.Array) -> jax.Array:
   total = jnp.zeros(block.shape[1])
-  for maps, x in _streams(fused, block):
+  for maps, x in ((fused['weights'], block), (fused['differences'], block[1:] - block[:-1])):
     h, z = _dot(maps['embed'][0], x), _dot(maps['squeeze'][0], x)
     last = [
       _dot(maps['project'], h),

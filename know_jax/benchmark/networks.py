@@ -16,18 +16,13 @@ from know_jax.benchmark.histories import build
 from know_jax.benchmark.predicting import check_equal
 from know_jax.benchmark.settings import Images, Settings, Target
 from know_jax.benchmark.timing import goal, race, rates, speedups
-from know_jax.benchmark.training_speed import OURS, random_images
+from know_jax.benchmark.training_speed import LR, OURS, epoch_of, random_images
 from know_jax.data.base import Arrays
 from know_jax.tasks import captioning, classification, segmentation
 from know_jax.tasks.base import AXIS, Task
-from know_jax.training import loop
-from know_jax.training.state import Checkpoint, Recipe, create_state
-from know_jax.training.steps import put_data
 
 _RIVALS = Path(__file__).parents[2] / 'tests' / 'tools' / 'torch_networks.py'
 _CHECKED = 8  # Images whose logits are compared.
-_RECIPE = Recipe('adam')
-_LR = 1e-3
 _CLASSES = 10
 _WORDS, _LENGTH = 1000, 12
 
@@ -37,16 +32,10 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   body, goals, seconds = [], [], {}
   for target in settings.networks:
     task = make_task(target, settings.network_batch * settings.network_steps)
-    data, key = put_data(task)[0], jax.random.key(0)
-    begin = Checkpoint(create_state(jax.device_get(task.init(key)), _RECIPE))
-    everything = np.arange(task.train.size, dtype=np.int32)
-    fit = functools.partial(
-      loop.fit, task, begin, data, everything, recipe=_RECIPE, epochs=1,
-      batch_size=settings.network_batch, lr=_LR, schedule='constant', key=key,
-    )  # fmt: skip
+    begin, fit = epoch_of(task, settings.network_batch)
     contestants: dict[str, Callable[[], Any]] = {OURS: fit}
     contestants |= rivals(
-      task, begin.state.variables, target.image, batch_size=settings.network_batch, lr=_LR
+      task, begin.state.variables, target.image, batch_size=settings.network_batch, lr=LR
     )
     began = time.perf_counter()
     fit()

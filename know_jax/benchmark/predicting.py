@@ -125,7 +125,9 @@ def linear(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   contestants: dict[str, Callable[[], Any]] = {COPY: lambda: np.copyto(target, source)}
   contestants |= {name: _predictor(history, name) for name in LINEAR}
   times = race(contestants, repetitions, 'linear predictors', show=show)
-  speed, ratio = rates(times, moved / 1e9), _over(times)
+  speed = rates(times, moved / 1e9)
+  # How fast each is for one copy, within each round.
+  ratio = {name: spread(np.divide(times[COPY], times[name])) for name in LINEAR}
   return {
     'note': f'One step ahead for {weights:,} float32 weights in memory, {STAGES} stages; GB are of '
     f'stages read and prediction written. *{COPY}* is one core copying an array, which reads and '
@@ -140,15 +142,6 @@ def linear(settings: Settings, *, show: bool = True) -> dict[str, Any]:
       for name in LINEAR
     ],
   }  # fmt: skip
-
-
-def _over(times: Times) -> dict[str, dict[str, float]]:
-  """How fast each is for one copy: spreads of the ratios within each round."""
-  return {
-    name: spread([copy / s for copy, s in zip(times[COPY], seconds, strict=True)])
-    for name, seconds in times.items()
-    if name != COPY
-  }
 
 
 def many_leaves(settings: Settings, *, show: bool = True) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from know_jax.benchmark import (
 )
 from know_jax.benchmark.machine import machine
 from know_jax.benchmark.settings import FULL, QUICK
-from know_jax.errors import UserError, reason, unknown_name
+from know_jax.errors import UserError, os_errors, unknown_name
 from know_jax.io.files import local_path, write_atomic
 from know_jax.io.sealed import write_sealed
 
@@ -72,12 +72,10 @@ def run(
   path = local_path(path, 'output')
   if path.suffix != '.md':
     raise UserError(f'the output is {str(path)!r}; expected a Markdown file, as in benchmark.md.')
-  try:
+  with os_errors(f'cannot write in {path.parent}'):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
       raise UserError(f'cannot write in {path.parent}: permission denied.')
-  except OSError as error:
-    raise UserError(f'cannot write in {path.parent}: {reason(error)}.') from error
   settings = QUICK if quick else FULL
   about, began = machine(), time.perf_counter()
   sections = {name: SECTIONS[name](settings, show=show_progress) for name in chosen}
@@ -94,11 +92,9 @@ def run(
 
 def _write(path: Path, found: dict[str, Any]) -> None:
   picture = path.with_suffix('.png') if 'memory' in found['sections'] else None
-  try:
+  with os_errors(f'cannot write in {path.parent}'):
     write_sealed(path.with_suffix('.json'), found)
     if picture:
       report.draw(picture, found['sections']['memory'])
     text = report.markdown(found, picture.name if picture else None)
     write_atomic(path, text.encode())
-  except OSError as error:
-    raise UserError(f'cannot write in {path.parent}: {reason(error)}.') from error

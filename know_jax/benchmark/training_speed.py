@@ -1,6 +1,7 @@
 """Images a second in training: know_jax beside Keras."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from know_jax.training.steps import put_data
 OURS, KERAS, KERAS_XLA = 'know_jax', 'Keras', 'Keras with XLA'
 CLASSES = 10
 
-_LR = 1e-3
+LR = 1e-3
 _RECIPE = Recipe('adam')
 _CHECKED_STEPS = 3
 
@@ -33,26 +34,20 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   target, batch_size = settings.trained, settings.batch_size
   images, labels = random_images(settings.train_steps * batch_size, target.image)
   task = random_task(build(target, axis_name=AXIS), images, labels)
-  data, _ = put_data(task)
-  key = jax.random.key(0)
-  begin = start(task, key)
-  everything = np.arange(len(labels), dtype=np.int32)
-
-  def fit() -> Any:
-    return loop.fit(
-      task, begin, data, everything, recipe=_RECIPE, epochs=1, batch_size=batch_size, lr=_LR,
-      schedule='constant', key=key,
-    )  # fmt: skip
-
+  begin, fit = epoch_of(task, batch_size)
   contestants: dict[str, Any] = {OURS: fit}
   differences = {}
   if not keras_rivals.absent():
     # Prepared beforehand, which ours does in every step.
     inputs = np.asarray(to_device_input(jnp.asarray(images), jnp.asarray(mean_image(images))))
     for name, jit in ((KERAS, False), (KERAS_XLA, True)):
-      differences[name] = _differences(task, begin, inputs, labels, settings, jit)
-      network = _keras(begin, settings, jit)
-      contestants[name] = _keras_fit(network, inputs, labels, batch_size)
+      make = functools.partial(keras_rivals.cnn, begin.state.params, target.image, jit=jit, lr=LR)
+      differences[name] = _differences(
+        make(), task, begin, images, inputs[:batch_size], labels[:batch_size]
+      )
+      contestants[name] = functools.partial(
+        make().fit, inputs, labels, batch_size=batch_size, epochs=1, shuffle=True, verbose=0
+      )
   times = race(contestants, target.repetitions, 'train', show=show)
   rate, faster = rates(times, len(labels)), speedups(times, OURS)
   return {
@@ -90,56 +85,44 @@ def random_task(
   return classification.task(model, source, source, mean=mean, **options)
 
 
-def start(task: Task, key: jax.Array) -> Checkpoint:
-  """Where a training begins."""
-  return Checkpoint(create_state(jax.device_get(task.init(key)), _RECIPE))
-
-
-def _keras(begin: Checkpoint, settings: Settings, jit: bool) -> Any:
-  return keras_rivals.cnn(begin.state.params, settings.trained.image, jit=jit, lr=_LR)
-
-
-def _keras_fit(network: Any, inputs: np.ndarray, labels: np.ndarray, batch_size: int) -> Any:
-  return lambda: (
-    network.fit(inputs, labels, batch_size=batch_size, epochs=1, shuffle=True, verbose=0).history
-  )
+def epoch_of(
+  task: Task, batch_size: int, schedule: str = 'constant'
+) -> tuple[Checkpoint, Callable[[], Any]]:
+  """Where a training by Adam begins, and its first epoch, at each call from there anew."""
+  key = jax.random.key(0)
+  begin = Checkpoint(create_state(jax.device_get(task.init(key)), _RECIPE))
+  everything = np.arange(task.train.size, dtype=np.int32)
+  return begin, functools.partial(
+    loop.fit, task, begin, put_data(task)[0], everything, recipe=_RECIPE, epochs=1,
+    batch_size=batch_size, lr=LR, schedule=schedule, key=key,
+  )  # fmt: skip
 
 
 def _differences(
+  network: Any,
   task: Task,
   begin: Checkpoint,
+  images: np.ndarray,
   inputs: np.ndarray,
   labels: np.ndarray,
-  settings: Settings,
-  jit: bool,
 ) -> dict[str, float]:
   """Whether Keras trains the same network: logits, and the loss after a few steps on one batch."""
-  size = settings.batch_size
-  inputs, labels = inputs[:size], labels[:size]
-  network = _keras(begin, settings, jit)
+  size = len(labels)
   logits, _ = task.model.apply(begin.state.variables, {'image': inputs}, train=False, key=None)
   result = network.predict(inputs, batch_size=size, verbose=0)
   apart = float(np.abs(result - logits).max())
   theirs = network.fit(
     inputs, labels, batch_size=size, epochs=_CHECKED_STEPS, shuffle=False, verbose=0
   ).history['loss']
-  ours = _losses(task, begin, labels, settings)
+  # The mean of all of them is subtracted, as for Keras.
+  task = random_task(task.model, images[:size], labels, mean_image(images))
+  ours: list[float] = []
+  loop.fit(
+    task, begin, put_data(task)[0], np.arange(size, dtype=np.int32), recipe=_RECIPE,
+    epochs=_CHECKED_STEPS, batch_size=size, lr=LR, schedule='constant', key=jax.random.key(0),
+    on_epoch=lambda _, metrics: ours.append(metrics['loss']),
+  )  # fmt: skip
   return {
     'logits': check_equal('logits of Keras', apart, 1e-4),
     'loss': check_equal('loss of Keras', float(np.abs(np.subtract(ours, theirs)).max()), 1e-3),
   }
-
-
-def _losses(
-  task: Task, begin: Checkpoint, labels: np.ndarray, settings: Settings
-) -> Sequence[float]:
-  images, _ = random_images(settings.train_steps * settings.batch_size, settings.trained.image)
-  # The mean of all of them is subtracted, as for Keras.
-  task = random_task(task.model, images[: len(labels)], labels, mean_image(images))
-  losses: list[float] = []
-  loop.fit(
-    task, begin, put_data(task)[0], np.arange(len(labels), dtype=np.int32), recipe=_RECIPE,
-    epochs=_CHECKED_STEPS, batch_size=len(labels), lr=_LR, schedule='constant',
-    key=jax.random.key(0), on_epoch=lambda _, metrics: losses.append(metrics['loss']),
-  )  # fmt: skip
-  return losses

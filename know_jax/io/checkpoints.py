@@ -39,8 +39,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from know_jax import trees
-from know_jax.errors import UserError, reason
-from know_jax.io.files import fsync_directory, hidden_sibling, local_path, locked
+from know_jax.errors import UserError, first_line, os_errors
+from know_jax.io.files import (
+  file_checksum,
+  fsync_directory,
+  fsync_tree,
+  hidden_sibling,
+  local_path,
+  locked,
+  raise_error,
+)
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.jsonable import digest, plain
 from know_jax.system.machine import memory_bytes
@@ -119,11 +127,11 @@ def save(
 
   def finish() -> None:
     content['files'] = _checksums(temporary)
-    _fsync_all(temporary)
+    fsync_tree(temporary)
     write_sealed(temporary / _MANIFEST, content)
     _commit(temporary, path)
 
-  with _os_errors(f'cannot save checkpoint {path}'), stack:
+  with os_errors(f'cannot save checkpoint {path}'), stack:
     from_first(lock)
     with uninterrupted():
       temporary = path.with_name(from_first(begin))
@@ -174,7 +182,7 @@ def restore(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
       altered, or differs from `like`; the file or leaf is named, with what was found and expected.
   """
   path = _absolute(path)
-  with _os_errors(f'cannot read checkpoint {path}'):
+  with os_errors(f'cannot read checkpoint {path}'):
     home = _home(path)
     manifest = _read_manifest(path, home)
     _check_files(path, home, manifest['files'])
@@ -193,7 +201,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     UserError: as in `restore`, as far as the manifest goes.
   """
   path = _absolute(path)
-  with _os_errors(f'cannot read checkpoint {path}'):
+  with os_errors(f'cannot read checkpoint {path}'):
     return _read_manifest(path, _home(path))['metadata']
 
 
@@ -207,7 +215,7 @@ def weights_digest(path: str | os.PathLike) -> str:
     UserError: as in `restore`, as far as the manifest goes.
   """
   path = _absolute(path)
-  with _os_errors(f'cannot read checkpoint {path}'):
+  with os_errors(f'cannot read checkpoint {path}'):
     return digest(_read_manifest(path, _home(path))['leaves'])
 
 
@@ -221,7 +229,7 @@ def verify(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     UserError: as in `restore`, as far as the files go.
   """
   path = _absolute(path)
-  with _os_errors(f'cannot read checkpoint {path}'):
+  with os_errors(f'cannot read checkpoint {path}'):
     home = _home(path)
     files = _read_manifest(path, home)['files']
     _check_files(path, home, files)
@@ -235,7 +243,7 @@ def exists(path: str | os.PathLike) -> bool:
     UserError: the operating system does not let us look.
   """
   path = _absolute(path)
-  with _os_errors(f'cannot read checkpoint {path}'):
+  with os_errors(f'cannot read checkpoint {path}'):
     return (_home(path) / _MANIFEST).is_file()
 
 
@@ -330,14 +338,6 @@ def _absolute(path: str | os.PathLike) -> Path:
     raise UserError(f'{os.fspath(path)!r} is not a usable path: {error}.') from error
 
 
-@contextlib.contextmanager
-def _os_errors(what: str) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise UserError(f'{what}: {reason(error)}.') from error
-
-
 def _previous(path: Path) -> Path:
   return hidden_sibling(path, 'previous')
 
@@ -420,7 +420,7 @@ def _commit(temporary: Path, path: Path) -> None:
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
   """Relative path and status of everything under a directory but directories; follows no links."""
-  for directory, directories, files in os.walk(root, onerror=_raise):
+  for directory, directories, files in os.walk(root, onerror=raise_error):
     for name in (*directories, *files):
       entry = Path(directory, name)
       status = entry.lstat()
@@ -428,28 +428,11 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
         yield entry.relative_to(root).as_posix(), status
 
 
-def _raise(error: OSError) -> None:
-  raise error
-
-
-def _file_checksum(path: Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 def _checksums(root: Path) -> dict[str, dict[str, Any]]:
   return {
-    name: {'size': status.st_size, 'sha256': _file_checksum(root / name)}
+    name: {'size': status.st_size, 'sha256': file_checksum(root / name)}
     for name, status in sorted(_walk(root))
   }
-
-
-def _fsync_all(root: Path) -> None:
-  for directory, _, files in os.walk(root, topdown=False, onerror=_raise):
-    for name in files:
-      with Path(directory, name).open('rb') as file:
-        os.fsync(file.fileno())
-    fsync_directory(Path(directory))
 
 
 def _read_manifest(path: Path, home: Path) -> dict[str, Any]:
@@ -519,7 +502,7 @@ def _check_files(path: Path, home: Path, expected: dict[str, dict[str, Any]]) ->
     if (size := result[name].st_size) != expected[name]['size']:
       raise UserError(f'{damaged}{name!r} has {size} bytes; expected {expected[name]["size"]}.')
   for name, entry in expected.items():
-    if (checksum := _file_checksum(home / name)) != entry['sha256']:
+    if (checksum := file_checksum(home / name)) != entry['sha256']:
       raise UserError(
         f'{damaged}{name!r} has been altered: it has SHA-256 {checksum}; expected '
         f'{entry["sha256"]}.'
@@ -553,7 +536,7 @@ def _orbax_save(path: Path, directory: Path, tree: PyTree) -> None:
     # TensorStore's errors hold that of the operating system in their text only.
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
       raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    raise UserError(f'Orbax cannot write {path}: {_first_line(error)}') from error
+    raise UserError(f'Orbax cannot write {path}: {first_line(error)}') from error
 
 
 def _orbax_restore(
@@ -583,7 +566,7 @@ def _orbax_restore(
     raise
   except Exception as error:
     # Every file is as it was written, so this is Orbax: say an older version than that which wrote.
-    raise UserError(f'Orbax cannot read {path}: {_first_line(error)}') from error
+    raise UserError(f'Orbax cannot read {path}: {first_line(error)}') from error
 
 
 def _check_chunks(path: Path, described: PyTree, stored: int) -> None:
@@ -600,7 +583,3 @@ def _check_chunks(path: Path, described: PyTree, stored: int) -> None:
         f'checkpoint {path} is damaged: leaf {name!r} of shape {list(shape)} is in chunks of '
         f'{list(chunk)}.'
       )
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]

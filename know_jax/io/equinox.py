@@ -16,7 +16,7 @@ import numpy as np
 
 from know_jax.errors import UserError
 from know_jax.io import npz
-from know_jax.io.weights import Leaf, Shard, Weights, by_path, identify_files, opener, patching
+from know_jax.io.weights import Leaf, Weights, of_file, opener
 
 _MAGIC = b'\x93NUMPY'
 
@@ -58,13 +58,7 @@ def open(path: Path) -> Weights:
     f'an .eqx file has no names: its {len(arrays)} arrays are called by their numbers, and taken '
     'for weights, biases and norms by their order and shapes, as the table of leaves shows.'
   )
-  shards = (
-    Shard(path.name, tuple(leaf.name.replace('.', '/') for leaf in leaves), patching(path)),
-  )
-  return Weights(
-    path, 'equinox', by_path(leaves, path), shards, lambda: identify_files(path.parent, [path]),
-    notes=(note,),
-  )  # fmt: skip
+  return of_file(path, 'equinox', leaves, notes=[note])
 
 
 def _array(file: IO[bytes], path: Path, number: int) -> tuple[np.dtype, tuple[int, ...], int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -62,6 +63,30 @@ def fsync_directory(path: Path) -> None:
     os.fsync(fd)
   finally:
     os.close(fd)
+
+
+def fsync_tree(root: Path) -> None:
+  """Makes all files and names in a directory and those below it durable.
+
+  Raises:
+    OSError: one of them cannot be read or synchronised.
+  """
+  for directory, _, files in os.walk(root, topdown=False, onerror=raise_error):
+    for name in files:
+      with Path(directory, name).open('rb') as file:
+        os.fsync(file.fileno())
+    fsync_directory(Path(directory))
+
+
+def raise_error(error: OSError) -> None:
+  """The `onerror` of an `os.walk` that leaves nothing out."""
+  raise error
+
+
+def file_checksum(path: Path) -> str:
+  """The SHA-256 of a file's content, as hexadecimal digits."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def hidden_sibling(path: Path, suffix: str) -> Path:

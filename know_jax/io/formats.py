@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io import zipped
 from know_jax.io.files import local_path
 from know_jax.io.weights import Weights
@@ -105,7 +105,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
       on, cannot be read, or its header is damaged; file and tensor are named.
   """
   given = local_path(path, 'history')
-  try:
+  with os_errors(f'cannot read {given}'):
     if not given.is_file() and not given.is_dir():
       raise UserError(f'{given}: no such file or folder; expected the weights of a stage.')
     if module := detect(given):
@@ -116,8 +116,6 @@ def open_weights(path: str | os.PathLike) -> Weights:
       raise UserError(f'{given} is {other[0]}; {other[1]}.')
     # Nothing else has no mark at all; the error says what is wrong with its header.
     return importlib.import_module('know_jax.io.safetensors').open(given)
-  except OSError as error:
-    raise UserError(f'cannot read {given}: {reason(error)}.') from error
 
 
 def describe(path: Path) -> tuple[str, str] | None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.files import fsync_directory, locked
 from know_jax.jsonable import json_line, restored
 
@@ -33,7 +33,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     UserError: the file is damaged or cannot be written, or the value is not JSON data.
   """
   line = json_line(value, path.stem).encode()
-  try:
+  with os_errors(f'cannot write {path}'):
     with locked(path):
       existed, intact = path.exists(), _lines(path)[1]
       with path.open('ab') as file:
@@ -45,18 +45,14 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     if not existed:
       fsync_directory(path.parent)
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {reason(error)}.') from error
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
   """The lines of a `.jsonl` file, and the length of the file without a line that is cut off."""
-  try:
+  with os_errors(f'cannot read {path}'):
     if path.exists() and not path.is_file():
       raise UserError(f'{path} is a folder or a device; expected a file.')
     data = path.read_bytes() if path.exists() else b''
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {reason(error)}.') from error
   result, length = [], 0
   lines = io.BytesIO(data).readlines()
   for number, line in enumerate(lines, 1):

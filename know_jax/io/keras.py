@@ -5,31 +5,18 @@ Keras gives them elsewhere (`layers/dense/vars/0` is `layers/dense/kernel`): the
 The state of an optimiser is no leaf: it is copied.
 """
 
-import contextlib
 import functools
 import math
 import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError
 from know_jax.io import hdf5, zipped
-from know_jax.io.weights import (
-  Leaf,
-  Opener,
-  Reader,
-  Shard,
-  Weights,
-  by_path,
-  identify_files,
-  opener,
-  patching,
-)
+from know_jax.io.weights import Leaf, Opener, Weights, copying, of_file, opener
 
 _INNER = 'model.weights.h5'
 _SIGNATURE = b'\x89HDF\r\n\x1a\n'
@@ -67,53 +54,38 @@ def open(path: Path) -> Weights:
     if not _OPTIMIZER.match(name)
   }
   names = _names(arrays)
-  leaves = []
-  reached = 0
+  leaves, reached = [], 0
   for name, (text, shape, place) in sorted(arrays.items(), key=lambda item: item[1][2] or 0):
     dtype = np.dtype(ml_dtypes.bfloat16 if text == 'bfloat16' else text)
     if dtype.kind == 'V' and text != 'bfloat16':
       dtype, shape = np.dtype('V1'), [*shape, dtype.itemsize]
     nbytes = math.prod(shape) * dtype.itemsize
-    what = f'array {name!r} of {path}'
     if place is not None and (place < reached or place + nbytes > size):
       raise UserError(f'{path}: not a readable HDF5 file ({name} lies in another, or is cut off).')
     reached = reached if place is None else place + nbytes
     at = None if place is None else start + place
     open_it = (
-      _copier(path, start, size, name, dtype, nbytes, what)
+      _copier(path, start, size, name, dtype, nbytes)
       if at is None
       else opener(path, at, dtype, name)
     )
     leaves.append(Leaf(names[name], tuple(shape), dtype, open_it, place=at))
-  shards: tuple[Shard, ...] = ()
-  notes: tuple[str, ...] = ()
-  if all(leaf.place is not None for leaf in leaves):
-    finish = functools.partial(zipped.mend, changed=members) if members else None
-    paths = tuple(leaf.name.replace('.', '/') for leaf in leaves)
-    shards = (Shard(path.name, paths, patching(path, finish)),)
-  else:
-    notes = (f'{path} has compressed arrays: what is predicted from it is written in safetensors.',)
-  return Weights(
-    path, 'keras', by_path(leaves, path), shards, lambda: identify_files(path.parent, [path]),
-    notes=notes,
-  )  # fmt: skip
+  notes = []
+  if any(leaf.place is None for leaf in leaves):
+    notes = [f'{path} has compressed arrays: what is predicted from it is written in safetensors.']
+  finish = functools.partial(zipped.mend, changed=members) if members else None
+  return of_file(path, 'keras', leaves, finish=finish, notes=notes)
 
 
-def _copier(
-  path: Path, start: int, size: int, name: str, dtype: np.dtype, nbytes: int, what: str
-) -> Opener:
-  @contextlib.contextmanager
-  def opened(folder: Path) -> Iterator[Reader]:
-    try:
-      with tempfile.TemporaryFile(dir=folder) as file:
-        hdf5.copy_array(path, start, size, name, file)
-        if file.seek(0, 2) != nbytes:
-          raise UserError(f'cannot read {what}: its numbers are not all there.')
-        yield Reader(file.fileno(), 0, dtype, what)
-    except OSError as error:
-      raise UserError(f'cannot copy {what} to {folder}: {reason(error)}.') from error
+def _copier(path: Path, start: int, size: int, name: str, dtype: np.dtype, nbytes: int) -> Opener:
+  what = f'array {name!r} of {path}'
 
-  return opened
+  def fill(file: IO[bytes]) -> None:
+    hdf5.copy_array(path, start, size, name, file)
+    if file.seek(0, 2) != nbytes:
+      raise UserError(f'cannot read {what}: its numbers are not all there.')
+
+  return copying(fill, dtype, what)
 
 
 def _names(arrays: dict[str, Any]) -> dict[str, str]:

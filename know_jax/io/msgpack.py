@@ -15,15 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from know_jax.errors import UserError
-from know_jax.io.weights import (
-  Leaf,
-  Shard,
-  Weights,
-  by_path,
-  identify_files,
-  opener,
-  patching,
-)
+from know_jax.io.weights import Leaf, Weights, of_file, opener
 
 _FILE = 'flax_model.msgpack'
 _DEPTH = 100
@@ -63,11 +55,7 @@ def open(path: Path) -> Weights:
     leaves = list(walk.value(()))
     if file.tell() != walk.size:
       raise walk.damaged(f'{walk.size - file.tell()} bytes follow its end')
-  paths = tuple(leaf.name.replace('.', '/') for leaf in leaves)
-  return Weights(
-    path, 'msgpack', by_path(leaves, path), (Shard(file_path.name, paths, patching(file_path)),),
-    lambda: identify_files(file_path.parent, [file_path]), home=path if path.is_dir() else None,
-  )  # fmt: skip
+  return of_file(file_path, 'msgpack', leaves, given=path if path.is_dir() else None)
 
 
 class _Walk:

@@ -1,30 +1,19 @@
 """NumPy's .npz: arrays by their names, read in their places unless they are compressed."""
 
-import contextlib
+import functools
 import io
 import math
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import ml_dtypes
 import numpy as np
 
 from know_jax.errors import UserError
 from know_jax.io import zipped
-from know_jax.io.weights import (
-  Leaf,
-  Opener,
-  Reader,
-  Shard,
-  Weights,
-  by_path,
-  identify_files,
-  opener,
-  patching,
-)
+from know_jax.io.weights import Leaf, Opener, Weights, copying, of_file, opener
 
 MAX_HEADER = 10_000
 # NumPy writes bfloat16 as two bytes of no type; nothing else of two bytes has no name of its own.
@@ -71,15 +60,8 @@ def open(path: Path) -> Weights:
       else:
         leaves.append(Leaf(name, shape, dtype, _unpacker(path, member_name, begin, dtype, what)))
   ordered = sorted(leaves, key=lambda leaf: leaf.place or 0)
-  shards: tuple[Shard, ...] = ()
-  if all(member.stored for member in members.values()):
-    paths = tuple(leaf.name.replace('.', '/') for leaf in ordered)
-    mend = lambda file: zipped.mend(file, members.values())  # noqa: E731
-    shards = (Shard(path.name, paths, patching(path, mend)),)
-  return Weights(
-    path, 'npz', by_path(leaves, path), shards, lambda: identify_files(path.parent, [path]),
-    notes=tuple(notes),
-  )  # fmt: skip
+  finish = functools.partial(zipped.mend, changed=members.values())
+  return of_file(path, 'npz', ordered, finish=finish, notes=notes)
 
 
 def _unpacked(archive: zipfile.ZipFile, name: str, what: str) -> bytes:
@@ -105,16 +87,12 @@ def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int]
 
 
 def _unpacker(path: Path, member: str, begin: int, dtype: np.dtype, what: str) -> Opener:
-  @contextlib.contextmanager
-  def opened(folder: Path) -> Iterator[Reader]:
-    with tempfile.TemporaryFile(dir=folder) as file:
-      with (
-        zipped.reading(f'{what}cannot be unpacked'),
-        zipfile.ZipFile(path) as archive,
-        archive.open(member) as packed,
-      ):
-        shutil.copyfileobj(packed, file, 1 << 20)
-      file.flush()
-      yield Reader(file.fileno(), begin, dtype, what.strip())
+  def fill(file: IO[bytes]) -> None:
+    with (
+      zipped.reading(f'{what}cannot be unpacked'),
+      zipfile.ZipFile(path) as archive,
+      archive.open(member) as packed,
+    ):
+      shutil.copyfileobj(packed, file, 1 << 20)
 
-  return opened
+  return copying(fill, dtype, what.strip(), begin)

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -18,17 +17,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, first_line
 from know_jax.io import checkpoints
-from know_jax.io.files import fsync_directory, hidden_sibling
+from know_jax.io.files import fsync_directory, fsync_tree, hidden_sibling
 from know_jax.io.weights import (
   Leaf,
   Opener,
-  Reader,
   Shard,
   Sink,
   Weights,
   by_path,
+  copying,
   files_below,
   identify_files,
   raw_bytes,
@@ -107,13 +106,13 @@ def _open(
       shape = tuple(array.shape)
       chunk = tuple(min(c, s) for c, s in zip(_chunk_shape(array), shape, strict=True))
       chunk_bytes = math.prod(chunk) * dtype.itemsize
-      opener = _opener(spec, chunk, f'leaf {name!r} of {given}')
+      opener = _opener(spec, chunk, dtype, f'leaf {name!r} of {given}')
       leaves.append(Leaf(name, shape, dtype, opener, chunk_bytes))
       specs[name] = {'driver': spec['driver']}, chunk
   except (ValueError, RuntimeError) as error:
     if isinstance(error, UserError):
       raise
-    raise UserError(f'cannot read {given}: {_first_line(error)}') from error
+    raise UserError(f'cannot read {given}: {first_line(error)}') from error
   result = by_path(leaves, given)
   name = directory.relative_to(given).as_posix()
   writing = functools.partial(_writing, directory, ocdbt, specs)
@@ -127,27 +126,18 @@ def _chunk_shape(array: Any) -> tuple[int, ...]:
   return tuple(array.chunk_layout.read_chunk.shape or array.shape)
 
 
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _opener(spec: dict[str, Any], chunk: tuple[int, ...], what: str) -> Opener:
-  @contextlib.contextmanager
-  def opened(folder: Path) -> Iterator[Reader]:
+def _opener(spec: dict[str, Any], chunk: tuple[int, ...], dtype: np.dtype, what: str) -> Opener:
+  def fill(file: IO[bytes]) -> None:
     import tensorstore as ts
 
-    with tempfile.TemporaryFile(dir=folder) as file:
-      try:
-        array = ts.open(spec, open=True, read=True).result()
-        for part in _chunks(tuple(array.shape), chunk):
-          _copy(file.fileno(), array[part].read().result(), tuple(array.shape), part)
-      except OSError as error:
-        raise UserError(f'cannot copy {what} to {folder}: {reason(error)}.') from error
-      except (ValueError, RuntimeError) as error:
-        raise UserError(f'cannot read {what}: {_first_line(error)}') from error
-      yield Reader(file.fileno(), 0, np.dtype(array.dtype.numpy_dtype), what)
+    try:
+      array = ts.open(spec, open=True, read=True).result()
+      for part in _chunks(tuple(array.shape), chunk):
+        _copy(file.fileno(), array[part].read().result(), tuple(array.shape), part)
+    except (ValueError, RuntimeError) as error:
+      raise UserError(f'cannot read {what}: {first_line(error)}') from error
 
-  return opened
+  return copying(fill, dtype, what)
 
 
 def _chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -257,11 +247,7 @@ def _writing(source: Path, ocdbt: bool, specs: dict[str, Any], path: Path) -> It
       yield sink
       sink.end()
     sink.files = identify_files(temporary, files_below(temporary))
-    for folder, _, names in os.walk(temporary, topdown=False):
-      for name in names:
-        with Path(folder, name).open('rb') as written:
-          os.fsync(written.fileno())
-      fsync_directory(Path(folder))
+    fsync_tree(temporary)
     path.mkdir(parents=True, exist_ok=True)
     # What says that it is a checkpoint comes last.
     for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name in _SIGNS):
@@ -273,7 +259,7 @@ def _writing(source: Path, ocdbt: bool, specs: dict[str, Any], path: Path) -> It
   except (ValueError, RuntimeError) as error:
     if isinstance(error, UserError):
       raise
-    raise UserError(f'cannot write {path}: {_first_line(error)}') from error
+    raise UserError(f'cannot write {path}: {first_line(error)}') from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.files import replacing
 from know_jax.io.weights import (
   Leaf,
@@ -26,8 +26,8 @@ from know_jax.io.weights import (
   by_path,
   identify_files,
   opener,
-  patching,
   read_json,
+  shard_of,
 )
 
 DTYPES = {
@@ -146,8 +146,7 @@ def _open_files(
         )
       tensors = {name: leaf for name, leaf in tensors.items() if name in expected[file]}
     ordered = sorted(tensors.values(), key=lambda leaf: leaf.place or 0)
-    paths = tuple(leaf.name.replace('.', '/') for leaf in ordered)
-    shards.append(Shard(file.name, paths, patching(file)))
+    shards.append(shard_of(file, ordered))
     leaves += ordered
   root = files[0].parent
   return Weights(
@@ -166,23 +165,20 @@ def _open_files(
 def _read_header(path: Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   """The tensors of a file, whose bytes must fill it without gap or overlap, and its metadata."""
   damaged = f'{path}: not a readable safetensors file: '
-  try:
-    with path.open('rb') as file:
-      status = os.fstat(file.fileno())
-      if not stat.S_ISREG(status.st_mode):
-        raise UserError(f'{damaged}it is no plain file.')
-      length = int.from_bytes(file.read(8), 'little') if status.st_size >= 8 else 0
-      if not 2 <= length <= min(_MAX_HEADER, status.st_size - 8):
-        raise UserError(
-          f'{damaged}its header is said to have {length} bytes; expected 2 to {_MAX_HEADER}, and '
-          f'no more than the {max(status.st_size - 8, 0)} that follow.'
-        )
-      text = file.read(length)
-      if not text.startswith(b'{'):
-        raise UserError(f'{damaged}its header begins with {text[:1]!r}; expected an opening brace.')
-      header = read_json(text, damaged.removesuffix(': '))
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {reason(error)}.') from error
+  with os_errors(f'cannot read {path}'), path.open('rb') as file:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+      raise UserError(f'{damaged}it is no plain file.')
+    length = int.from_bytes(file.read(8), 'little') if status.st_size >= 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER, status.st_size - 8):
+      raise UserError(
+        f'{damaged}its header is said to have {length} bytes; expected 2 to {_MAX_HEADER}, and '
+        f'no more than the {max(status.st_size - 8, 0)} that follow.'
+      )
+    text = file.read(length)
+    if not text.startswith(b'{'):
+      raise UserError(f'{damaged}its header begins with {text[:1]!r}; expected an opening brace.')
+    header = read_json(text, damaged.removesuffix(': '))
   metadata = header.pop('__metadata__', {})
   if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
     raise UserError(f'{damaged}its __metadata__ is no mapping to strings.')

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.files import write_atomic
 from know_jax.jsonable import plain, restored
 
@@ -42,7 +42,7 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
     UserError: the file is missing, a link, unreadable, truncated, altered, or was never sealed.
   """
   damaged = f'{what} {path} is damaged or foreign: '
-  try:
+  with os_errors(f'cannot read {what} {path}'):
     # A link may lead to any file; what is sealed is written in its place.
     if path.is_symlink():
       raise UserError(f'{damaged}it is a link; expected a plain file.')
@@ -51,8 +51,6 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
       raise UserError(f'{damaged}{size} bytes; expected at most {_MAX_JSON_BYTES}.')
     data = path.read_bytes()
-  except OSError as error:
-    raise UserError(f'cannot read {what} {path}: {reason(error)}.') from error
   try:
     result = json.loads(data)
   except (ValueError, RecursionError) as error:

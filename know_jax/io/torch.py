@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from know_jax.errors import UserError
+from know_jax.errors import UserError, first_line
 from know_jax.io import zipped
 from know_jax.io.weights import (
   Leaf,
@@ -24,8 +24,8 @@ from know_jax.io.weights import (
   by_path,
   identify_files,
   opener,
-  patching,
   read_json,
+  shard_of,
 )
 
 _SINGLE = ('pytorch_model.bin', 'adapter_model.bin', 'diffusion_pytorch_model.bin')
@@ -82,11 +82,8 @@ def open(path: Path) -> Weights:
   notes: list[str] = []
   for file in files:
     result, members = _open_file(file, notes)
-    paths = tuple(leaf.name.replace('.', '/') for leaf in result)
     leaves += result
-    shards.append(
-      Shard(file.name, paths, patching(file, functools.partial(zipped.mend, changed=members)))
-    )
+    shards.append(shard_of(file, result, functools.partial(zipped.mend, changed=members)))
   return Weights(
     path, 'torch', by_path(leaves, path), tuple(shards),
     lambda: identify_files(files[0].parent, files), home=home,
@@ -102,9 +99,7 @@ def _open_file(path: Path, notes: list[str]) -> tuple[list[Leaf], list[zipped.Me
   order = members.get(prefix.removesuffix('data/') + 'byteorder')
   if order is not None and order.size != len('little'):
     raise UserError(f'{path} has its numbers in big-endian order; save it again here.')
-  leaves = []
-  for name, tensor in _tensors(_load(path), ()):
-    leaves.append(_leaf(path, name, tensor, data))
+  leaves = [_leaf(path, name, tensor, data) for name, tensor in _tensors(_load(path), ())]
   # A whole tensor before its parts, of equal ones the first.
   ordered = sorted(leaves, key=lambda leaf: (leaf.place, -leaf.nbytes))
   apart: list[Leaf] = []
@@ -126,10 +121,9 @@ def _load(path: Path) -> Any:
       warnings.simplefilter('ignore')
       return torch.load(path, weights_only=True)
   except Exception as error:  # Of many types, as the ways in which it can be damaged.
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     raise UserError(
-      f'{path}: not a PyTorch file of tensors and plain values ({line[:200]}); expected a '
-      'state_dict, saved by torch.save(model.state_dict(), path).'
+      f'{path}: not a PyTorch file of tensors and plain values ({first_line(error)[:200]}); '
+      'expected a state_dict, saved by torch.save(model.state_dict(), path).'
     ) from error
 
 

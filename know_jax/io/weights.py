@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ from typing import IO, Any, Self
 import numpy as np
 
 from know_jax import showing
-from know_jax.errors import UserError, reason
-from know_jax.io.files import replacing
+from know_jax.errors import UserError, os_errors, reason
+from know_jax.io.files import file_checksum, replacing
 
 _BLOCK = 1 << 20
 _position = threading.Lock()
@@ -99,6 +100,11 @@ class Leaf:
   chunk_bytes: int = 0
   # Where its bytes begin in the file of its shard, None if they are not in one piece there.
   place: int | None = None
+
+  @property
+  def path(self) -> str:
+    """Its name with `/` between the parts."""
+    return self.name.replace('.', '/')
 
   @property
   def size(self) -> int:
@@ -265,12 +271,10 @@ def by_path(leaves: Iterable[Leaf], where: Path) -> dict[str, Leaf]:
   for leaf in leaves:
     if not leaf.dtype.isnative or leaf.dtype.itemsize > 8 or leaf.dtype.kind in 'SUMm':
       leaf = _as_bytes(leaf)
-    path = leaf.name.replace('.', '/')
-    if path in result:
+    if (other := result.setdefault(leaf.path, leaf)) is not leaf:
       raise UserError(
-        f'{where}: tensors {result[path].name!r} and {leaf.name!r} have the same path {path!r}.'
+        f'{where}: tensors {other.name!r} and {leaf.name!r} have the same path {leaf.path!r}.'
       )
-    result[path] = leaf
   if not result:
     raise UserError(f'{where} holds no tensor.')
   return dict(sorted(result.items()))
@@ -296,15 +300,9 @@ def identify_files(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any
   """
   result = {}
   for path in files:
-    try:
-      with path.open('rb') as file:
-        checksum = hashlib.file_digest(file, 'sha256').hexdigest()
-        result[path.relative_to(root).as_posix()] = {
-          'size': os.fstat(file.fileno()).st_size,
-          'sha256': checksum,
-        }
-    except OSError as error:
-      raise UserError(f'cannot read {path}: {reason(error)}.') from error
+    with os_errors(f'cannot read {path}'):
+      entry = {'size': path.stat().st_size, 'sha256': file_checksum(path)}
+      result[path.relative_to(root).as_posix()] = entry
   return result
 
 
@@ -320,14 +318,78 @@ def opener(path: Path, offset: int, dtype: np.dtype, name: str) -> Opener:
 
 @contextlib.contextmanager
 def _opened(path: Path, offset: int, dtype: np.dtype, name: str) -> Iterator[Reader]:
-  try:
+  with os_errors(f'cannot read {path}'):
     file = os.open(path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_BINARY', 0))
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {reason(error)}.') from error
   try:
     yield Reader(file, offset, dtype, f'tensor {name!r} of {path}')
   finally:
     os.close(file)
+
+
+def copying(
+  fill: Callable[[IO[bytes]], None], dtype: np.dtype, what: str, offset: int = 0
+) -> Opener:
+  """For a leaf whose bytes do not lie in one piece: they are first copied to a nameless file.
+
+  Args:
+    fill: `fill(file)` writes them, in row-major order.
+    dtype: of the leaf.
+    what: what is copied, for errors.
+    offset: where in the nameless file they begin.
+  """
+
+  @contextlib.contextmanager
+  def opened(folder: Path) -> Iterator[Reader]:
+    failed = f'cannot copy {what} to {folder}'
+    with contextlib.ExitStack() as stack:
+      with os_errors(failed):
+        file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+        fill(file)
+        file.flush()
+      yield Reader(file.fileno(), offset, dtype, what)
+
+  return opened
+
+
+def of_file(
+  path: Path,
+  format: str,
+  leaves: Sequence[Leaf],
+  *,
+  given: Path | None = None,
+  finish: Callable[[IO[bytes]], None] | None = None,
+  notes: Iterable[str] = (),
+) -> Weights:
+  """The weights of one file, which is written as a copy of it with its leaves replaced.
+
+  Args:
+    path: the file.
+    format: the name of its format.
+    leaves: in the order of their places. Where one has none, no such copy can be written.
+    given: the folder that was given in place of the file, whose side files belong to it.
+    finish: as in `patching`.
+    notes: what to tell about it.
+
+  Raises:
+    UserError: as `by_path` does.
+  """
+  is_whole = all(leaf.place is not None for leaf in leaves)
+  return Weights(
+    given or path,
+    format,
+    by_path(leaves, given or path),
+    (shard_of(path, leaves, finish),) if is_whole else (),
+    lambda: identify_files(path.parent, [path]),
+    home=given,
+    notes=tuple(notes),
+  )
+
+
+def shard_of(
+  path: Path, leaves: Sequence[Leaf], finish: Callable[[IO[bytes]], None] | None = None
+) -> Shard:
+  """A shard that is a copy of a file with these leaves of it replaced; they are in its order."""
+  return Shard(path.name, tuple(leaf.path for leaf in leaves), patching(path, finish))
 
 
 def patching(source: Path, finish: Callable[[IO[bytes]], None] | None = None) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.errors import UserError
-from know_jax.models.common import Classifier, glorot_uniform
+from know_jax.models.common import Classifier, Layers, glorot_uniform
 
 PADDING = 0
 """The token that fills captions up."""
@@ -75,16 +75,10 @@ class CaptionDecoder(nn.Module):
     places = self.param('position_embedding', _embedding, (self.max_length, units), jnp.float32)
     x = (table[tokens] + places[:length]).astype(self.dtype)
     features = features.astype(self.dtype)
+    layers = Layers(self.dtype, None, train, train and self.has_rng('dropout'))
     for i in range(1, self.layers + 1):
-      x = DecoderBlock(
-        self.heads,
-        self.dropout,
-        random=train and self.has_rng('dropout'),
-        dtype=self.dtype,
-        name=f'block{i}',
-      )(x, features)
-    output = nn.Dense(self.vocabulary, dtype=self.dtype, kernel_init=glorot_uniform, name='output')
-    logits = output(x).astype(jnp.float32)
+      x = DecoderBlock(self.heads, self.dropout, layers, name=f'block{i}')(x, features)
+    logits = layers.dense(self.vocabulary, 'output')(x).astype(jnp.float32)
     return logits if self.log_prior is None else logits + np.asarray(self.log_prior, np.float32)
 
 
@@ -93,13 +87,12 @@ class DecoderBlock(nn.Module):
 
   heads: int
   dropout: float
-  random: bool
-  dtype: Any
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array, features: jax.Array) -> jax.Array:
     """[B, T, U] tokens and [B, N, F] features to [B, T, U]."""
-    units = x.shape[-1]
+    units, layers = x.shape[-1], self.layers
 
     def attend(x: jax.Array, to: jax.Array, name: str, mask: jax.Array | None) -> jax.Array:
       return nn.MultiHeadDotProductAttention(
@@ -108,25 +101,21 @@ class DecoderBlock(nn.Module):
         out_features=units,
         dropout_rate=self.dropout,
         broadcast_dropout=False,
-        deterministic=not self.random,
+        deterministic=not layers.random,
         kernel_init=glorot_uniform,
-        dtype=self.dtype,
+        dtype=layers.dtype,
         name=name,
       )(x, to, mask=mask)
 
     def norm(x: jax.Array, name: str) -> jax.Array:
-      return nn.LayerNorm(_EPSILON, dtype=self.dtype, name=name)(x)
-
-    def dense(features: int, name: str) -> nn.Module:
-      return nn.Dense(features, kernel_init=glorot_uniform, dtype=self.dtype, name=name)
+      return layers.layer_norm(name, _EPSILON)(x)
 
     # Captions are padded at their end: what counts never attends to padding, and no other mask is
     # needed.
     x = norm(x + attend(x, x, 'self_attention', nn.make_causal_mask(x[..., 0])), 'norm1')
     x = norm(x + attend(x, features, 'cross_attention', None), 'norm2')
-    y = dense(units, 'dense2')(nn.relu(dense(2 * units, 'dense1')(x)))
-    y = nn.Dropout(self.dropout, deterministic=not self.random)(y)
-    return norm(x + y, 'norm3')
+    y = layers.dense(units, 'dense2')(nn.relu(layers.dense(2 * units, 'dense1')(x)))
+    return norm(x + layers.dropout(self.dropout)(y), 'norm3')
 
 
 class Captioner(nn.Module):

@@ -25,8 +25,7 @@ from know_jax.nowcast import lora as lora_
 from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.plan import check_steps, plan_of
 from know_jax.predictors import base
-from know_jax.predictors.parameters import load_known, network_of
-from know_jax.predictors.registry import check_used, resolve_all
+from know_jax.predictors.registry import given_theta, resolve_all
 
 SHARD_BYTES = 1 << 30
 MEMORY = 1 << 30
@@ -52,9 +51,7 @@ class Job:
   steps: int  # How far; the weights of every step from 1 on are written.
   rate: float  # r.
   on_bad: str  # What becomes of bad leaves, a choice of `guards.ON_BAD`.
-  known: str | None  # File or folder with the parameters of KNOWN; None: those shipped.
-  # Whose parameters these are: 'known' or 'known_leaf'; None where none are given.
-  network: str | None
+  theta: dict[str, Any]  # Name -> the user's parameters, of the predictors that take them.
   options: dict[str, Any]  # Of the predictors.
   leaves: dict[str, Leaf]  # Path -> leaf of the newest stage, with the dtype that is written.
   shards: tuple[Shard, ...] | None  # The files of the newest stage, None where others are written.
@@ -136,10 +133,8 @@ def prepare(
   shards, leaves = _output(real, format, dtype)
   if is_merged:
     shards, leaves = lora_.output(real, shards, leaves)
-  network = None if known is None else network_of(load_known(known))
-  check_used(known, network, made)
   job = Job(
-    stages, result.of, made, steps, rate, on_bad, known, network,
+    stages, result.of, made, steps, rate, on_bad, given_theta(known, made),
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
     tuple(notes), result.stacked,
   )  # fmt: skip
@@ -188,7 +183,7 @@ def plan(job: Job, output: str | os.PathLike) -> str:
       began = time.perf_counter()
       api.forecast(
         [stage] * len(job.stages), job.steps, predictor=job.predictors[name],
-        theta=theta_of(job, name), rate=job.rate, on_bad='ignore',
+        theta=job.theta.get(name), rate=job.rate, on_bad='ignore',
       )  # fmt: skip
       taken = time.perf_counter() - began
     seconds += taken * predicted / (1 << 18)
@@ -293,12 +288,6 @@ def _output(
   ), leaves
 
 
-def theta_of(job: Job, predictor: str) -> Any:
-  """The user's parameters, where they are of the predictor's network; None: its own, if any."""
-  fits = job.network is not None and job.predictors[predictor].accepts(job.network)
-  return load_known(job.known) if fits else None
-
-
 def _check_predictor(job: Job, predictor: str) -> None:
   """Whatever `forecast` refuses in the whole history, one weight of each kind and dtype shows."""
   first: dict[tuple[str, np.dtype], str] = {}
@@ -312,7 +301,7 @@ def _check_predictor(job: Job, predictor: str) -> None:
     [stage] * len(job.stages),
     check_steps(job.steps, least=1),
     job.predictors[predictor],
-    theta_of(job, predictor),
+    job.theta.get(predictor),
     job.rate,
     lambda path, _: job.kinds.get(path),
     job.on_bad,

@@ -17,7 +17,6 @@ whole leaves need it in memory. Predictions are checked leaf by leaf, and bad on
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -28,16 +27,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from know_jax import kinds as kinds_
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io import safetensors
-from know_jax.io.files import local_path, locked, write_atomic
+from know_jax.io.files import file_checksum, local_path, locked, write_atomic
 from know_jax.io.sealed import write_sealed
 from know_jax.io.weights import Leaf, Reader, Shard, Sink
 from know_jax.jsonable import digest
 from know_jax.nowcast import cards, chunks, pieces
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
-from know_jax.nowcast.file_job import SHARD_BYTES, Job, is_whole, new_shards, theta_of
+from know_jax.nowcast.file_job import SHARD_BYTES, Job, is_whole, new_shards
 from know_jax.nowcast.job import Job as EngineJob
 from know_jax.nowcast.pieces import Facts, Piece
 from know_jax.nowcast.plan import checked_theta
@@ -96,17 +95,14 @@ def write(
       history.append({'path': str(stage.path), 'files': files})
       bar.update()
   stages_.check_content(job.stages, [stage['files'] for stage in history])
-  try:
+  with os_errors(f'cannot write {output}'), contextlib.ExitStack() as locks:
     output.mkdir(parents=True, exist_ok=True)
     _check_space(job, output)
-    with contextlib.ExitStack() as locks:
-      for name in job.predictors:
-        locks.enter_context(locked(output / name))
-      # All options are compared with those of a call before, and only then is anything predicted.
-      runs = [_open_run(job, name, output / name, shards, history) for name in job.predictors]
-      return [folder for run in runs for folder in _write_predictor(job, run, show_progress)]
-  except OSError as error:
-    raise UserError(f'cannot write {output}: {reason(error)}.') from error
+    for name in job.predictors:
+      locks.enter_context(locked(output / name))
+    # All options are compared with those of a call before, and only then is anything predicted.
+    runs = [_open_run(job, name, output / name, shards, history) for name in job.predictors]
+    return [folder for run in runs for folder in _write_predictor(job, run, show_progress)]
 
 
 def _check_space(job: Job, output: Path) -> None:
@@ -144,7 +140,7 @@ def _open_run(
 ) -> _Run:
   made = job.predictors[predictor]
   kinds = {kind for kind in job.kinds.values() if kind != kinds_.KEEP}
-  theta, ranges = checked_theta(predictor, made, theta_of(job, predictor), kinds, job.steps)
+  theta, ranges = checked_theta(predictor, made, job.theta.get(predictor), kinds, job.steps)
   about = {
     'predictor': predictor,
     'rate': job.rate,
@@ -250,8 +246,7 @@ def _is_intact(path: Path, expected: dict[str, Any]) -> bool:
     return all(_is_intact(path / name, entry) for name, entry in expected['files'].items())
   if not path.is_file() or path.stat().st_size != expected['size']:
     return False
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest() == expected['sha256']
+  return file_checksum(path) == expected['sha256']
 
 
 def _whole(job: Job, path: str) -> str:

@@ -21,8 +21,7 @@ from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
 from know_jax.nowcast import api
 from know_jax.predictors.base import max_steps
-from know_jax.predictors.parameters import load_known, network_of
-from know_jax.predictors.registry import check_used, resolve_all
+from know_jax.predictors.registry import given_theta, resolve_all
 from know_jax.report.plots import plot_nowcast
 from know_jax.runs.workdir import load_trajectory
 from know_jax.tasks import load_task
@@ -98,9 +97,7 @@ def run(
         f'predictor {name!r} can do at most steps={reach} with the {len(trajectory)} stages of '
         f'{workdir}; found steps={steps}.'
       )
-  theta = None if known is None else load_known(known)
-  network = None if theta is None else network_of(theta)
-  check_used(known, network, made)
+  theta = given_theta(known, made)
   # The weights of a training loop of the user's own: there is nothing here to score them with.
   task = None if config['task'] is None else load_task(config)
   if task is None and batch_norm != 'keep':
@@ -124,15 +121,14 @@ def run(
   forecasts, warned, sources = {}, {}, {}
   for name, predictor in made.items():
     # --known replaces the shipped parameters of the predictors whose network it has.
-    fits = network is not None and predictor.accepts(network)
-    given = theta if fits else None
-    sources[name] = known if fits else predictor.theta_name if predictor.takes_theta else None
+    shipped = predictor.theta_name if predictor.takes_theta else None
+    sources[name] = known if name in theta else shipped
     with _noted() as warned[name]:
       forecasts[name] = api.forecast(
         trajectory,
         steps,
         predictor=predictor,
-        theta=given,
+        theta=theta.get(name),
         rate=config['rate'],
         kinds=rule,
         on_bad=on_bad,

@@ -134,18 +134,15 @@ def _read(
   if stages is not None:
     newest, length = stages[-1], len(stages)
   else:
-    newest = params_history
-    if isinstance(params_history, Trajectory):
-      newest = params_history.weights
+    is_trajectory = isinstance(params_history, Trajectory)
+    newest = params_history.weights if is_trajectory else params_history
     length = stacked_length(newest)
   flat, treedef = jax.tree.flatten(newest, is_leaf=trees.is_state)
   if not flat:
     raise UserError('the history has no leaves; expected pytrees of weights.')
   named = trees.named_leaves(newest, is_leaf=trees.is_state)
-  if stages is None:
-    structs = {path: _struct(leaf, 1) for path, leaf in named.items()}
-  else:
-    structs = {path: _struct(leaf, 0) for path, leaf in named.items()}
+  axes = 1 if stages is None else 0
+  structs = {path: _struct(leaf, axes) for path, leaf in named.items()}
   result = kinds_.find_kinds(structs, kinds, stacked)
   for note in result.notes:
     warn(note)
@@ -157,11 +154,11 @@ def _read(
   }
   for path in predicted:
     _check_dtype(path, structs[path].dtype)
-  columns: dict[str, Any]
-  if stages is None:
-    columns = {path: _usable(named[path]) for path in predicted}
-  else:
-    columns = _columns(stages, {path: structs[path] for path in predicted}, result.of)
+  columns: dict[str, Any] = (
+    {path: _usable(named[path]) for path in predicted}
+    if stages is None
+    else _columns(stages, {path: structs[path] for path in predicted}, result.of)
+  )
   parts, leaves, structs_of, paths, kinds_of = [], [], [], [], []
   for path, i in predicted.items():
     struct = structs[path]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.weights import Leaf, Opener, Reader, Shard, Sink, Weights, read_json
 
 CHOICES = ('apart', 'merged')
@@ -150,14 +150,11 @@ def _opener(stage: Weights, pair: _Pair, scale: float) -> Opener:
     left = _factor(stage.leaves[pair.left], folder, 1) * scale
     right = _factor(stage.leaves[pair.right], folder, 0)
     rows = max(1, _ROWS // (right.shape[1] * 8))
-    try:
-      with tempfile.TemporaryFile(dir=folder) as file:
-        for row in range(0, len(left), rows):
-          file.write((left[row : row + rows] @ right).astype(np.float32).data)
-        file.flush()
-        yield Reader(file.fileno(), 0, np.dtype(np.float32), what)
-    except OSError as error:
-      raise UserError(f'cannot keep {what} in {folder}: {reason(error)}.') from error
+    with os_errors(f'cannot keep {what} in {folder}'), tempfile.TemporaryFile(dir=folder) as file:
+      for row in range(0, len(left), rows):
+        file.write((left[row : row + rows] @ right).astype(np.float32).data)
+      file.flush()
+      yield Reader(file.fileno(), 0, np.dtype(np.float32), what)
 
   return opened
 
@@ -266,7 +263,7 @@ class _Factoring(Sink):
     self.errors: dict[str, float] = {}
 
   def begin(self, leaf: Leaf) -> None:
-    path = leaf.name.replace('.', '/')
+    path = leaf.path
     if path in self._pairs:
       self._take_apart()
       self._pair = self._pairs[path]

@@ -15,6 +15,7 @@ a dict kind -> Flax parameters of one `KNOWN`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -118,7 +119,7 @@ def residuals(params: Any, windows: jax.Array) -> jax.Array:
   Returns:
     The residuals, `[N]`.
   """
-  return _residuals(fuse(params), windows)
+  return fused_residuals(fuse(params), windows)
 
 
 def fuse(params: Any) -> dict[str, Any]:
@@ -164,19 +165,22 @@ def _transposed(kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Arra
   return kernel.T, bias[:, None]
 
 
-def _residuals(fused: Any, windows: jax.Array) -> jax.Array:
+def fused_residuals(
+  fused: Any, windows: jax.Array, exp: Callable[[jax.Array], jax.Array] = jnp.exp
+) -> jax.Array:
+  """`residuals` from what `fuse` gives: `[S, N]` -> `[N]`; measurements leave out its `exp`."""
   streams = [
-    _fused_stream(fused['weights'], windows),
-    _fused_stream(fused['differences'], windows[1:] - windows[:-1]),
+    _fused_stream(fused['weights'], windows, exp),
+    _fused_stream(fused['differences'], windows[1:] - windows[:-1], exp),
   ]
   return jnp.tanh(_affine(fused['residual'], jnp.concatenate(streams))[0])
 
 
-def _fused_stream(maps: Any, x: jax.Array) -> jax.Array:
+def _fused_stream(maps: Any, x: jax.Array, exp: Callable[[jax.Array], jax.Array]) -> jax.Array:
   h = _affine(maps['embed'], x)
   z = nn.relu(_affine(maps['squeeze'], x))
   gate, amplitude = _affine(maps['gate'], z), _affine(maps['amplitude'], z)
-  out = _dot(maps['project'], amplitude * jnp.exp(gate * h))
+  out = _dot(maps['project'], amplitude * exp(gate * h))
   return nn.leaky_relu(out + _affine(maps['offset'], z), _SLOPE)
 
 
@@ -202,7 +206,7 @@ def rollout(fused: Any, windows: jax.Array, steps: tuple[int, ...]) -> jax.Array
   """
 
   def step(windows: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-    predicted = windows[-1] + _residuals(fused, windows)
+    predicted = windows[-1] + fused_residuals(fused, windows)
     return jnp.concatenate([windows[1:], predicted[None]]), predicted
 
   # A loop: many steps ahead would take long to compile one by one.

@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from know_jax import kinds, trees
-from know_jax.errors import UserError, reason, unknown_name
+from know_jax.errors import UserError, os_errors, unknown_name
 from know_jax.io import hdf5
 from know_jax.io.files import write_atomic
 from know_jax.io.sealed import read_sealed
@@ -130,10 +130,8 @@ def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, An
   metadata = {'format': FORMAT, 'card': json.dumps(card, sort_keys=True)}
   metadata['sha256'] = _checksum(tensors, metadata)
   data = _with_sorted_header(safetensors.numpy.save(tensors, metadata))
-  try:
+  with os_errors(f'cannot write {path}'):
     write_atomic(Path(path), data)
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {reason(error)}.') from error
 
 
 def _with_sorted_header(data: bytes) -> bytes:

@@ -5,6 +5,7 @@ from typing import Any
 
 from know_jax.errors import UserError
 from know_jax.predictors.base import Predictor, check_predictor, make
+from know_jax.predictors.parameters import load_known, network_of
 from know_jax.registry import Registry, discover
 
 REGISTRY: Registry[Any] = Registry('predictor', check_predictor)
@@ -79,19 +80,24 @@ def resolve_all(predictors: Iterable[Any], options: Mapping[str, Any] | None = N
   return result
 
 
-def check_used(known: str | None, network: str | None, predictors: Mapping[str, Any]) -> None:
-  """Checks that parameters of KNOWN that a user gives are those of a predictor that is asked for.
+def given_theta(known: str | None, predictors: Mapping[str, Any]) -> dict[str, Any]:
+  """The user's parameters of KNOWN by the names of the predictors that run their network.
 
   Args:
-    known: where they come from; None where none are given.
-    network: whose they are, as `parameters.network_of` says.
+    known: file or folder, as `load_known` takes; None where none are given.
     predictors: name -> predictor.
 
   Raises:
-    UserError: no predictor takes them.
+    UserError: they cannot be read, or no predictor takes them.
   """
-  if network is not None and not any(p.accepts(network) for p in predictors.values()):
+  if known is None:
+    return {}
+  theta = load_known(known)
+  network = network_of(theta)
+  result = {name: theta for name, entry in predictors.items() if entry.accepts(network)}
+  if not result:
     raise UserError(
       f'{known} holds parameters of {network!r}; the predictors are {", ".join(predictors)}, of '
       'which none takes them.'
     )
+  return result
