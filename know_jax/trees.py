@@ -154,10 +154,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 def objects(values: Sequence[Any]) -> np.ndarray:
   """A NumPy array of these objects, as they are."""
-  result = np.empty(len(values), object)
-  for place, value in enumerate(values):
-    result[place] = value
-  return result
+  return np.fromiter(values, object, len(values))
 
 
 def num_weights(tree: PyTree) -> int:

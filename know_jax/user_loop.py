@@ -166,6 +166,10 @@ def _is_numeric(leaf: Any) -> bool:
   )
 
 
+def _arrays(tree: Any) -> dict[str, Any]:
+  return {path: leaf for path, leaf in trees.named_leaves(tree).items() if _is_numeric(leaf)}
+
+
 def _copy(tree: Any) -> Any:
   def copy(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and not _is_typed_key(leaf):
@@ -219,12 +223,8 @@ def _checked_subsets(subsets: Sequence[Any]) -> list[np.ndarray]:
 
 def _check_stage(before: Any, params: Any, stage: int) -> None:
   """Checks what `train` gave."""
-
-  def arrays(tree: Any) -> Any:
-    return {path: x for path, x in trees.named_leaves(tree).items() if _is_numeric(x)}
-
   names = ('the weights that it was given', f'what train gave in stage {stage}')
-  given, result = arrays(before), arrays(params)
+  given, result = _arrays(before), _arrays(params)
   trees.check_same(given, result, names=names)
   trees.check_containers(before, params, names=names)
   for path, leaf in result.items():
@@ -303,9 +303,5 @@ class _Workdir:
         f'{path} has leaf {min(saved)!r}, which start lacks; expected the same network.'
       )
     restored = jax.tree.unflatten(jax.tree.structure(self._start), leaves)
-    trees.check_same(
-      {k: x for k, x in trees.named_leaves(self._start).items() if _is_numeric(x)},
-      {k: x for k, x in trees.named_leaves(restored).items() if _is_numeric(x)},
-      names=('start', str(path)),
-    )
+    trees.check_same(_arrays(self._start), _arrays(restored), names=('start', str(path)))
     return restored

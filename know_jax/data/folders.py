@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from know_jax.errors import UserError, reason, unknown_name
+from know_jax.errors import UserError, os_errors, unknown_name
 from know_jax.system.machine import memory_bytes
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -49,14 +49,12 @@ def load_folder(
       cannot be read; pictures differ in size; it is named.
   """
   root = Path(name).expanduser().absolute()
-  try:
+  with os_errors(f'data set {name!r} cannot be read'):
     if not root.is_dir():
       raise UserError(f'data set {name!r}: there is no such folder.')
     listing, everything = _listing(root, split)
     stamps = tuple((path, (s := Path(path).stat()).st_size, s.st_mtime_ns) for path in everything)
     return _read(listing, image_size, stamps)
-  except OSError as error:
-    raise UserError(f'data set {name!r} cannot be read: {reason(error)}.') from error
 
 
 def _folders(folder: Path) -> list[Path]:

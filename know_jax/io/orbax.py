@@ -175,24 +175,16 @@ class _Sink(Sink):
   def __init__(
     self, store: Callable[[str], dict[str, Any]], specs: dict[str, Any], scratch: IO[bytes]
   ):
+    super().__init__(scratch)
     self._store, self._specs = store, specs
     self._leaf: Leaf | None = None
-    self._start = 0
     self.files: dict[str, Any] = {}
-    super().__init__(scratch)
 
   def begin(self, leaf: Leaf) -> None:
     self.end()
     self.flush()
-    self._leaf, self._start = leaf, self.size
+    self._leaf, self._begins = leaf, self.size
     self._file.seek(0)
-    self._file.truncate()
-
-  def go_back(self, mark: tuple[int, Any]) -> None:
-    self.flush()
-    self.size, checksum = mark
-    self.checksum = checksum.copy()
-    self._file.seek(self.size - self._start)
     self._file.truncate()
 
   def end(self) -> None:

@@ -127,6 +127,7 @@ class Sink:
 
   def __init__(self, file: IO[bytes]):
     self._file = file
+    self._begins = 0  # At how many of the bytes the file itself begins.
     self.size = 0
     self.checksum: Any = hashlib.sha256()
 
@@ -199,7 +200,7 @@ class Sink:
     self.flush()
     self.size, checksum = mark
     self.checksum = checksum.copy()
-    self._file.seek(self.size)
+    self._file.seek(self.size - self._begins)
     self._file.truncate()
 
 

@@ -143,7 +143,6 @@ class _NNX:
     return graph, dict(flax_nnx.to_flat_state(state))
 
   def init(self, key: jax.Array, batch: Mapping[str, Any]) -> Variables:
-    del batch
     return self._made(key)
 
   @functools.cached_property

@@ -176,7 +176,6 @@ class Classifier(nn.Module):
   @nn.nowrap
   def pretrained_name(self, style: str, layer: str) -> str:
     """The name of a layer in files of one of `pretrained_styles`."""
-    del style
     return self.state_dict_name(layer)
 
   @nn.nowrap
@@ -186,7 +185,6 @@ class Classifier(nn.Module):
     Raises:
       UserError: the family has none.
     """
-    del layer
     raise UserError(
       f'{type(self).__name__} has no counterpart whose state_dict could be converted; expected a '
       'PVTv2 or a DeepLabV3+.'

@@ -122,8 +122,7 @@ def report(
     )
 
 
-def _fault(movement: float, residual: float, scale: float, outside: float) -> str:
-  del outside
+def _fault(movement: float, residual: float, scale: float, _: float) -> str:
   if not math.isfinite(movement):
     return 'it holds NaN or infinity'
   if not residual <= SATURATION:

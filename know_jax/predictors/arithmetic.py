@@ -26,13 +26,11 @@ class TaskVector(Linear):
   variant: Literal['tau_n', 'two_point'] = 'tau_n'
 
   def stages(self, steps: int, params: Any) -> int:
-    del params
     return 2 if self.variant == 'two_point' else steps + 1
 
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
-    del moments, params, rate
     result = np.zeros((len(steps), stages))
     for row, n in zip(result, steps, strict=True):
       if self.variant == 'two_point':
@@ -44,13 +42,11 @@ class TaskVector(Linear):
 
 class _LooksBack(Elementwise):
   def stages(self, steps: int, params: Any) -> int:
-    del params
     return steps + 1
 
   def predict(
     self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...]
   ) -> jax.Array:
-    del params, rate
     return history[-1] + jnp.stack([self._movement(history, n) for n in steps])
 
   def _movement(self, history: jax.Array, steps: int) -> jax.Array:

@@ -68,7 +68,6 @@ class Predictor:
 
   def stages(self, steps: int, params: Any) -> int:
     """How many of the newest stages a prediction of so many steps needs, at least 1."""
-    del steps, params
     return 1
 
   def default_theta(self) -> Mapping[str, Any] | None:
@@ -93,7 +92,6 @@ class Predictor:
 
   def accepts(self, network: str) -> bool:
     """Whether it runs a network of KNOWN of this name, as `parameters.network_of` tells it."""
-    del network
     return False
 
   def params(self, kind: str, theta: Any) -> Any:
@@ -102,7 +100,6 @@ class Predictor:
 
   def trained_range(self, kind: str) -> tuple[float, float] | None:
     """The largest weight and difference that the default parameters saw, if that is known."""
-    del kind
     return None
 
 
@@ -136,7 +133,6 @@ class Linear(Predictor):
 
   def outside(self, moments: Any, params: Any, rate: float) -> Any:
     """How many times the limit a leaf is unlike what the parameters saw, a scalar; 0: unknown."""
-    del moments, params, rate
     return 0.0
 
 
@@ -183,7 +179,6 @@ class WholeLeaf(Predictor):
 
   def is_whole(self, leaf: Leaf, shape: tuple[int, ...]) -> bool:
     """Whether a leaf must be there as a whole; if not, any stretch of it may stand for it."""
-    del leaf, shape
     return True
 
 

@@ -29,7 +29,6 @@ class Persistence(Linear):
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
-    del moments, params, rate
     return np.zeros((len(steps), stages))
 
 
@@ -52,13 +51,11 @@ class Shrink(Linear):
     object.__setattr__(self, 'c', by_kind('shrink option c', dict(_SHRINK), self.c))
 
   def params(self, kind: str, theta: Any) -> float:
-    del theta
     return dict(self.c)[kind]  # type: ignore[arg-type]
 
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
-    del moments, rate
     assert stages == 1
     return np.array([[(1.0 - params) ** n - 1.0] for n in steps])
 
@@ -68,13 +65,11 @@ class Average(Linear):
   """The mean of the n + 1 newest weights: a step the other way."""
 
   def stages(self, steps: int, params: Any) -> int:
-    del params
     return steps + 1
 
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
-    del moments, params, rate
     result = np.zeros((len(steps), stages))
     for row, n in zip(result, steps, strict=True):
       row[-1 - n : -1] = 1.0 / (n + 1)
@@ -99,17 +94,14 @@ class LeastSquares(Linear):
     object.__setattr__(self, 'rows', _checked_rows(value))
 
   def stages(self, steps: int, params: Any) -> int:
-    del steps
     return len(params)
 
   def params(self, kind: str, theta: Any) -> tuple[float, ...]:
-    del theta
     return dict(self.rows)[kind]
 
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> np.ndarray:
-    del moments, rate
     step, identity = np.array(params), np.eye(stages)
     # The slid window's v = (d_1, ..., step, theta^0 + step) in terms of the present one's.
     slid = np.concatenate([identity[1:-1], step[None], identity[-1:] + step[None]])

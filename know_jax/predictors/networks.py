@@ -64,7 +64,6 @@ class Known(_Network, Elementwise):
   saturates = True
 
   def stages(self, steps: int, params: Any) -> int:
-    del steps
     return known.history_length(params)
 
   def prepare(self, params: Any) -> Any:
@@ -73,7 +72,6 @@ class Known(_Network, Elementwise):
   def predict(
     self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...]
   ) -> jax.Array:
-    del rate
     return known.rollout(params, history, steps)
 
 
@@ -85,13 +83,11 @@ class KnownLeaf(_Network, Linear):
   needs_moments = True
 
   def stages(self, steps: int, params: Any) -> int:
-    del steps
     return known_leaf.history_length(params)
 
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> jax.Array:
-    del stages
     params = jax.tree.map(jnp.asarray, params)
     return known_leaf.stage_coefficients(known_leaf.rollout(params, moments, rate, steps))
 

@@ -24,7 +24,6 @@ class TSV(WholeLeaf):
   """
 
   def stages(self, steps: int, params: Any) -> int:
-    del params
     return steps + 1
 
   def is_whole(self, leaf: Leaf, shape: tuple[int, ...]) -> bool:
@@ -33,7 +32,6 @@ class TSV(WholeLeaf):
   def predict(
     self, history: Sequence[jax.Array], leaf: Leaf, params: Any, rate: float, steps: int
   ) -> jax.Array:
-    del params, rate
     tau = history[-1] - history[-1 - steps]
     if not self.is_whole(leaf, tau.shape) or not tau.size:
       return history[-1] + tau

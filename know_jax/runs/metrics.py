@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.files import write_atomic
 from know_jax.io.journal import read_lines
 from know_jax.jsonable import json_line, plain, restored
@@ -90,7 +90,7 @@ class MetricsLog:
     self._path = workdir / _METRICS
     self._flush_at, self._on_metrics = 0.0, on_metrics
     events = workdir / 'tensorboard'
-    try:
+    with os_errors(f'cannot write metrics in {workdir}'):
       kept = self._kept(resume_step)
       write_atomic(self._path, ''.join(kept).encode())
       events.mkdir(exist_ok=True)
@@ -101,8 +101,6 @@ class MetricsLog:
       self._events = EventsWriter(str(events / 'events'), f'.{number:04d}')
       if number:
         self._purge(0 if resume_step is None else resume_step + 1)
-    except OSError as error:
-      raise UserError(f'cannot write metrics in {workdir}: {reason(error)}.') from error
 
   def _kept(self, resume_step: int | None) -> list[str]:
     lines = [] if resume_step is None else read_lines(self._path)
@@ -133,7 +131,7 @@ class MetricsLog:
         raise UserError(f'metrics.{name} is {value!r} of {type(value)}; expected a number.')
     values = {name: value for name, value in line.items() if name != 'step'}
     summary = Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()])
-    try:
+    with os_errors(f'cannot write {self._path}'):
       # In one call: a line is there as a whole, or, of a full disk, in part, as the last one.
       self._file.write(json_line(line, 'metrics'))
       self._file.flush()
@@ -141,17 +139,13 @@ class MetricsLog:
       if time.monotonic() > self._flush_at:
         self._flush_at = time.monotonic() + _FLUSH_SECONDS
         self._events.flush()
-    except OSError as error:
-      raise UserError(f'cannot write {self._path}: {reason(error)}.') from error
     tell(self._on_metrics, line['step'], values)
 
   def sync(self) -> None:
     """Makes all lines durable: to be called before the save that a resumption starts from."""
-    try:
+    with os_errors(f'cannot write {self._path}'):
       os.fsync(self._file.fileno())
       self._events.flush()
-    except OSError as error:
-      raise UserError(f'cannot write {self._path}: {reason(error)}.') from error
 
   def close(self) -> None:
     """Ends the log; it may be called twice."""

@@ -27,7 +27,6 @@ def raise_terminated(signum: int, frame: FrameType | None) -> None:
 
   Whoever sends SIGTERM twice would otherwise break off the very save that the first one asked for.
   """
-  del frame
   signal.signal(signum, signal.SIG_IGN)
   raise Terminated
 
@@ -70,7 +69,6 @@ def uninterrupted() -> Iterator[None]:
   arrived: list[int] = []
 
   def remember(signum: int, frame: FrameType | None) -> None:
-    del frame
     if signum not in arrived:
       arrived.append(signum)
 

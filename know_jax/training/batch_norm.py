@@ -46,9 +46,8 @@ def apply_policy(
   - `keep`: as given, that is as in the newest weights.
   - `reset`: scale 1, shift 0, mean 0, variance 1, as in a fresh network: what the paper's released
     script leaves after a prediction.
-  - `recalibrate`: scale and shift as given; each running mean and variance becomes the plain
-    average, over `num_batches` batches, of the statistics that the model in training mode computes
-    for a batch. The old running statistics have no part in it.
+  - `recalibrate`: scale and shift as given; running statistics as `know_jax.recalibrate` settles
+    them, on `num_batches` batches.
 
   A model without BatchNorm comes back as it is, whatever the policy. So do the other normalisation
   layers, which have no running statistics.
