@@ -235,7 +235,11 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   if not 1 <= examples <= task.test.size:
     raise UserError(f'examples is {examples}; expected 0 (all) to {task.test.size}.')
   stages = [jax.device_get(stage) for stage in trajectory]
-  clouds = [_cloud(stage, i, config, task.kinds) for i, stage in enumerate(stages)]
+  clouds = []
+  for i, stage in enumerate(stages):
+    key = named_key(config['seed'], 'neighbours', i)
+    around = neighbours(stage, key, config['neighbours'], config['noise'], task.kinds)
+    clouds += [kinds_.flatten(stage, task.kinds)[None], around]
   plane, newest = fit_plane(np.concatenate(clouds)), stages[-1]
   tested = part_of(task.test, np.arange(examples, dtype=np.int32))
 
@@ -282,15 +286,6 @@ def _check(config: Mapping[str, Any]) -> None:
       raise UserError(f'{field} is {config[field]}; expected at least {least}.')
   if len(config['grid']) != 2 or min(config['grid']) < 2:
     raise UserError(f'grid is {tuple(config["grid"])}; expected two numbers of at least 2.')
-
-
-def _cloud(
-  stage: Any, index: int, config: Mapping[str, Any], rule: kinds_.Rules | None
-) -> np.ndarray:
-  """A stage and its neighbours."""
-  key = named_key(config['seed'], 'neighbours', index)
-  around = neighbours(stage, key, config['neighbours'], config['noise'], rule)
-  return np.concatenate([kinds_.flatten(stage, rule)[None], around])
 
 
 def _grid_lines(places: np.ndarray, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

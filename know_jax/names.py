@@ -253,11 +253,8 @@ def _normalises(module: _Module, owner: str) -> bool:
     return False
   if {'scale', 'offset'} & module.keys() or {'gamma', 'beta'} <= module.keys():
     return True
-  return _has_statistics(module) or _is_norm_name(owner)
-
-
-def _has_statistics(module: _Module) -> bool:
-  return not _STATISTICS.isdisjoint(module) or len(_MOMENTS & module.keys()) > 1
+  has_statistics = not _STATISTICS.isdisjoint(module) or len(_MOMENTS & module.keys()) > 1
+  return has_statistics or _is_norm_name(owner)
 
 
 def _is_mask(shape: _Shape) -> bool:

@@ -89,7 +89,11 @@ def _network(target: Target, settings: Settings, show: bool) -> dict[str, Any]:
     PRODUCT: lambda: square(matrix),
   }
   if not keras_rivals.absent():
-    windows = _some_windows(history)
+    largest = max(
+      (stages for group in by_kind(history).values() for stages in group.values()),
+      key=lambda stages: stages[-1].size,
+    )
+    windows = np.stack([np.ravel(stage)[: 1 << 18] for stage in largest], axis=-1)
     keras = keras_rivals.KerasKNOWN(theta, windows, settings.keras_batches)
     contestants[KERAS] = lambda: keras(history)
   with warnings.catch_warnings():
@@ -265,10 +269,3 @@ def check_equal(name: str, difference: float, tolerance: float) -> float:
   if not difference <= tolerance:
     raise ArithmeticError(f'{name} differs by {difference:.3g}; expected at most {tolerance:.3g}.')
   return difference
-
-
-def _some_windows(history: History, most: int = 1 << 18) -> np.ndarray:
-  """Windows `[N, S]` of the largest leaf."""
-  leaves = [stages for group in by_kind(history).values() for stages in group.values()]
-  stages = max(leaves, key=lambda stages: stages[-1].size)
-  return np.stack([np.ravel(stage)[:most] for stage in stages], axis=-1)

@@ -14,6 +14,9 @@ from know_jax.system.machine import memory_bytes
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 """What the names of pictures end in."""
 
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+"""What Pillow calls images of so many channels."""
+
 _GREY = ('1', 'L', 'I;16', 'I;16B', 'I;16L')  # What Pillow calls grey pictures.
 _TEST_SHARE = 5  # One picture in so many is a test picture, where the folder has no splits.
 
@@ -173,14 +176,20 @@ def _pixels(path: str, grey: bool, image_size: tuple[int, int] | None) -> np.nda
       image: Any = ImageOps.exif_transpose(opened)
       if image.mode.startswith('I;16'):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-      if grey:
-        image = image.convert('L')
-      elif 'A' in image.getbands() or 'transparency' in image.info:
+      if not grey and ('A' in image.getbands() or 'transparency' in image.info):
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-      image = image if grey else image.convert('RGB')
-      if image_size is not None:
-        image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
-      return np.asarray(image).reshape(image.height, image.width, 1 if grey else 3)
+      return pixels_of(image, 1 if grey else 3, image_size)
   except (OSError, ValueError, SyntaxError) as error:
     raise UserError(f'{path} cannot be decoded: {error}.') from error
+
+
+def pixels_of(image: Any, channels: int, image_size: tuple[int, int] | None) -> np.ndarray:
+  """A Pillow image as uint8 `[H, W, channels]`, resized on request."""
+  from PIL import Image
+
+  if image.mode != MODES[channels]:
+    image = image.convert(MODES[channels])
+  if image_size is not None:
+    image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+  return np.asarray(image).reshape(image.height, image.width, channels)

@@ -20,14 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.data.base import Batch
-from know_jax.data.folders import is_folder, load_folder
+from know_jax.data.folders import MODES, is_folder, load_folder, pixels_of
 from know_jax.data.image_cache import cache_dir, cache_key, read_cache, write_cache
 from know_jax.errors import UserError, unknown_name
 from know_jax.registry import discover, load_object
 
 _NAME = re.compile(r'(?P<set>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?')
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
-_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # What Pillow calls images of so many channels.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,16 +293,14 @@ def _how_to_prepare(name: str, base: Path) -> str:
   )
 
 
-def _needs_extra(what: str, package: str, error: ImportError) -> str:
-  return f"{what} needs {package}: pip install 'know_jax[train]' ({error})."
-
-
 def _import_tfds(what: str) -> Any:
   try:
     import array_record  # noqa: F401  (TFDS would import it late, with a message of its own)
     import tensorflow_datasets
   except ImportError as error:
-    raise UserError(_needs_extra(what, 'TFDS and array_record', error)) from error
+    raise UserError(
+      f"{what} needs TFDS and array_record: pip install 'know_jax[train]' ({error})."
+    ) from error
   return tensorflow_datasets
 
 
@@ -370,7 +367,7 @@ def _image_and_label(tfds: Any, name: str, info: Any) -> tuple[str, str]:
       'expected one Image and one ClassLabel.'
     )
   image = features[images[0]]
-  if image.np_dtype != np.uint8 or image.shape[-1] not in _MODES:
+  if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
     raise UserError(
       f'feature {images[0]!r} of data set {name!r} holds images of {np.dtype(image.np_dtype)} with '
       f'{image.shape[-1]} channels; expected uint8 with 1, 3 or 4.'
@@ -414,7 +411,7 @@ def _decode(
       for i, example in zip(places, source.__getitems__(list(places)), strict=True):
         try:
           with Image.open(io.BytesIO(example[image_key])) as encoded:
-            pixels = _pixels(encoded, channels, image_size)
+            pixels = pixels_of(encoded, channels, image_size)
         except OSError as error:
           raise UserError(f'example {i} of {name}/{split} is no image: {error}.') from error
         if i == 0:
@@ -433,14 +430,3 @@ def _decode(
       'expected some, all with one.'
     )
   return images, labels
-
-
-def _pixels(image: Any, channels: int, image_size: tuple[int, int] | None) -> np.ndarray:
-  """A Pillow image as uint8 [H, W, C], resized on request."""
-  from PIL import Image
-
-  if image.mode != _MODES[channels]:
-    image = image.convert(_MODES[channels])
-  if image_size is not None:
-    image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
-  return np.asarray(image).reshape(image.height, image.width, channels)

@@ -43,7 +43,8 @@ def open(path: Path) -> Weights:
         head = file.read(min(member.size, MAX_HEADER))
         size = member.size
       else:
-        head = _unpacked(archive, member_name, what)
+        with zipped.reading(f'{what}cannot be unpacked'), archive.open(member_name) as packed:
+          head = packed.read(MAX_HEADER)
         size = archive.getinfo(member_name).file_size
       dtype, shape, begin = read_header(head, what)
       if math.prod(shape) * dtype.itemsize != size - begin:
@@ -62,11 +63,6 @@ def open(path: Path) -> Weights:
   ordered = sorted(leaves, key=lambda leaf: leaf.place or 0)
   finish = functools.partial(zipped.mend, changed=members.values())
   return of_file(path, 'npz', ordered, finish=finish, notes=notes)
-
-
-def _unpacked(archive: zipfile.ZipFile, name: str, what: str) -> bytes:
-  with zipped.reading(f'{what}cannot be unpacked'), archive.open(name) as member:
-    return member.read(MAX_HEADER)
 
 
 def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int]:

@@ -104,7 +104,8 @@ def _open(
       array = ts.open(spec, open=True, read=True).result()
       dtype = np.dtype(array.dtype.numpy_dtype)
       shape = tuple(array.shape)
-      chunk = tuple(min(c, s) for c, s in zip(_chunk_shape(array), shape, strict=True))
+      chunk_shape = array.chunk_layout.read_chunk.shape or shape
+      chunk = tuple(min(c, s) for c, s in zip(chunk_shape, shape, strict=True))
       chunk_bytes = math.prod(chunk) * dtype.itemsize
       opener = _opener(spec, chunk, dtype, f'leaf {name!r} of {given}')
       leaves.append(Leaf(name, shape, dtype, opener, chunk_bytes))
@@ -120,10 +121,6 @@ def _open(
     writing = functools.partial(_with_step, given, directory, writing)
   shards = (Shard(name, tuple(result), writing),)
   return Weights(given, 'orbax', result, shards, identify, seal=seal)
-
-
-def _chunk_shape(array: Any) -> tuple[int, ...]:
-  return tuple(array.chunk_layout.read_chunk.shape or array.shape)
 
 
 def _opener(spec: dict[str, Any], chunk: tuple[int, ...], dtype: np.dtype, what: str) -> Opener:

@@ -254,7 +254,8 @@ def _names(module: Classifier) -> dict[str, tuple[str, Any]]:
 def _taken(left: dict[str, Any], name: str, path: str, leaf: Any) -> np.ndarray:
   if name not in left:
     raise UserError(f'tensor {name!r} is missing; expected it for leaf {path!r}.')
-  value, expected = np.asarray(left.pop(name)), _torch_shape(leaf)
+  value = np.asarray(left.pop(name))
+  expected = tuple(leaf.shape[axis] for axis in _to_torch(len(leaf.shape)))
   if value.shape != expected:
     raise UserError(f'tensor {name!r} has shape {value.shape}; expected {expected}.')
   if not is_floating(value):
@@ -268,10 +269,6 @@ def _to_flax(rank: int) -> tuple[int, ...]:
 
 def _to_torch(rank: int) -> tuple[int, ...]:
   return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
-
-
-def _torch_shape(leaf: Any) -> tuple[int, ...]:
-  return tuple(leaf.shape[axis] for axis in _to_torch(len(leaf.shape)))
 
 
 def _summary(module: Classifier) -> str:

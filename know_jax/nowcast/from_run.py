@@ -159,7 +159,8 @@ def run(
       _save(prediction, batch_norm, sources[name], warned[name])
   history = [s['test_loss'] for s in record['stages'] if 'test_loss' in s]
   plot_nowcast(
-    workdir / 'predictions' / 'nowcast.png', trajectory, _by_predictor(result), history,
+    workdir / 'predictions' / 'nowcast.png', trajectory,
+    {name: [p for p in result[1:] if p.predictor == name] for name in made}, history,
     config['rate'], rule,
   )  # fmt: skip
   return result
@@ -227,14 +228,6 @@ def _movement(newest: Any, predicted: Any, kinds: dict[str, str]) -> dict[str, d
       'relative': float(np.linalg.norm(move)) / norm if norm else 0.0,
     }
   return result
-
-
-def _by_predictor(found: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-  groups: dict[str, list[Prediction]] = {}
-  for prediction in found:
-    if prediction.steps:
-      groups.setdefault(prediction.predictor, []).append(prediction)
-  return groups
 
 
 # --- what bin/nowcast.py prints -------------------------------------------------------------------

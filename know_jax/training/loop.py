@@ -1,8 +1,4 @@
-"""The training loop: epochs of steps, resumable after each; and evaluation.
-
-From any checkpoint the result is, on the same machine, bit for bit that of an uninterrupted
-training.
-"""
+"""The training loop: epochs of steps, resumable after each; and evaluation."""
 
 import time
 from collections.abc import Callable, Collection
