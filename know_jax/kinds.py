@@ -319,15 +319,12 @@ def default_kind(path: str, leaf: Any) -> str | None:
   return Names({path: tuple(leaf.shape)}).verdict(path).kind
 
 
-def leaf_kinds(
-  tree: PyTree, kinds: Rules | None = None, stacked: str | None = None
-) -> dict[str, str]:
+def leaf_kinds(tree: PyTree, kinds: Rules | None = None) -> dict[str, str]:
   """Finds the kind of every leaf.
 
   Args:
     tree: weights (arrays or `jax.ShapeDtypeStruct`s), without the time axis.
     kinds: as in `find_kinds`.
-    stacked: as in `find_kinds`.
 
   Returns:
     Path -> kind, in the order of `jax.tree.leaves`; the leaves of an optimizer's state are kept.
@@ -336,8 +333,9 @@ def leaf_kinds(
     UserError: as `find_kinds` does.
   """
   result: dict[str, str] = {}
-  kinds_of = find_kinds(named_leaves(tree, is_leaf=is_state), kinds, stacked).of
-  for path, leaf in named_leaves(tree, is_leaf=is_state).items():
+  leaves = named_leaves(tree, is_leaf=is_state)
+  kinds_of = find_kinds(leaves, kinds).of
+  for path, leaf in leaves.items():
     inner = [f'{path}/{rest}' if path else rest for rest in named_leaves(leaf)]
     result |= dict.fromkeys(inner if is_state(leaf) else [path], kinds_of[path])
   return result

@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,26 +215,17 @@ def output(
         raise UserError(f'lora: {pair.left!r} and {pair.right!r} of {real.path} lie in two files.')
     factors = {path for pair in inside for path in (pair.left, pair.right)}
     rest = [path for path in shard.paths if path not in factors]
-    writing = functools.partial(_writing, shard, inside, real, virtual, leaves)
+    make = functools.partial(_Factoring, shard, inside, real, virtual, leaves)
+    writing = functools.partial(_writing, shard, make)
     result.append(Shard(shard.name, (*(pair.path for pair in inside), *rest), writing))
   kept = {path: leaves.get(path, leaf) for path, leaf in virtual.leaves.items()}
   return tuple(result), kept
 
 
 @contextlib.contextmanager
-def _writing(
-  shard: Shard,
-  pairs: Sequence[_Pair],
-  real: Weights,
-  virtual: Weights,
-  leaves: Mapping[str, Leaf],
-  path: Path,
-) -> Iterator[Sink]:
-  with (
-    shard.writing(path) as inner,
-    tempfile.TemporaryFile(dir=path.parent) as file,
-  ):
-    sink = _Factoring(inner, file, shard, pairs, real, virtual, leaves, path.parent)
+def _writing(shard: Shard, make: Callable[..., '_Factoring'], path: Path) -> Iterator[Sink]:
+  with shard.writing(path) as inner, tempfile.TemporaryFile(dir=path.parent) as file:
+    sink = make(inner, file, path.parent)
     yield sink
     sink.end(len(shard.paths))
 
@@ -244,13 +235,13 @@ class _Factoring(Sink):
 
   def __init__(
     self,
-    inner: Sink,
-    file: Any,
     shard: Shard,
     pairs: Sequence[_Pair],
     real: Weights,
     virtual: Weights,
     leaves: Mapping[str, Leaf],
+    inner: Sink,
+    file: Any,
     folder: Path,
   ):
     super().__init__(file)

@@ -15,7 +15,7 @@ def table(header: Sequence[str], body: Iterable[Sequence[str]], *, pad: bool = T
   return '\n'.join([lines[0], f'|{"|".join(rules)}|', *lines[1:]])
 
 
-def spread(values: Mapping[str, float], scale: float = 1.0) -> str:
-  """Median and quartiles, as in `2.5 [2, 3]`, of `median`, `low` and `high` times a scale."""
-  low, median, high = (f'{scale * values[key]:.3g}' for key in ('low', 'median', 'high'))
+def spread(values: Mapping[str, float]) -> str:
+  """Median and quartiles, as in `2.5 [2, 3]`, of `median`, `low` and `high`."""
+  low, median, high = (f'{values[key]:.3g}' for key in ('low', 'median', 'high'))
   return f'{median} [{low}, {high}]'
