@@ -131,7 +131,7 @@ def linear(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   times = race(contestants, repetitions, 'linear predictors', show=show)
   speed = rates(times, moved / 1e9)
   # How fast each is for one copy, within each round.
-  ratio = {name: spread(np.divide(times[COPY], times[name])) for name in LINEAR}
+  ratio = {name: spread(list(np.divide(times[COPY], times[name]))) for name in LINEAR}
   return {
     'note': f'One step ahead for {weights:,} float32 weights in memory, {STAGES} stages; GB are of '
     f'stages read and prediction written. *{COPY}* is one core copying an array, which reads and '

@@ -104,7 +104,7 @@ def _open(
       array = ts.open(spec, open=True, read=True).result()
       dtype = np.dtype(array.dtype.numpy_dtype)
       shape = tuple(array.shape)
-      chunk_shape = array.chunk_layout.read_chunk.shape or shape
+      chunk_shape: Any = array.chunk_layout.read_chunk.shape or shape
       chunk = tuple(min(c, s) for c, s in zip(chunk_shape, shape, strict=True))
       chunk_bytes = math.prod(chunk) * dtype.itemsize
       opener = _opener(spec, chunk, dtype, f'leaf {name!r} of {given}')
