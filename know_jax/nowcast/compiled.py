@@ -6,7 +6,7 @@ Weights stay on their devices: what is summed over devices are the moments of a 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from know_jax import trees
 from know_jax.nowcast import health as health_
-from know_jax.nowcast.job import Job
+from know_jax.nowcast.job import Job, grouped
 from know_jax.predictors.base import Elementwise, Linear, check_shape
 from know_jax.predictors.moments import second_moments
 
@@ -233,7 +233,7 @@ def _elementwise(
         small.append(i)
       else:
         result[i], residuals[i] = run(params, window, steps)
-    for batch in _batches(small, [math.prod(windows[i][0].shape) for i in small]):
+    for batch in grouped([(i, math.prod(windows[i][0].shape)) for i in small], BATCH):
       flat = [windows[i] for i in batch]
       joined = _batch(run, params, flat, steps, job.predictor.saturates)
       for i, parts in zip(batch, joined, strict=True):
@@ -336,18 +336,6 @@ def _sharded(
     in_specs=(PartitionSpec(), _window_spec(window, sharding)),
     out_specs=(PartitionSpec(None, *sharding.spec), PartitionSpec()),
   )(params, window)
-
-
-def _batches(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-  batches: list[list[int]] = []
-  total = BATCH
-  for i, size in zip(indices, sizes, strict=True):
-    if total + size > BATCH:
-      batches.append([])
-      total = 0
-    batches[-1].append(i)
-    total += size
-  return batches
 
 
 def _batch(

@@ -23,6 +23,7 @@ from know_jax.io.weights import Leaf, Shard, Weights
 from know_jax.nowcast import api
 from know_jax.nowcast import lora as lora_
 from know_jax.nowcast import stages as stages_
+from know_jax.nowcast.job import grouped
 from know_jax.nowcast.plan import check_steps, plan_of
 from know_jax.predictors import base
 from know_jax.predictors.registry import given_theta, resolve_all
@@ -345,17 +346,12 @@ def is_whole(predictor: Any, path: str, leaf: Leaf, kind: str) -> bool:
 
 def new_shards(job: Job, shard_bytes: int) -> tuple[Shard, ...]:
   """Files of safetensors of no more than that many bytes, but for those of one large leaf."""
-  groups: list[dict[str, Leaf]] = [{}]
-  size = 0
-  for path, leaf in job.leaves.items():
-    if groups[-1] and size + leaf.nbytes > shard_bytes:
-      groups.append({})
-      size = 0
-    groups[-1][path] = leaf
-    size += leaf.nbytes
+  groups = grouped([(path, leaf.nbytes) for path, leaf in job.leaves.items()], shard_bytes)
   return tuple(
     safetensors.rewritten(
-      f'model-{number:05}-of-{len(groups):05}.safetensors', group, job.stages[-1].metadata
+      f'model-{number:05}-of-{len(groups):05}.safetensors',
+      {path: job.leaves[path] for path in group},
+      job.stages[-1].metadata,
     )
     for number, group in enumerate(groups, 1)
   )

@@ -38,6 +38,7 @@ from know_jax.nowcast import health as health_
 from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.file_job import SHARD_BYTES, Job, is_whole, new_shards
 from know_jax.nowcast.job import Job as EngineJob
+from know_jax.nowcast.job import grouped
 from know_jax.nowcast.pieces import Facts, Piece
 from know_jax.nowcast.plan import checked_theta
 from know_jax.predictors import base
@@ -264,7 +265,9 @@ def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
   health: dict[str, np.ndarray] = {}
   with contextlib.ExitStack() as stack:
     sinks = [stack.enter_context(shard.writing(file)) for file in files]
-    for paths in _batches(job, shard.paths):
+    # A batch costs about as much as a leaf.
+    sizes = [(path, job.leaves[path].size) for path in shard.paths]
+    for paths in grouped(sizes, pieces.STRETCH):
       if job.leaves[paths[0]].size <= pieces.STRETCH:
         health |= _write_batch(job, run, paths, sinks, files[0].parent)
         bar.update(sum(job.leaves[path].size for path in paths))
@@ -282,24 +285,6 @@ def _write_shard(job: Job, run: _Run, name: str, bar: Bar) -> dict[str, Any]:
     'files': [sink.identity() for sink in sinks],
     'health': {path: values.tolist() for path, values in health.items()},
   }
-
-
-def _batches(job: Job, paths: Sequence[str]) -> Iterator[list[str]]:
-  """Leaves that come one after the other and are held together; those of several stretches alone.
-
-  A batch costs about as much as a leaf.
-  """
-  batch: list[str] = []
-  total = 0
-  for path in paths:
-    size = job.leaves[path].size
-    if batch and total + size > pieces.STRETCH:
-      yield batch
-      batch, total = [], 0
-    batch.append(path)
-    total += size
-  if batch:
-    yield batch
 
 
 # --- one leaf -------------------------------------------------------------------------------------

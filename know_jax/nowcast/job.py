@@ -1,13 +1,29 @@
 """What both engines are told of a prediction."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 from know_jax.predictors.base import Leaf, check_shape
+
+T = TypeVar('T')
+
+
+def grouped(sizes: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
+  """Items and their sizes in groups of at most so much, in order; a larger one is alone."""
+  groups: list[list[T]] = []
+  total = 0
+  for item, size in sizes:
+    if not groups or total + size > most:
+      groups.append([])
+      total = 0
+    groups[-1].append(item)
+    total += size
+  return groups
 
 
 @dataclasses.dataclass(frozen=True)
