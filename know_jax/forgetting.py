@@ -19,23 +19,23 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax import trees
 from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.errors import UserError
+from know_jax.fields import Given, config_dict, editable, read_config
 from know_jax.io import checkpoints
 from know_jax.io.files import local_path, remove_tree
 from know_jax.models.common import Classifier
 from know_jax.models.convert import Start, start_from
 from know_jax.runs.metrics import MetricsLog, OnMetrics, find_callback
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import KIND, restore_stage, stage_path
 from know_jax.seeds import named_key
 from know_jax.system.processes import check_same, from_first, in_all, is_first
 from know_jax.system.progress import progress
 from know_jax.tasks import load_task
-from know_jax.tasks.base import Task
+from know_jax.tasks.base import DataFields, NetworkFields, Task
 from know_jax.training import loop
 from know_jax.training.state import (
   Checkpoint,
@@ -49,82 +49,82 @@ from know_jax.training.state import (
 from know_jax.training.steps import Data, put_data
 
 
-def data_fields() -> dict[str, Any]:
-  """The config fields that name a task's data, with their defaults."""
-  return {
-    # A name in know_jax.tasks.TASKS, or 'package.module:object'.
-    'task': 'classification',
-    # A TFDS name, 'digits' or the path of a folder of pictures; classes: () for all, else those
-    # kept, relabelled 0, 1, ...
-    'dataset': 'digits',
-    'data_dir': placeholder(str),
-    'classes': (),
-    'image_size': (),
-    'train_split': 'train',
-    'test_split': 'test',
-    # Of the task captioning alone: the most tokens, the most words of a caption, and its decoder.
-    'captions': {
-      'vocabulary': 5000,
-      'max_length': 50,
-      'units': 256,
-      'heads': 2,
-      'layers': 2,
-      'dropout': 0.5,
-    },
-  }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeFields:
+  """The config fields that say how weights are updated."""
+
+  batch_size: int = 32
+  lr: float = 1e-3
+  schedule: str = 'cosine'
+  optimizer: str = 'adam'
+  weight_decay: float = 0.0
+  # Where memory is short: a batch in so many parts, one after the other (BatchNorm then sees a
+  # part at a time); and activations computed anew for the gradient in place of being kept.
+  accumulate: int = 1
+  remat: bool = False
+
+  def __post_init__(self) -> None:
+    self.recipe()
+    learning_rates(self.schedule, self.lr, 1)
+
+  def recipe(self) -> Recipe:
+    """The recipe of these fields; see also `recipe_of`."""
+    return Recipe(self.optimizer, self.weight_decay, accumulate=self.accumulate, remat=self.remat)
 
 
-def recipe_fields() -> dict[str, Any]:
-  """The config fields that say how weights are updated, with their defaults."""
-  return {
-    'schedule': 'cosine',
-    'optimizer': 'adam',
-    'weight_decay': 0.0,
-    # Where memory is short: a batch in so many parts, one after the other (BatchNorm then sees a
-    # part at a time); and activations computed anew for the gradient in place of being kept.
-    'accumulate': 1,
-    'remat': False,
-    'augmentation': {'rotation': 0.0, 'shift': 0.0, 'zoom': 0.0, 'flip': False},
-  }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceFields(RecipeFields, NetworkFields, DataFields):
+  """Every config field of a forgetting run but its seed."""
+
+  dataset: str = 'digits'
+  # D^0: this many training examples, drawn by seed and by class; 0: all.
+  train_examples: int = 0
+  # start: a file of weights that the pre-training starts from, such as timm's or Keras' of
+  # ImageNet, or a checkpoint of this project.
+  model: str = 'cnn'
+  start: str | None = None
+  # Forgetting: S stages (the pre-training is the first), sampling rate r.
+  stages: int = 5
+  rate: float = 0.5
+  stratified: bool = False
+  # Training of a stage; stage_* None: as in pre-training.
+  epochs: int = 30
+  stage_epochs: int | None = None
+  stage_lr: float | None = None
+  # A checkpoint to resume from within a stage is written at most this often.
+  save_every_seconds: float = 60.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for stage in range(min(self.stages, 2)):
+      self.training_of(stage)
+
+  def training_of(self, stage: int) -> tuple[int, float]:
+    """Epochs and learning rate of a stage."""
+    epochs, lr = self.epochs, self.lr
+    if stage:
+      epochs = epochs if self.stage_epochs is None else self.stage_epochs
+      lr = lr if self.stage_lr is None else self.stage_lr
+    if epochs < 1:
+      raise UserError(f'stage {stage} has {epochs} epochs; expected at least 1.')
+    learning_rates(self.schedule, lr, 1)
+    return epochs, lr
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(SourceFields):
+  """Every config field of a forgetting run."""
+
+  seed: int = 0
 
 
 def default_config() -> ConfigDict:
-  """Every field of a forgetting run, with the defaults that configs start from."""
-  return ConfigDict(
-    {
-      'seed': 0,
-      **data_fields(),
-      # D^0: this many training examples, drawn by seed and by class; 0: all.
-      'train_examples': 0,
-      # Network: a name in know_jax.models.MODELS, or 'package.module:object'; width: None for the
-      # family's own; model_options: its keyword arguments, as 'depths=(1, 2, 1, 1), stem_stride=2';
-      # head: the layer that a transfer makes anew; start: a file of weights that the pre-training
-      # starts from, such as timm's or Keras' of ImageNet, or a checkpoint of this project.
-      'model': 'cnn',
-      'width': placeholder(int),
-      'model_options': '',
-      'start': placeholder(str),
-      'dtype': 'float32',
-      'head': 'head',
-      # Forgetting: S stages (the pre-training is the first), sampling rate r.
-      'stages': 5,
-      'rate': 0.5,
-      'stratified': False,
-      # Training of a stage; stage_* None: as in pre-training.
-      'epochs': 30,
-      'stage_epochs': placeholder(int),
-      'batch_size': 32,
-      'lr': 1e-3,
-      'stage_lr': placeholder(float),
-      **recipe_fields(),
-      # A checkpoint to resume from within a stage is written at most this often.
-      'save_every_seconds': 60.0,
-    }
-  )
+  """Every field of a forgetting run, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
 
 
 def run(
-  config: ConfigDict,
+  config: Config | Given,
   workdir: str | Path,
   *,
   show_progress: bool = True,
@@ -136,7 +136,7 @@ def run(
   arguments. It may resume with other numbers of devices and processes.
 
   Args:
-    config: the fields of `default_config`.
+    config: the fields of `Config`, in a ConfigDict or a mapping.
     workdir: where everything is written; a workdir of the same config resumes. All processes must
       see it; process 0 writes to it.
     show_progress: whether each stage shows its progress bar (in process 0).
@@ -150,11 +150,11 @@ def run(
     UserError: a value does not fit, or the workdir belongs to another config.
     DivergedError: the loss, or a weight, is no longer finite.
   """
-  config = config_dict(config)
-  check_same(config, 'config')
   # All is checked before anything is written.
+  checked = in_all(lambda: read_config(Config, config))
+  check_same(config_dict(checked), 'config')
   told = in_all(lambda: find_callback(on_metrics))
-  run_ = in_all(lambda: _prepare(config))(Path(workdir).expanduser())
+  run_ = in_all(lambda: _prepare(checked))(Path(workdir).expanduser())
   if run_.start is not None and show_progress and is_first():
     print(account(run_.record['start']))
   while run_.unfinished:
@@ -166,7 +166,7 @@ def run(
 class _Run:
   """A run under way: what its config settles, and where it stands."""
 
-  config: dict[str, Any]
+  config: Config
   workdir: Path
   task: Task
   subsets: list[np.ndarray]
@@ -189,7 +189,7 @@ class _Run:
     return self.stages_done < len(self.subsets)
 
 
-def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
+def _prepare(config: Config) -> Callable[[Path], _Run]:
   """Checks a run's config; what it gives opens the run's workdir, the first to be written."""
   task = load_task(config)
   subsets = subsets_of(task, config)
@@ -208,25 +208,25 @@ def _prepare(config: dict[str, Any]) -> Callable[[Path], _Run]:
     )
     if start is not None:
       about = {'taken': len(start.taken), 'skipped': start.skipped, 'fresh': start.fresh}
-      record.update(start={'file': config['start'], **about})
+      record.update(start={'file': config.start, **about})
     return _Run(config, workdir, task, subsets, plans, recipe, record, start)
 
   return open_run
 
 
-def _start(task: Task, config: Mapping[str, Any]) -> Start | None:
+def _start(task: Task, config: Config) -> Start | None:
   """The weights that the pre-training starts from, where the config names some."""
-  if config['start'] is None:
+  if config.start is None:
     return None
   module = getattr(task.model, 'module', None)
   if not isinstance(module, Classifier):
     raise UserError(
-      f'start is {config["start"]!r}, but model {config["model"]!r} of task {config["task"]!r} is '
-      'none of know_jax.models; expected None.'
+      f'start is {config.start!r}, but model {config.model!r} of task {config.task!r} is none of '
+      'know_jax.models; expected None.'
     )
-  path = local_path(config['start'], 'start')
+  path = local_path(config.start, 'start')
   path = stage_path(path, 0) if (path / 'stages').is_dir() else path
-  return start_from(module, path, task.init(named_key(config['seed'], 'init')))
+  return start_from(module, path, task.init(named_key(config.seed, 'init')))
 
 
 def account(start: Mapping[str, Any]) -> str:
@@ -242,57 +242,46 @@ def account(start: Mapping[str, Any]) -> str:
   )
 
 
-def subsets_of(task: Task, config: Mapping[str, Any]) -> list[np.ndarray]:
+def subsets_of(task: Task, config: Config) -> list[np.ndarray]:
   """The examples of every stage, all of the training set first.
 
   Raises:
     UserError: a stage cannot be trained on them.
   """
   strata = task.train.strata
-  if config['stratified'] and strata is None:
+  if config.stratified and strata is None:
     raise UserError(f'stratified is True, but {task.name} has no classes; expected False.')
   subsets = nested_subsets(
-    named_key(config['seed'], 'subsets'),
+    named_key(config.seed, 'subsets'),
     np.zeros(task.train.size, np.int32) if strata is None else strata,
-    rate=config['rate'],
-    phases=config['stages'],
-    stratified=config['stratified'],
+    rate=config.rate,
+    phases=config.stages,
+    stratified=config.stratified,
   )
-  check_subsets(subsets, strata, batch_size=config['batch_size'])
-  loop.check_batch_size(config['batch_size'], len(subsets[-1]), 'the smallest subset')
+  check_subsets(subsets, strata, batch_size=config.batch_size)
+  loop.check_batch_size(config.batch_size, len(subsets[-1]), 'the smallest subset')
   return subsets
 
 
-def stage_plan(config: Mapping[str, Any], stage: int, examples: int) -> dict[str, Any]:
-  """Epochs, steps and learning rate of one stage.
+def stage_plan(config: SourceFields, stage: int, examples: int) -> dict[str, Any]:
+  """Epochs, steps and learning rate of one stage."""
+  epochs, lr = config.training_of(stage)
+  return {'epochs': epochs, 'lr': lr, 'steps': epochs * (examples // config.batch_size)}
+
+
+def recipe_of(config: RecipeFields) -> Recipe:
+  """The recipe of a config.
 
   Raises:
-    UserError: the stage would train for no epoch.
+    UserError: a batch cannot be had in as many parts, on as many devices.
   """
-  epochs, lr = config['epochs'], config['lr']
-  if stage:
-    epochs = epochs if config['stage_epochs'] is None else config['stage_epochs']
-    lr = lr if config['stage_lr'] is None else config['stage_lr']
-  if epochs < 1:
-    raise UserError(f'stage {stage} has {epochs} epochs; expected at least 1.')
-  learning_rates(config['schedule'], lr, 1)
-  return {'epochs': epochs, 'lr': lr, 'steps': epochs * (examples // config['batch_size'])}
-
-
-def recipe_of(config: Mapping[str, Any]) -> Recipe:
-  """The recipe that `recipe_fields` describe, of the fields that a config has, and `epsilon`.
-
-  Raises:
-    UserError: a value does not fit.
-  """
-  parts, batch_size = config.get('accumulate', 1), config['batch_size']
+  parts, batch_size = config.accumulate, config.batch_size
   if parts > 1 and batch_size % (parts * jax.device_count()):
     raise UserError(
       f'batch_size is {batch_size} and accumulate {parts}; expected a multiple of {parts} on each '
       f'of the {jax.device_count()} devices.'
     )
-  fields = ('optimizer', 'weight_decay', 'accumulate', 'remat', 'epsilon')
-  return Recipe(**{field: config[field] for field in fields if field in config})
+  return config.recipe()
 
 
 def _resume_path(workdir: Path) -> Path:
@@ -310,7 +299,7 @@ def _train_stage(run: _Run, show_progress: bool, on_metrics: OnMetrics | None) -
       return restore_stage(workdir, stage - 1)
     if run.start is not None:
       return run.start.variables
-    return run.task.init(named_key(config['seed'], 'init'))
+    return run.task.init(named_key(config.seed, 'init'))
 
   variables = in_all(initial)
   start, seconds_before = Checkpoint(create_state(variables, recipe)), 0.0
@@ -371,13 +360,13 @@ def _train_stage(run: _Run, show_progress: bool, on_metrics: OnMetrics | None) -
       run.subsets[stage],
       recipe=recipe,
       epochs=plan['epochs'],
-      batch_size=config['batch_size'],
+      batch_size=config.batch_size,
       lr=plan['lr'],
-      schedule=config['schedule'],
-      key=named_key(config['seed'], 'train', stage),
+      schedule=config.schedule,
+      key=named_key(config.seed, 'train', stage),
       on_epoch=on_epoch,
       save=save,
-      save_every_seconds=config['save_every_seconds'],
+      save_every_seconds=config.save_every_seconds,
     )
     train_seconds = seconds()
     from_first(lambda: log.sync())

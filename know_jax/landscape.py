@@ -18,18 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax import kinds as kinds_
 from know_jax import trees
 from know_jax.data.base import Batch, Source, checked_batch, part_of
 from know_jax.errors import UserError, os_errors
+from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io.sealed import write_sealed
 from know_jax.models.adapters import Model
 from know_jax.nowcast import api
 from know_jax.predictors.registry import given_theta, resolve_all
 from know_jax.report.plots import new_figure, principal_plane
-from know_jax.runs.record import config_dict
 from know_jax.runs.workdir import load_trajectory
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
@@ -42,29 +41,38 @@ _BATCH = 500
 """Test examples that are evaluated at a time."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Every config field of a landscape."""
+
+  seed: int = 0
+  # Drawn on the surface, `steps` of each.
+  predictors: tuple[str, ...] = ('known_leaf', 'task_vector', 'log_fit', 'shrink')
+  steps: int = 3
+  # Parameters of KNOWN: a file or folder, as `load_known` takes; None: those shipped.
+  known: str | None = None
+  # Neighbours of each stage, and their noise: the standard deviation over the root mean square of
+  # the leaf.
+  neighbours: int = 20
+  noise: float = 0.05
+  # Points of the surface across and up, and how far it goes beyond what lies on it.
+  grid: tuple[int, int] = (25, 25)
+  margin: float = 0.2
+  # Test examples; 0: all.
+  examples: int = 0
+  # Points that are evaluated in one call; 0: 1 on CPUs, 16 elsewhere.
+  points_per_call: int = 0
+
+  def __post_init__(self) -> None:
+    resolve_all(self.predictors)
+    check_least(self, 0, 'neighbours', 'noise', 'margin', 'points_per_call')
+    if len(self.grid) != 2 or min(self.grid) < 2:
+      raise UserError(f'grid is {self.grid}; expected two numbers of at least 2.')
+
+
 def default_config() -> ConfigDict:
-  """Every field of a landscape, with the defaults that configs start from."""
-  return ConfigDict(
-    {
-      'seed': 0,
-      # Drawn on the surface, `steps` of each.
-      'predictors': ('known_leaf', 'task_vector', 'log_fit', 'shrink'),
-      'steps': 3,
-      # Parameters of KNOWN: a file or folder, as `load_known` takes; None: those shipped.
-      'known': placeholder(str),
-      # Neighbours of each stage, and their noise: the standard deviation over the root mean square
-      # of the leaf.
-      'neighbours': 20,
-      'noise': 0.05,
-      # Points of the surface across and up, and how far it goes beyond what lies on it.
-      'grid': (25, 25),
-      'margin': 0.2,
-      # Test examples; 0: all.
-      'examples': 0,
-      # Points that are evaluated in one call; 0: 1 on CPUs, 16 elsewhere.
-      'points_per_call': 0,
-    }
-  )
+  """Every field of a landscape, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +200,16 @@ def _sums(
   return jax.vmap(at)(coordinates)
 
 
-def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) -> dict[str, Any]:
+def run(
+  config: Config | Given, workdir: str | Path, *, show_progress: bool = True
+) -> dict[str, Any]:
   """Draws the landscape of a finished forgetting run.
 
   Writes `landscape/landscape.json` (sealed: see `files.write_sealed`) and
   `landscape/landscape.png` in the workdir.
 
   Args:
-    config: the fields of `default_config`.
+    config: the fields of `Config`.
     workdir: of a finished forgetting run.
     show_progress: whether a bar is shown.
 
@@ -213,17 +223,16 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     UserError: before anything is evaluated, if a value does not fit or the workdir holds no
       finished run.
   """
-  config = config_dict(config)
-  _check(config)
+  config = read_config(Config, config)
   workdir = Path(workdir).expanduser()
   trajectory, record = load_trajectory(workdir)
   task = load_task(record['config'])
-  made = resolve_all(config['predictors'])
-  theta = given_theta(config['known'], made)
+  made = resolve_all(config.predictors)
+  theta = given_theta(config.known, made)
   forecasts = {
     name: api.forecast(
       trajectory,
-      config['steps'],
+      config.steps,
       predictor=predictor,
       theta=theta.get(name),
       rate=record['config']['rate'],
@@ -231,14 +240,14 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     )
     for name, predictor in made.items()
   }
-  examples = config['examples'] or task.test.size
+  examples = config.examples or task.test.size
   if not 1 <= examples <= task.test.size:
     raise UserError(f'examples is {examples}; expected 0 (all) to {task.test.size}.')
   stages = [jax.device_get(stage) for stage in trajectory]
   clouds = []
   for i, stage in enumerate(stages):
-    key = named_key(config['seed'], 'neighbours', i)
-    around = neighbours(stage, key, config['neighbours'], config['noise'], task.kinds)
+    key = named_key(config.seed, 'neighbours', i)
+    around = neighbours(stage, key, config.neighbours, config.noise, task.kinds)
     clouds += [kinds_.flatten(stage, task.kinds)[None], around]
   plane, newest = fit_plane(np.concatenate(clouds)), stages[-1]
   tested = part_of(task.test, np.arange(examples, dtype=np.int32))
@@ -258,12 +267,12 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
     })  # fmt: skip
   x, y = _grid_lines(places, config)
   grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-  per_call = config['points_per_call'] or (1 if jax.default_backend() == 'cpu' else 16)
+  per_call = config.points_per_call or (1 if jax.default_backend() == 'cpu' else 16)
   loss, accuracy = evaluate_points(
     task, plane, newest, grid, tested, points_per_call=per_call, show_progress=show_progress
   )
   result = {
-    'config': config,
+    'config': config_dict(config),
     'shares': plane.shares.tolist(),
     'x': x.tolist(),
     'y': y.tolist(),
@@ -279,22 +288,13 @@ def run(config: ConfigDict, workdir: str | Path, *, show_progress: bool = True) 
   return result
 
 
-def _check(config: Mapping[str, Any]) -> None:
-  resolve_all(config['predictors'])
-  for field, least in (('neighbours', 0), ('noise', 0), ('margin', 0), ('points_per_call', 0)):
-    if config[field] < least:
-      raise UserError(f'{field} is {config[field]}; expected at least {least}.')
-  if len(config['grid']) != 2 or min(config['grid']) < 2:
-    raise UserError(f'grid is {tuple(config["grid"])}; expected two numbers of at least 2.')
-
-
-def _grid_lines(places: np.ndarray, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _grid_lines(places: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
   """Coordinates of the grid's columns and rows, around all finite places."""
   places = places[np.isfinite(places).all(axis=1)]
   low, high = places.min(axis=0), places.max(axis=0)
   # The same length up and across, so that the surface shows true angles.
-  middle, half = (low + high) / 2, (0.5 + config['margin']) * (high - low).max()
-  x, y = (np.linspace(middle[i] - half, middle[i] + half, config['grid'][i]) for i in range(2))
+  middle, half = (low + high) / 2, (0.5 + config.margin) * (high - low).max()
+  x, y = (np.linspace(middle[i] - half, middle[i] + half, config.grid[i]) for i in range(2))
   return x, y
 
 

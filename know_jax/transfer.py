@@ -23,16 +23,17 @@ from ml_collections import ConfigDict
 from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
 from know_jax.errors import UserError
+from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io import checkpoints
 from know_jax.io.journal import append_line, read_lines
 from know_jax.jsonable import digest
 from know_jax.report import markdown
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import finished_record, stage_path
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
 from know_jax.tasks import domains, load_task
-from know_jax.tasks.base import Task
+from know_jax.tasks.base import DataFields, Task
 from know_jax.training import loop
 from know_jax.training.state import (
   Checkpoint,
@@ -56,29 +57,45 @@ FINE_TUNING = 1
 """The phase after the warm-up."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetFields(forgetting.RecipeFields, DataFields):
+  """The config fields of one transfer."""
+
+  dataset: str = 'digits'
+  # Labelled examples of each class; 0: all there are.
+  labels_per_class: int = 0
+  # Training examples that are kept from training, to choose learning rates by their score.
+  validation_examples: int = 0
+  # Only head and normalisation layers move, at a constant rate ...
+  warmup_epochs: int = 10
+  warmup_lr: float = 1e-3
+  # ... then everything.
+  epochs: int = 100
+  lr: float = 4e-4
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_least(self, 0, 'warmup_epochs', 'epochs')
+    learning_rates('constant', self.warmup_lr, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TargetFields):
+  """Every config field of a transfer."""
+
+  # Seeds 0 .. seeds - 1; each decides head, labelled examples, order and augmentation.
+  seeds: int = 5
+  # Also train a fresh network, by the same schedule, its frozen warm-up included.
+  from_scratch: bool = True
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_least(self, 1, 'seeds')
+
+
 def default_config() -> ConfigDict:
-  """Every field of a transfer, with the defaults that configs start from."""
-  return ConfigDict(
-    {
-      # Seeds 0 .. seeds - 1; each decides head, labelled examples, order and augmentation.
-      'seeds': 5,
-      **forgetting.data_fields(),
-      # Labelled examples of each class; 0: all there are.
-      'labels_per_class': 0,
-      # Training examples that are kept from training, to choose learning rates by their score.
-      'validation_examples': 0,
-      'batch_size': 32,
-      # Only head and normalisation layers move, at a constant rate ...
-      'warmup_epochs': 10,
-      'warmup_lr': 1e-3,
-      # ... then everything.
-      'epochs': 100,
-      'lr': 4e-4,
-      **forgetting.recipe_fields(),
-      # Also train a fresh network, by the same schedule, its frozen warm-up included.
-      'from_scratch': True,
-    }
-  )
+  """Every field of a transfer, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +112,15 @@ class Arm:
   variables: Any  # The weights, head included; None for 'scratch'.
 
 
-def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def run(
+  config: Config | Given, workdir: str | Path, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
   """Transfers the newest weight and every predicted one in a workdir; skips what is done.
 
   Results are kept in `transfer/<dataset>-<digest of the config>/results.jsonl`, a line a training.
 
   Args:
-    config: the fields of `default_config`.
+    config: the fields of `Config`, in a ConfigDict or a mapping.
     workdir: of a finished forgetting run, with predictions by bin/nowcast.py.
     only: predictors to transfer; empty: all found.
 
@@ -115,7 +134,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
     UserError: before any training, if a value does not fit, the workdir is unfinished or damaged,
       or the task's images have another shape than the network takes.
   """
-  legs = domains.legs(config_dict(config))
+  legs = domains.legs(read_config(Config, config))
   # All are checked before the first is trained.
   runs = {leg: _prepare(settings, Path(workdir), only) for leg, settings in legs.items()}
   return [
@@ -124,7 +143,7 @@ def run(config: ConfigDict, workdir: str | Path, only: Sequence[str] = ()) -> li
 
 
 def _prepare(
-  config: dict[str, Any], workdir: Path, only: Sequence[str]
+  config: Config, workdir: Path, only: Sequence[str]
 ) -> Callable[[], list[dict[str, Any]]]:
   """Checks a transfer; what it gives trains and returns the rows."""
   workdir = workdir.expanduser()
@@ -135,11 +154,11 @@ def _prepare(
       'that loop.'
     )
   task = load_task(config, source)
-  arms = find_arms(workdir, only, task.score, scratch=config['from_scratch'])
+  arms = find_arms(workdir, only, task.score, scratch=config.from_scratch)
   check_fits(task, [arm.variables for arm in arms if arm.variables is not None])
-  per_class, kept = config['labels_per_class'], config['validation_examples']
-  subsets = [labelled_subset(task, per_class, seed, kept) for seed in _seeds(config)]
-  loop.check_batch_size(config['batch_size'], len(subsets[0]), 'the labelled subset')
+  per_class, kept = config.labels_per_class, config.validation_examples
+  subsets = [labelled_subset(task, per_class, seed, kept) for seed in range(config.seeds)]
+  loop.check_batch_size(config.batch_size, len(subsets[0]), 'the labelled subset')
   phases(task, config)
   return functools.partial(_run, task, arms, subsets, config, workdir)
 
@@ -148,20 +167,20 @@ def _run(
   task: Task,
   arms: Sequence[Arm],
   subsets: Sequence[np.ndarray],
-  config: dict[str, Any],
+  config: Config,
   workdir: Path,
 ) -> list[dict[str, Any]]:
   score = task.score
-  dataset = re.sub(r'[^\w.@-]+', '-', str(config['dataset'])).strip('-')
-  folder = workdir / 'transfer' / f'{dataset}-{digest(config)[:8]}'
+  dataset = re.sub(r'[^\w.@-]+', '-', config.dataset).strip('-')
+  folder = workdir / 'transfer' / f'{dataset}-{digest(config_dict(config))[:8]}'
   RunRecord.open(folder, config, kind=KIND).update(**task.about)
   path = folder / 'results.jsonl'
   done = {_row_key(row): row for row in read_lines(path)}
   data = put_data(task)
   rows = []
-  with progress(len(arms) * config['seeds'], 'transfer', 'training') as bar:
+  with progress(len(arms) * config.seeds, 'transfer', 'training') as bar:
     for arm in arms:
-      for seed, subset in zip(_seeds(config), subsets, strict=True):
+      for seed, subset in enumerate(subsets):
         about = {
           'predictor': arm.name,
           'steps': arm.steps,
@@ -310,7 +329,7 @@ def train_one(
   variables: Any,
   data: tuple[Data, Data],
   subset: np.ndarray,
-  config: Mapping[str, Any],
+  config: TargetFields,
   seed: int,
   curve_epochs: Sequence[int] = (),
   also: Mapping[str, Data] | None = None,
@@ -323,7 +342,7 @@ def train_one(
     variables: where to start; None: a fresh network.
     data: its training and its test set.
     subset: the labelled examples of the training set.
-    config: the fields of `default_config`.
+    config: its fields.
     seed: decides head, order and augmentation.
     curve_epochs: fine-tuning epochs to test after as well; 0 is after the warm-up.
     also: name -> data on which the trained network's score is told too.
@@ -362,7 +381,7 @@ def train_one(
         subset,
         recipe=recipe,
         epochs=epochs,
-        batch_size=config['batch_size'],
+        batch_size=config.batch_size,
         lr=lr,
         schedule=schedule,
         key=named_key(seed, 'train', phase),
@@ -370,13 +389,13 @@ def train_one(
         show=test_after,
       )
       variables = state.variables
-  if not curve or curve[-1][0] < config['epochs']:
+  if not curve or curve[-1][0] < config.epochs:
     metrics.update(loop.evaluate(task, variables, data[1]))
   on_trained(variables)
   others = {
     name: loop.evaluate(task, variables, other)[task.score] for name, other in (also or {}).items()
   }
-  if kept := config.get('validation_examples', 0):
+  if kept := config.validation_examples:
     indices = validation_subset(task, kept, seed)
     others['validation'] = loop.evaluate(task, variables, data[0], indices=indices)[task.score]
   return {**metrics, **others, 'seconds': time.monotonic() - began, 'curve': curve}
@@ -414,19 +433,15 @@ def _below_head(variables: Any, head: Callable[[str], bool]) -> dict[str, Any]:
 
 
 def phases(
-  task: Task, config: Mapping[str, Any], variables: Any = None
+  task: Task, config: TargetFields, variables: Any = None
 ) -> list[tuple[Recipe, int, float, str]]:
   """Recipe, epochs, learning rate and schedule of warm-up and fine-tuning."""
   whole = forgetting.recipe_of(config)
   frozen = frozenset() if variables is None else backbone(task, variables)
   warm = dataclasses.replace(whole, frozen=frozen)
-  for epochs, lr in (('warmup_epochs', 'warmup_lr'), ('epochs', 'lr')):
-    if config[epochs] < 0:
-      raise UserError(f'{epochs} is {config[epochs]}; expected at least 0.')
-    learning_rates(config['schedule'], config[lr], 1)
   return [
-    (warm, config['warmup_epochs'], config['warmup_lr'], 'constant'),
-    (whole, config['epochs'], config['lr'], config['schedule']),
+    (warm, config.warmup_epochs, config.warmup_lr, 'constant'),
+    (whole, config.epochs, config.lr, config.schedule),
   ]
 
 
@@ -438,12 +453,6 @@ def backbone(task: Task, variables: Any) -> frozenset[str]:
     for path, kind in kinds.items()
     if path.startswith('params/') and kind != kinds_.KEEP and not task.head(path)
   )
-
-
-def _seeds(config: Mapping[str, Any]) -> range:
-  if config['seeds'] < 1:
-    raise UserError(f'seeds is {config["seeds"]}; expected at least 1.')
-  return range(config['seeds'])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

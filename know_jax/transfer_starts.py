@@ -3,17 +3,17 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from know_jax import transfer
 from know_jax.data.base import part_of
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
+from know_jax.fields import Given, config_dict, read_config
 from know_jax.jsonable import digest, plain
 from know_jax.recommendation import (
   RATES,
@@ -23,7 +23,7 @@ from know_jax.recommendation import (
   recommend,
   trainings,
 )
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import load_trajectory
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
@@ -37,7 +37,7 @@ KIND = 'recommend'
 
 
 def run(
-  config: ConfigDict,
+  config: transfer.Config | Given,
   workdir: str | Path,
   *,
   starts: Sequence[Start] = STARTS,
@@ -53,7 +53,7 @@ def run(
   Scores are kept in `recommend/<dataset>-<digest>/trials.jsonl`, the answer in a record beside it.
 
   Args:
-    config: the fields of `transfer.default_config`; `seeds` and `from_scratch` mean nothing here.
+    config: the fields of `transfer.Config`; `seeds` and `from_scratch` mean nothing here.
     workdir: of a finished forgetting run.
     starts: what to try.
     rates: multiples of the config's `lr` to try.
@@ -68,7 +68,7 @@ def run(
     UserError: before any training, if a value does not fit, the workdir is unfinished, or the
       network does not fit the task.
   """
-  settings = config_dict(config)
+  fields = read_config(transfer.Config, config)
   workdir = Path(workdir).expanduser()
   trajectory, record = load_trajectory(workdir)
   source = record['config']
@@ -77,17 +77,17 @@ def run(
       f'{workdir} is of a training loop of its own, whose network is not known here; call '
       'know_jax.recommend with that loop.'
     )
-  task = load_task(settings, source)
+  task = load_task(fields, source)
   transfer.check_fits(task, [trajectory.newest])
-  score = task_score(task, settings, validation, labels_seed)
-  asked = {
+  score = task_score(task, fields, validation, labels_seed)
+  asked = config_dict(fields) | {
     'labels_seed': labels_seed,
     'rates': list(rates), 'repeats': repeats, 'validation': validation,
     'starts': [str(start) for start in starts],
   }  # fmt: skip
-  dataset = re.sub(r'[^\w.@-]+', '-', str(settings['dataset'])).strip('-')
-  folder = workdir / 'recommend' / f'{dataset}-{digest(settings | asked)[:8]}'
-  answers = RunRecord.open(folder, settings | asked, kind=KIND)
+  dataset = re.sub(r'[^\w.@-]+', '-', fields.dataset).strip('-')
+  folder = workdir / 'recommend' / f'{dataset}-{digest(asked)[:8]}'
+  answers = RunRecord.open(folder, asked, kind=KIND)
   total = trainings(len(starts), len(rates), repeats)
   with progress(total, 'recommend', 'training') as bar:
 
@@ -114,13 +114,13 @@ def run(
 
 
 def task_score(
-  task: Task, config: Mapping[str, Any], validation: float = 0.2, labels_seed: int = 0
+  task: Task, config: transfer.TargetFields, validation: float = 0.2, labels_seed: int = 0
 ) -> Callable[[Any, float, float, int], float]:
   """The `score` of `recommend` for a task, on held-out parts of its labelled training examples.
 
   Args:
     task: the target; its test set is not used.
-    config: the fields of `transfer.default_config`.
+    config: the fields of the transfer.
     validation: the part of the labelled examples that is held out, anew by each seed.
     labels_seed: draws the labelled examples, as a transfer's seed does.
 
@@ -129,11 +129,11 @@ def task_score(
   """
   if not 0 < validation < 1:
     raise UserError(f'validation is {validation}; expected a part between 0 and 1.')
-  labelled = transfer.labelled_subset(task, config['labels_per_class'], labels_seed)
+  labelled = transfer.labelled_subset(task, config.labels_per_class, labels_seed)
   strata = None if task.train.strata is None else np.asarray(task.train.strata)[labelled]
   train = Data(task.train, task.prepare)
   size = math.floor((1 - validation) * len(labelled) + 0.5)
-  loop.check_batch_size(config['batch_size'], size, 'the labelled subset without validation')
+  loop.check_batch_size(config.batch_size, size, 'the labelled subset without validation')
   if size == len(labelled):
     raise UserError(
       f'validation is {validation} of {len(labelled)} labelled examples, which is none.'
@@ -146,11 +146,12 @@ def task_score(
       rate=1 - validation, phases=2, stratified=strata is not None,
     )  # fmt: skip
     held_out = part_of(task.train, np.delete(labelled, kept))
-    settings = dict(config) | {
-      'lr': config['lr'] * rate,
-      'epochs': max(1, round(config['epochs'] * budget)),
-      'warmup_epochs': round(config['warmup_epochs'] * budget),
-    }
+    settings = dataclasses.replace(
+      config,
+      lr=config.lr * rate,
+      epochs=max(1, round(config.epochs * budget)),
+      warmup_epochs=round(config.warmup_epochs * budget),
+    )
     judged = dataclasses.replace(task, test=held_out)
     data = (train, Data(held_out, task.prepare))
     try:

@@ -15,10 +15,10 @@ from know_jax.data.augmentation import Augmentation
 from know_jax.data.base import Arrays
 from know_jax.data.glyphs import GLYPHS
 from know_jax.data.sources import Dataset
+from know_jax.fields import config_dict, read_config
 from know_jax.meta import collect, evaluation, meta_training
 from know_jax.models import build_model
 from know_jax.nowcast.api import PREDICTORS
-from know_jax.runs.record import config_dict
 from know_jax.study import arms, branches, design, regime, runner
 from know_jax.tasks import captioning, classification, domains, load_task, segmentation
 from know_jax.training.state import Recipe, learning_rates
@@ -109,23 +109,24 @@ def test_names_and_values_are_known(path):
   pipeline = PIPELINES[header(path)[1]]
   config = config_dict(load(path))
   if pipeline is collect:
-    collect.check_config(config)
+    read_config(collect.Config, config)
     assert set(config['datasets']) <= DATASETS
   elif pipeline in (evaluation, meta_training):
-    pipeline.check_config(config)
+    read_config(pipeline.Config, config)
   elif pipeline is forgetting:
     assert config['dataset'] in DATASETS
     build_model(config['model'], num_classes=2, width=config['width'], dtype=config['dtype'])
-    forgetting.recipe_of(config)
+    checked = read_config(forgetting.Config, config)
+    forgetting.recipe_of(checked)
     for stage in range(config['stages']):
-      assert forgetting.stage_plan(config, stage, 10 * config['batch_size'])['steps'] > 0
+      assert forgetting.stage_plan(checked, stage, 10 * config['batch_size'])['steps'] > 0
   elif pipeline is transfer:
     check_transfer(config)
   elif pipeline is design:
     assert config['source']['dataset'] in DATASETS | PAPERS_OWN
     check_transfer(config['transfer'])
     # Every predictor can do its steps with the history, and every arm has a name of its own.
-    found = arms.arms_of(config, batch_norm=True)
+    found = arms.arms_of(read_config(design.Config, config), batch_norm=True)
     assert len(found) > (15 if path.stem.startswith('table') else 40)
   elif pipeline is landscape:
     assert set(config['predictors']) <= set(PREDICTORS)
@@ -142,7 +143,7 @@ def test_variants_are_studies_too(name, variant):
   assert fields(config) == fields(design.default_config())
   config = config_dict(config)
   check_transfer(config['transfer'])
-  found = arms.arms_of(config, batch_norm=variant != 'cnn')
+  found = arms.arms_of(read_config(design.Config, config), batch_norm=variant != 'cnn')
   assert {'persistence', 'known_leaf', 'extra', 'shrink', 'task_vector'} <= {
     a.predictor for a in found
   }
@@ -172,7 +173,7 @@ def test_tables_are_those_of_the_paper_and_their_stand_ins(name):
     check_transfer(config_dict(config.transfer))
     # Chosen on validation images of the target.
     assert config.transfer.validation_examples > 0
-    found = arms.arms_of(config_dict(config), batch_norm=name == 'table5')
+    found = arms.arms_of(read_config(design.Config, config), batch_norm=name == 'table5')
     rates = {a.lr_scale for a in found if arms.is_naive(a) or a.predictor == 'persistence'}
     only_naive = name == 'table4' and config is small
     assert rates == ({0.3, 1.0, 3.0} if only_naive else {0.3, 1.0, 3.0, 10.0})
@@ -207,8 +208,7 @@ def test_tables_plan_and_trace_a_training_step(name, size, monkeypatch, tmp_path
     images = np.broadcast_to(np.uint8(0), (2000, *image_size, 3))
     return images, [['a dog runs']] * 2000
 
-  for module in (classification, domains):
-    monkeypatch.setattr(module, 'load_dataset', load_dataset)
+  monkeypatch.setattr(classification, 'load_dataset', load_dataset)
   monkeypatch.setattr(classification, 'mean_image', lambda x: np.zeros(x.shape[1:], np.float32))
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   monkeypatch.setattr(segmentation, 'read', read_maps)
@@ -219,9 +219,9 @@ def test_tables_plan_and_trace_a_training_step(name, size, monkeypatch, tmp_path
   text = runner.plan(config, tmp_path / 'none')
   assert text.count('forgetting runs: 5 (0 done), 5 stages each') == (4 if name == 'table3' else 1)
   assert not (tmp_path / 'none').exists()
-  settings = config_dict(config)
-  legs = list(domains.legs(settings['transfer']).values())
-  for task in (load_task(settings['source']), load_task(legs[0], settings['source'])):
+  settings = read_config(design.Config, config)
+  legs = list(domains.legs(settings.transfer).values())
+  for task in (load_task(settings.source), load_task(legs[0], settings.source)):
     batch = task.prepared(np.zeros(2, np.int32))
     variables = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))
 

@@ -15,6 +15,7 @@ ROWS = (
     'errors',
     'version',
     'jsonable',
+    'fields',
     'seeds',
     'registry',
     'trees',

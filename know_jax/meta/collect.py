@@ -31,14 +31,15 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax import forgetting, kinds, trees
+from know_jax.data.augmentation import PAPER_AUGMENTATION, Augmentation
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io.files import local_path, locked, write_atomic
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.models import MODELS
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import load_trajectory
 from know_jax.runs.workers import each
 from know_jax.system.machine import memory_bytes
@@ -49,49 +50,74 @@ KIND = 'collect'
 FORMAT = 'know_jax.meta/1'
 
 
-def default_config() -> ConfigDict:
-  """Every field of a collection. A pair is a range to draw from, ends included."""
-  return ConfigDict(
-    {
-      'seed': 0,
-      'runs': 60,
-      # Run i takes family i mod F and data set (i div F) mod D: every pair as often as any other.
-      'families': ('cnn',),
-      'datasets': ('digits', 'mnist', 'fashion_mnist'),
-      'data_dir': placeholder(str),
-      # (height, width) to resize images to; (): as they are.
-      'image_size': (),
-      # Family -> the widths to draw from; families not named take their own default.
-      'widths': {
-        'cnn': (8, 12),
-        'resnet_small': (8, 12),
-        'densenet': (8,),
-        'shufflenetv2': (8,),
-        'mobilenetv2': (4,),
-        'vit': (32,),
-      },
-      'stages': 7,
-      # Log-uniform: learning rate and steps of pre-training, the first stage.
-      'pretrain_lr': (1e-3, 3e-3),
-      'pretrain_steps': (1000, 2000),
-      # Uniform, as in the paper; the lower end rises until the smallest subset fills a batch.
-      'rate': (0.3, 0.9),
-      # Of the stages after the first; uniform, as in the paper.
-      'lr': (1e-5, 4e-3),
-      # Uniform up to the smallest subset's size, as in the paper, but at most this and rounded down
-      # to a power of two, so that runs share compiled steps.
-      'batch_size': (32, 128),
-      # Log-uniform: examples of D^0, drawn from the training set, and epochs of the later stages.
-      'train_examples': (2000, 8000),
-      'epochs': (10, 40),
-      # At most this many steps over the later stages; fewer epochs where it would be more.
-      'max_steps': 3000,
-      # Share of runs with the paper's augmentation (rotation 10, shift 0.15, zoom 0.3).
-      'augmented': 0.5,
-      'optimizers': ('adam',),
-      'schedules': ('cosine', 'constant'),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Every config field of a collection. A pair is a range to draw from, ends included."""
+
+  seed: int = 0
+  runs: int = 60
+  # Run i takes family i mod F and data set (i div F) mod D: every pair as often as any other.
+  families: tuple[str, ...] = ('cnn',)
+  datasets: tuple[str, ...] = ('digits', 'mnist', 'fashion_mnist')
+  data_dir: str | None = None
+  # (height, width) to resize images to; (): as they are.
+  image_size: tuple[int, ...] = ()
+  # Family -> the widths to draw from; families not named take their own default.
+  widths: dict[str, tuple[int, ...]] = dataclasses.field(
+    default_factory=lambda: {
+      'cnn': (8, 12),
+      'densenet': (8,),
+      'mobilenetv2': (4,),
+      'resnet_small': (8, 12),
+      'shufflenetv2': (8,),
+      'vit': (32,),
     }
   )
+  stages: int = 7
+  # Log-uniform: learning rate and steps of pre-training, the first stage.
+  pretrain_lr: tuple[float, float] = (1e-3, 3e-3)
+  pretrain_steps: tuple[float, float] = (1000, 2000)
+  # Uniform, as in the paper; the lower end rises until the smallest subset fills a batch.
+  rate: tuple[float, float] = (0.3, 0.9)
+  # Of the stages after the first; uniform, as in the paper.
+  lr: tuple[float, float] = (1e-5, 4e-3)
+  # Uniform up to the smallest subset's size, as in the paper, but at most this and rounded down to
+  # a power of two, so that runs share compiled steps.
+  batch_size: tuple[int, int] = (32, 128)
+  # Log-uniform: examples of D^0, drawn from the training set, and epochs of the later stages.
+  train_examples: tuple[int, int] = (2000, 8000)
+  epochs: tuple[float, float] = (10, 40)
+  # At most this many steps over the later stages; fewer epochs where it would be more.
+  max_steps: int = 3000
+  # Share of runs with the paper's augmentation (rotation 10, shift 0.15, zoom 0.3).
+  augmented: float = 0.5
+  optimizers: tuple[str, ...] = ('adam',)
+  schedules: tuple[str, ...] = ('cosine', 'constant')
+
+  def __post_init__(self) -> None:
+    for name in self.families:
+      if name not in MODELS:
+        raise unknown_name('model', name, MODELS)
+    for name in self.optimizers:
+      if name not in OPTIMIZERS:
+        raise unknown_name('optimizer', name, OPTIMIZERS)
+    for name in ('families', 'datasets', 'optimizers', 'schedules'):
+      if not getattr(self, name):
+        raise UserError(f'{name} is empty; expected at least one name.')
+    for name in (
+      'rate', 'lr', 'batch_size', 'train_examples', 'epochs', 'pretrain_lr', 'pretrain_steps'
+    ):  # fmt: skip
+      ends = getattr(self, name)
+      if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+        raise UserError(f'{name} is {ends}; expected a range 0 < low <= high.')
+    check_least(self, 0, 'seed')
+    if self.runs < 1 or self.stages < 2:
+      raise UserError(f'runs is {self.runs} and stages {self.stages}; expected at least 1 and 2.')
+
+
+def default_config() -> ConfigDict:
+  """Every field of a collection, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,77 +132,47 @@ class Run:
   weights: dict[str, np.ndarray] | None
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-  """Checks the names and ranges of a collection; raises UserError."""
-  for name in config['families']:
-    if name not in MODELS:
-      raise unknown_name('model', name, MODELS)
-  for name in config['optimizers']:
-    if name not in OPTIMIZERS:
-      raise unknown_name('optimizer', name, OPTIMIZERS)
-  for name in ('families', 'datasets', 'optimizers', 'schedules'):
-    if not config[name]:
-      raise UserError(f'{name} is empty; expected at least one name.')
-  for name in (
-    'rate', 'lr', 'batch_size', 'train_examples', 'epochs', 'pretrain_lr', 'pretrain_steps'
-  ):  # fmt: skip
-    low, high = config[name] if len(config[name]) == 2 else (0, 0)
-    if not 0 < low <= high:
-      raise UserError(f'{name} is {tuple(config[name])}; expected a range 0 < low <= high.')
-  if config['seed'] < 0:
-    raise UserError(f'seed is {config["seed"]}; expected at least 0.')
-  if config['runs'] < 1 or config['stages'] < 2:
-    raise UserError(
-      f'runs is {config["runs"]} and stages {config["stages"]}; expected at least 1 and 2.'
-    )
-
-
-def run_config(config: Mapping[str, Any], number: int) -> ConfigDict:
+def run_config(config: Config, number: int) -> forgetting.Config:
   """The forgetting config of one run, a function of the collection's seed and the run's number."""
-  rng = np.random.default_rng([config['seed'], number])
-  families, datasets = config['families'], config['datasets']
+  rng = np.random.default_rng([config.seed, number])
+  families, datasets = config.families, config.datasets
   family = families[number % len(families)]
   dataset = datasets[number // len(families) % len(datasets)]
   # Every number is drawn for every run, so that one field's range does not move the others' draws.
   size, rate_at, lr_at, batch_at, epochs_at, augment_at = rng.random(6)
   width_at, optimizer_at, schedule_at, pretrain_lr_at, pretrain_steps_at = rng.random(5)
 
-  available = _TRAIN_SIZES.get(dataset, config['train_examples'][1])
-  examples = min(round(_log_between(config['train_examples'], size)), available)
-  stages, smallest_batch = config['stages'], config['batch_size'][0]
+  available = _TRAIN_SIZES.get(dataset, config.train_examples[1])
+  examples = min(round(_log_between(config.train_examples, size)), available)
+  stages, smallest_batch = config.stages, config.batch_size[0]
   # Two more than a batch: sizes are rounded at every stage.
   floor = ((smallest_batch + 2) / examples) ** (1 / (stages - 1))
-  low, high = config['rate']
+  low, high = config.rate
   rate = max(low, floor) + rate_at * (max(high, floor) - max(low, floor))
   smallest = int(examples * rate ** (stages - 1)) - 2
-  largest_batch = min(config['batch_size'][1], max(smallest, smallest_batch))
-  batch_size = smallest_batch + batch_at * (largest_batch - smallest_batch)
-  batch_size = max(smallest_batch, 1 << int(math.log2(batch_size)))
+  largest_batch = min(config.batch_size[1], max(smallest, smallest_batch))
+  drawn = smallest_batch + batch_at * (largest_batch - smallest_batch)
+  batch_size = max(smallest_batch, 1 << int(math.log2(drawn)))
   steps_an_epoch = sum(int(examples * rate**i) // batch_size for i in range(1, stages))
-  pretrain_epochs = _log_between(config['pretrain_steps'], pretrain_steps_at) / (
+  pretrain_epochs = _log_between(config.pretrain_steps, pretrain_steps_at) / (
     examples // batch_size
   )
-  epochs = min(_log_between(config['epochs'], epochs_at), config['max_steps'] / steps_an_epoch)
-  lr_low, lr_high = config['lr']
+  epochs = min(_log_between(config.epochs, epochs_at), config.max_steps / steps_an_epoch)
+  lr_low, lr_high = config.lr
 
-  run = forgetting.default_config()
-  run.seed = int(rng.integers(2**31 - 1))
-  run.dataset, run.data_dir = dataset, config['data_dir']
-  run.image_size = tuple(config['image_size'])
-  run.train_examples = examples
-  run.model = family
-  widths = config['widths'].get(family, ())
-  run.width = int(widths[int(width_at * len(widths))]) if widths else None
-  run.stages, run.rate, run.stratified = stages, float(rate), True
-  run.batch_size = batch_size
-  run.epochs, run.stage_epochs = max(1, round(pretrain_epochs)), max(1, round(epochs))
-  run.lr = _log_between(config['pretrain_lr'], pretrain_lr_at)
-  run.stage_lr = float(lr_low + lr_at * (lr_high - lr_low))
-  run.optimizer = config['optimizers'][int(optimizer_at * len(config['optimizers']))]
-  run.schedule = config['schedules'][int(schedule_at * len(config['schedules']))]
-  if augment_at < config['augmented']:
-    run.augmentation = {'rotation': 10.0, 'shift': 0.15, 'zoom': 0.3, 'flip': False}
-  return run
+  widths = config.widths.get(family, ())
+  return forgetting.Config(
+    seed=int(rng.integers(2**31 - 1)), dataset=dataset, data_dir=config.data_dir,
+    image_size=config.image_size, train_examples=examples, model=family,
+    width=int(widths[int(width_at * len(widths))]) if widths else None,
+    stages=stages, rate=float(rate), stratified=True, batch_size=batch_size,
+    epochs=max(1, round(pretrain_epochs)), stage_epochs=max(1, round(epochs)),
+    lr=_log_between(config.pretrain_lr, pretrain_lr_at),
+    stage_lr=float(lr_low + lr_at * (lr_high - lr_low)),
+    optimizer=config.optimizers[int(optimizer_at * len(config.optimizers))],
+    schedule=config.schedules[int(schedule_at * len(config.schedules))],
+    augmentation=PAPER_AUGMENTATION if augment_at < config.augmented else Augmentation(),
+  )  # fmt: skip
 
 
 # Sets with fewer training examples than a range's upper end.
@@ -189,7 +185,7 @@ def _log_between(ends: tuple[float, float], at: float) -> float:
 
 
 def run(
-  config: ConfigDict,
+  config: Config | Given,
   output: str | Path,
   *,
   dry_run: bool = False,
@@ -204,15 +200,14 @@ def run(
   Raises:
     UserError: a value does not fit, or the folder belongs to another config.
   """
-  config = config_dict(config)
-  check_config(config)
+  config = read_config(Config, config)
   output = local_path(output, 'output')
   if dry_run:
     return _listing(config, output)
   RunRecord.open(output, config, kind=KIND)
   (output / 'runs').mkdir(exist_ok=True)
-  with progress(config['runs'], 'collect', 'run') as bar:
-    waiting = set(range(config['runs']))
+  with progress(config.runs, 'collect', 'run') as bar:
+    waiting = set(range(config.runs))
     _sweep(output)
     while waiting:
       # Runs that another process holds come round again, in case it dies.
@@ -234,7 +229,7 @@ def _sweep(output: Path) -> None:
         shutil.rmtree(workdir, ignore_errors=True)
 
 
-def _collect(config: Mapping[str, Any], output: Path, number: int) -> int | None:
+def _collect(config: Config, output: Path, number: int) -> int | None:
   """Makes a run unless it is there, and gives its number; None if another process is at it."""
   path = _about_path(output, number)
   if path.exists():
@@ -249,7 +244,7 @@ def _collect(config: Mapping[str, Any], output: Path, number: int) -> int | None
   return number
 
 
-def _make(config: Mapping[str, Any], output: Path, number: int) -> None:
+def _make(config: Config, output: Path, number: int) -> None:
   """Makes a run that this worker has claimed."""
   path = _about_path(output, number)
   workdir = output / 'running' / path.stem
@@ -438,13 +433,13 @@ def summary_of(abouts: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def _listing(config: Mapping[str, Any], output: Path) -> str:
+def _listing(config: Config, output: Path) -> str:
   header = (
     f'{"run":>5} {"model":<14} {"width":>5} {"data set":<14} {"examples":>8} {"rate":>5} '
     f'{"batch":>5} {"lr":>15} {"epochs":>7} {"optimizer":<9} {"schedule":<9} augmented'
   )
   lines = [header]
-  for number in range(config['runs']):
+  for number in range(config.runs):
     c = run_config(config, number)
     done = ' (done)' if _about_path(output, number).exists() else ''
     lines.append(

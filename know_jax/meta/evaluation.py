@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from know_jax import kinds as kinds_
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io.files import write_atomic
 from know_jax.io.journal import Journal
 from know_jax.io.sealed import read_sealed
@@ -41,7 +42,7 @@ from know_jax.nowcast.api import predict
 from know_jax.predictors.known import HISTORY_LENGTH
 from know_jax.predictors.parameters import load_known, read_card, theta_digest
 from know_jax.predictors.registry import resolve
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.system.progress import progress
 from know_jax.tasks import load_task
 from know_jax.training import loop
@@ -58,25 +59,57 @@ RECALIBRATION = {'num_batches': 10, 'batch_size': 128}
 """Training images that BatchNorm's statistics are computed on."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Every config field of the benchmark."""
+
+  # The two recipes; their seed and shares must agree, as they decide the test runs.
+  known_leaf: meta_training.Config = meta_training.Config()  # noqa: RUF009  (it is frozen)
+  known: meta_training.Config = meta_training.Config(architecture='paper')  # noqa: RUF009
+  # Beside the trained ones; each with its default options.
+  predictors: tuple[str, ...] = ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink')
+  splits: tuple[str, ...] = tuple(SPLITS)
+  # Arms whose predicted networks are also scored on their test sets, in the split `run`, ...
+  networks: tuple[str, ...] = (
+    'known_leaf', 'known', 'least_squares', 'task_vector', 'log_fit', 'average'
+  )  # fmt: skip
+  # ... under these policies for BatchNorm's running statistics.
+  batch_norm: tuple[str, ...] = ('keep', 'recalibrate')
+  resamples: int = 10000
+
+  def __post_init__(self) -> None:
+    for name, recipe in (('known_leaf', self.known_leaf), ('known', self.known)):
+      if recipe.leave_out:
+        raise UserError(
+          f"{name}.leave_out is {recipe.leave_out!r}; expected '': the splits say what is left out."
+        )
+    if self.known.architecture != 'paper':
+      raise UserError(f"known.architecture is {self.known.architecture!r}; expected 'paper'.")
+    for name in ('seed', 'validation_share', 'test_share'):
+      values = [getattr(recipe, name) for recipe in (self.known_leaf, self.known)]
+      if values[0] != values[1]:
+        raise UserError(
+          f'known_leaf.{name} is {values[0]} and known.{name} {values[1]}; expected the same, as '
+          'it decides the test runs.'
+        )
+    for name in self.predictors:
+      resolve(name)
+    check_unique([*TRAINED, 'known_official', *self.predictors])
+    arms = {*TRAINED, *self.predictors}
+    for what, names, known in (
+      ('arm', self.networks, arms),
+      ('BatchNorm policy', self.batch_norm, BATCH_NORM_POLICIES),
+      ('split', self.splits, SPLITS),
+    ):
+      for name in names:
+        if name not in known:
+          raise unknown_name(what, name, known)
+    check_least(self, 1, 'resamples')
+
+
 def default_config() -> ConfigDict:
-  """Every field of the benchmark."""
-  known, known_leaf = meta_training.default_config(), meta_training.default_config()
-  known.architecture = 'paper'
-  return ConfigDict(
-    {
-      # The two recipes; their seed and shares must agree, as they decide the test runs.
-      'known_leaf': known_leaf,
-      'known': known,
-      # Beside the trained ones; each with its default options.
-      'predictors': ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink'),
-      'splits': tuple(SPLITS),
-      # Arms whose predicted networks are also scored on their test sets, in the split `run`, ...
-      'networks': ('known_leaf', 'known', 'least_squares', 'task_vector', 'log_fit', 'average'),
-      # ... under these policies for BatchNorm's running statistics.
-      'batch_norm': ('keep', 'recalibrate'),
-      'resamples': 10000,
-    }
-  )
+  """Every field of the benchmark, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,42 +121,6 @@ class Arm:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-  """Checks the values of a benchmark; raises UserError."""
-  for recipe, architecture in (('known_leaf', None), ('known', 'paper')):
-    meta_training.check_config(config[recipe])
-    if config[recipe]['leave_out']:
-      raise UserError(
-        f"{recipe}.leave_out is {config[recipe]['leave_out']!r}; expected '': the splits say what "
-        'is left out.'
-      )
-    if architecture and config[recipe]['architecture'] != architecture:
-      raise UserError(
-        f'{recipe}.architecture is {config[recipe]["architecture"]!r}; expected {architecture!r}.'
-      )
-  for name in ('seed', 'validation_share', 'test_share'):
-    if config['known_leaf'][name] != config['known'][name]:
-      raise UserError(
-        f'known_leaf.{name} is {config["known_leaf"][name]} and known.{name} '
-        f'{config["known"][name]}; expected the same, as it decides the test runs.'
-      )
-  for name in config['predictors']:
-    resolve(name)
-  check_unique([*TRAINED, 'known_official', *config['predictors']])
-  known_arms = {*TRAINED, *config['predictors']}
-  for name in config['networks']:
-    if name not in known_arms:
-      raise unknown_name('arm', name, known_arms)
-  for name in config['batch_norm']:
-    if name not in BATCH_NORM_POLICIES:
-      raise unknown_name('BatchNorm policy', name, BATCH_NORM_POLICIES)
-  for name in config['splits']:
-    if name not in SPLITS:
-      raise unknown_name('split', name, SPLITS)
-  if config['resamples'] < 1:
-    raise UserError(f'resamples is {config["resamples"]}; expected at least 1.')
-
-
 def check_unique(names: Sequence[str]) -> None:
   """Checks that no two arms share a name; raises UserError."""
   for name in names:
@@ -132,7 +129,7 @@ def check_unique(names: Sequence[str]) -> None:
 
 
 def run(
-  config: ConfigDict, data: str | Path, workdir: str | Path, official: str | None = None
+  config: Config | Given, data: str | Path, workdir: str | Path, official: str | None = None
 ) -> str:
   """Trains what each split needs, evaluates it on the test runs, and writes the report.
 
@@ -141,7 +138,7 @@ def run(
   `training/<recipe>/all`. The same command resumes after a kill. Gives the report, Markdown.
 
   Args:
-    config: the fields of `default_config`.
+    config: the fields of `Config`.
     data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
     workdir: where everything is written.
     official: a folder with the authors' three `.h5` files, to be evaluated too.
@@ -150,12 +147,13 @@ def run(
     UserError: before anything is trained, if a value does not fit, the meta-dataset is damaged or
       too small, or the workdir belongs to another config.
   """
-  config = config_dict(config)
-  check_config(config)
+  config = read_config(Config, config)
+  for recipe in (config.known_leaf, config.known):
+    loop.check_batch_size(recipe.batch_size, recipe.batch_size, 'a batch')
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
   official_theta = None if official is None else load_known(official)
   runs = {r.number: r for r in mat.read_any(data) if r.weights is not None}
-  if config['networks'] and mat.is_mat_folder(data):
+  if config.networks and mat.is_mat_folder(data):
     raise UserError(f'{data}: .mat files hold no networks to test; expected networks=().')
   abouts = {number: run.about for number, run in runs.items()}
   groups = split_groups(config, abouts)
@@ -163,17 +161,17 @@ def run(
     'data': meta_training.digest_of(abouts),
     'official': None if official_theta is None else theta_digest(official_theta),
   }
-  record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
+  record = RunRecord.open(workdir, {**config_dict(config), **identity}, kind=KIND)
 
   journal = Journal(workdir / 'retrodiction.jsonl')
   rows: list[dict[str, Any]] = []
   networks: list[dict[str, Any]] = []
   for split, left_out in groups:
     arms = trained_arms(config, data, workdir / 'training', left_out)
-    arms += [Arm(name, name) for name in config['predictors']]
+    arms += [Arm(name, name) for name in config.predictors]
     if official_theta is not None:
       arms.append(Arm('known_official', 'known', {'theta': official_theta}))
-    parts = meta_training.parts_of({**config['known_leaf'], 'leave_out': left_out}, abouts)
+    parts = meta_training.parts_of(_without(config.known_leaf, left_out), abouts)
     with progress(len(parts['test']), f'test on {left_out or "all"}', 'run') as bar:
       for number in parts['test']:
         about = _about(split, left_out, abouts[number])
@@ -181,22 +179,22 @@ def run(
         row = journal.get(key) or journal.add(key, errors=retrodict(runs[number], arms))
         rows += [{**about, 'arm': arm, **errors} for arm, errors in row['errors'].items()]
         bar.update(1)
-    if split == 'run' and config['networks']:
-      chosen = [arm for arm in arms if arm.name in config['networks']]
+    if split == 'run' and config.networks:
+      chosen = [arm for arm in arms if arm.name in config.networks]
       tested = [runs[n] for n in parts['test']]
-      networks = score_all(workdir, tested, chosen, config['batch_norm'])
+      networks = score_all(workdir, tested, chosen, config.batch_norm)
   for name, fields, result in (
     ('retrodiction', FIELDS, rows),
     ('networks', NETWORK_FIELDS, networks),
   ):
     lines = pd.DataFrame(result, columns=list(fields)).to_csv(index=False, lineterminator='\n')
     write_atomic(workdir / f'{name}.csv', lines.encode())
-  text = report(rows, networks, config['resamples'])
+  text = report(rows, networks, config.resamples)
   write_atomic(workdir / 'report.md', text.encode())
   cards = {
     recipe: read_card(workdir / 'training' / recipe / 'all' / 'known.safetensors')
     for recipe in ('known_leaf', 'known')
-    if 'run' in config['splits']
+    if 'run' in config.splits
   }
   if cards:
     write_atomic(workdir / 'known.md', card_text(cards, text).encode())
@@ -204,9 +202,11 @@ def run(
   return text
 
 
-def split_groups(
-  config: Mapping[str, Any], abouts: Mapping[int, Mapping[str, Any]]
-) -> list[tuple[str, str]]:
+def _without(recipe: meta_training.Config, left_out: str) -> meta_training.Config:
+  return dataclasses.replace(recipe, leave_out=left_out)
+
+
+def split_groups(config: Config, abouts: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, str]]:
   """(split, what is left out) of every training that the splits need; '' leaves out nothing."""
   families, datasets = (
     sorted({meta_training.group_names(about)[i] for about in abouts.values()}) for i in (0, 1)
@@ -216,19 +216,19 @@ def split_groups(
     'family': [('family', name) for name in families],
     'dataset': [('dataset', name) for name in datasets],
   }
-  groups = [group for split in SPLITS if split in config['splits'] for group in result[split]]
+  groups = [group for split in SPLITS if split in config.splits for group in result[split]]
   for _, left_out in groups:
-    meta_training.parts_of({**config['known_leaf'], 'leave_out': left_out}, abouts)
+    meta_training.parts_of(_without(config.known_leaf, left_out), abouts)
   return groups
 
 
-def trained_arms(config: Mapping[str, Any], data: Path, folder: Path, left_out: str) -> list[Arm]:
+def trained_arms(config: Config, data: Path, folder: Path, left_out: str) -> list[Arm]:
   """The arms fitted without a family or data set; trains what is not trained yet."""
   thetas = {}
-  for recipe in ('known_leaf', 'known'):
-    path = folder / recipe / (left_out or 'all')
-    meta_training.run(ConfigDict({**config[recipe], 'leave_out': left_out}), data, path)
-    thetas[recipe] = load_known(path / 'known.safetensors')
+  for name, recipe in (('known_leaf', config.known_leaf), ('known', config.known)):
+    path = folder / name / (left_out or 'all')
+    meta_training.run(_without(recipe, left_out), data, path)
+    thetas[name] = load_known(path / 'known.safetensors')
   fitted = read_sealed(folder / 'known_leaf' / (left_out or 'all') / 'least_squares.json', 'fit')
   return [
     Arm('known_leaf', 'known_leaf', {'theta': thetas['known_leaf']}),

@@ -12,6 +12,7 @@ each, the parameters with the lowest error on validation runs are kept. Beside t
 predictor, `least_squares`, is fitted on the same windows.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ import optax
 from ml_collections import ConfigDict
 
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
 from know_jax.io.journal import read_lines
@@ -42,7 +44,7 @@ from know_jax.predictors import known, known_leaf
 from know_jax.predictors.parameters import save_known
 from know_jax.report.plots import plot_learning_curves
 from know_jax.runs.metrics import MetricsLog, OnMetrics, find_callback
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
 from know_jax.tasks.base import AXIS
@@ -53,35 +55,6 @@ KIND = 'meta_train'
 _RESUME = 'resume'
 VALIDATION_BLOCK = 8192
 """Windows that are predicted at a time in validation."""
-
-
-def default_config() -> ConfigDict:
-  """Every field of a meta-training."""
-  return ConfigDict(
-    {
-      # Decides the split, the weights drawn, the first parameters and the batches.
-      'seed': 0,
-      # 'conditioned' or 'paper'.
-      'architecture': 'conditioned',
-      # Shares of the runs held out, for choosing parameters and for the report.
-      'validation_share': 0.2,
-      'test_share': 0.2,
-      # A family or data set whose runs are neither trained nor validated on; '': none.
-      'leave_out': '',
-      # Weights drawn from every run, for each kind.
-      'weights_per_run': 16384,
-      'batch_size': 4096,
-      'lr': 1e-3,
-      'schedule': 'constant',
-      # Decoupled weight decay on kernels; the paper has none.
-      'weight_decay': 0.0,
-      'steps': 20000,
-      'validate_every': 250,
-      # Stops when no kind has improved for so many validations.
-      'patience': 20,
-      'save_every_seconds': 60.0,
-    }
-  )
 
 
 class Architecture(NamedTuple):
@@ -116,8 +89,58 @@ ARCHITECTURES = {
 """Name -> what `config.architecture` selects."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Every config field of a meta-training."""
+
+  # Decides the split, the weights drawn, the first parameters and the batches.
+  seed: int = 0
+  # 'conditioned' or 'paper'.
+  architecture: str = 'conditioned'
+  # Shares of the runs held out, for choosing parameters and for the report.
+  validation_share: float = 0.2
+  test_share: float = 0.2
+  # A family or data set whose runs are neither trained nor validated on; '': none.
+  leave_out: str = ''
+  # Weights drawn from every run, for each kind.
+  weights_per_run: int = 16384
+  batch_size: int = 4096
+  lr: float = 1e-3
+  schedule: str = 'constant'
+  # Decoupled weight decay on kernels; the paper has none.
+  weight_decay: float = 0.0
+  steps: int = 20000
+  validate_every: int = 250
+  # Stops when no kind has improved for so many validations.
+  patience: int = 20
+  save_every_seconds: float = 60.0
+
+  def __post_init__(self) -> None:
+    if self.architecture not in ARCHITECTURES:
+      raise unknown_name('architecture', self.architecture, ARCHITECTURES)
+    check_least(self, 1, 'weights_per_run', 'batch_size', 'steps', 'validate_every', 'patience')
+    check_least(self, 0, 'seed', 'weight_decay')
+    if self.steps < self.validate_every:
+      raise UserError(
+        f'steps is {self.steps}; expected at least validate_every = {self.validate_every}, as '
+        'parameters are chosen by validation.'
+      )
+    shares = (self.validation_share, self.test_share)
+    if not (min(shares) > 0 and sum(shares) < 1):
+      raise UserError(
+        f'validation_share and test_share are {shares[0]} and {shares[1]}; expected more than 0 '
+        'each and less than 1 together.'
+      )
+    learning_rates(self.schedule, self.lr, 1)
+
+
+def default_config() -> ConfigDict:
+  """Every field of a meta-training, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
+
+
 def run(
-  config: ConfigDict,
+  config: Config | Given,
   data: str | Path,
   workdir: str | Path,
   *,
@@ -126,7 +149,7 @@ def run(
   """Trains the three networks and writes `known.safetensors` and `least_squares.json`.
 
   Args:
-    config: the fields of `default_config`.
+    config: the fields of `Config`.
     data: the output folder of bin/collect.py, or a folder of the authors' `.mat` files.
     workdir: where everything is written; a workdir of the same config resumes.
     on_metrics: called with the metrics of every validation, see `runs.metrics.OnMetrics`; or its
@@ -139,8 +162,8 @@ def run(
     UserError: a value does not fit, the meta-dataset is damaged or too small, or the workdir
       belongs to another config.
   """
-  config = config_dict(config)
-  check_config(config)
+  config = read_config(Config, config)
+  loop.check_batch_size(config.batch_size, config.batch_size, 'a batch')
   told = find_callback(on_metrics)
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
   everything = list(mat.read_any(data))
@@ -148,7 +171,7 @@ def run(
   runs = {run.number: run for run in everything if run.weights is not None}
   parts = parts_of(config, {number: run.about for number, run in runs.items()})
   train, validation = (
-    sample_windows([runs[n] for n in parts[name]], config['weights_per_run'], config['seed'])
+    sample_windows([runs[n] for n in parts[name]], config.weights_per_run, config.seed)
     for name in ('train', 'validation')
   )
   identity = {
@@ -156,7 +179,7 @@ def run(
     'runs': parts,
     'digest': digest_of({number: run.about for number, run in runs.items()}),
   }
-  record = RunRecord.open(workdir, {**config, **identity}, kind=KIND)
+  record = RunRecord.open(workdir, {**config_dict(config), **identity}, kind=KIND)
   record.update(runs=parts)
   if 'validation_error' in record:
     remove_tree(workdir / _RESUME)
@@ -167,11 +190,11 @@ def run(
     if not np.isfinite(result['ratio']):
       raise DivergedError(
         f'the error on the validation runs was never finite for {kind!r} at learning rate '
-        f'{config["lr"]}; expected a finite one.'
+        f'{config.lr}; expected a finite one.'
       )
   coefficients = fit_least_squares(train)
   card = {
-    'what': f'KNOWN ({config["architecture"]}), trained by bin/meta_train.py',
+    'what': f'KNOWN ({config.architecture}), trained by bin/meta_train.py',
     'parameters': {
       kind: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(best[kind]['theta']))
       for kind in KINDS
@@ -182,12 +205,16 @@ def run(
       'summary': source['summary'],
       'environment': source['environment'],
     },
-    'training': {'config': config, 'runs': parts, 'environment': record['environment']},
+    'training': {
+      'config': config_dict(config),
+      'runs': parts,
+      'environment': record['environment'],
+    },
     # A state that was restored has its kinds in another order.
     'validation_error': {kind: float(best[kind]['ratio']) for kind in KINDS},
     'step': {kind: int(best[kind]['step']) for kind in KINDS},
   }
-  if config['architecture'] == 'paper':  # It sees raw weights: which were ordinary ones?
+  if config.architecture == 'paper':  # It sees raw weights: which were ordinary ones?
     card['range'] = range_of(train)
   thetas = {kind: best[kind]['theta'] for kind in KINDS}
   save_known(workdir / 'known.safetensors', thetas, card)
@@ -203,9 +230,7 @@ def digest_of(abouts: Mapping[int, Mapping[str, Any]]) -> str:
   return digest({str(n): about.get('weights_sha256', about) for n, about in abouts.items()})
 
 
-def parts_of(
-  config: Mapping[str, Any], abouts: Mapping[int, Mapping[str, Any]]
-) -> dict[str, list[int]]:
+def parts_of(config: Config, abouts: Mapping[int, Mapping[str, Any]]) -> dict[str, list[int]]:
   """The runs to train on, to choose parameters by, and to report.
 
   With `leave_out`, those of the family or data set are taken out of the first two parts, and the
@@ -214,10 +239,9 @@ def parts_of(
   Raises:
     UserError: a part is empty, or there is no such family or data set.
   """
-  shares = (config['validation_share'], config['test_share'])
-  split = split_runs(abouts, config['seed'], shares)
+  split = split_runs(abouts, config.seed, (config.validation_share, config.test_share))
   parts = dict(zip(('train', 'validation', 'test'), split, strict=True))
-  left_out = config['leave_out']
+  left_out = config.leave_out
   if not left_out:
     return parts
   names = {number: group_names(about) for number, about in abouts.items()}
@@ -238,53 +262,22 @@ def group_names(about: Mapping[str, Any]) -> tuple[str, str]:
   return about['config']['model'], about['config']['dataset']
 
 
-def check_split(config: Mapping[str, Any]) -> None:
-  """Checks the seed and the shares that split the runs; raises UserError."""
-  shares = [config[name] for name in ('validation_share', 'test_share')]
-  if not (min(shares) > 0 and sum(shares) < 1):
-    raise UserError(
-      f'validation_share and test_share are {shares[0]} and {shares[1]}; expected more than 0 each '
-      'and less than 1 together.'
-    )
-  if config['seed'] < 0:
-    raise UserError(f'seed is {config["seed"]}; expected at least 0.')
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-  """Checks the values of a meta-training; raises UserError."""
-  if config['architecture'] not in ARCHITECTURES:
-    raise unknown_name('architecture', config['architecture'], ARCHITECTURES)
-  for name in ('weights_per_run', 'batch_size', 'steps', 'validate_every', 'patience'):
-    if config[name] < 1:
-      raise UserError(f'{name} is {config[name]}; expected at least 1.')
-  if config['steps'] < config['validate_every']:
-    raise UserError(
-      f'steps is {config["steps"]}; expected at least validate_every = {config["validate_every"]}, '
-      'as parameters are chosen by validation.'
-    )
-  check_split(config)
-  if config['weight_decay'] < 0:
-    raise UserError(f'weight_decay is {config["weight_decay"]}; expected at least 0.')
-  learning_rates(config['schedule'], config['lr'], 1)
-  loop.check_batch_size(config['batch_size'], config['batch_size'], 'a batch')
-
-
 def _train(
-  config: Mapping[str, Any],
+  config: Config,
   workdir: Path,
   train: Windows,
   validation: Windows,
   on_metrics: OnMetrics | None,
 ) -> tuple[dict[str, dict[str, Any]], int]:
   """Trains: of each kind the `theta` with the lowest error (`ratio`), and its `step`; all steps."""
-  architecture = ARCHITECTURES[config['architecture']]
-  theta = jax.device_get(architecture.init(named_key(config['seed'], 'theta')))
+  architecture = ARCHITECTURES[config.architecture]
+  theta = jax.device_get(architecture.init(named_key(config.seed, 'theta')))
   if architecture.relative:
     theta = {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
-  rates = learning_rates(config['schedule'], config['lr'], config['steps'])
+  rates = learning_rates(config.schedule, config.lr, config.steps)
   none = {'ratio': np.float64(np.inf), 'step': np.int64(0)}
   best = {kind: {'theta': theta[kind], **none} for kind in KINDS}
-  moving = (theta, _optimizer(config['weight_decay']).init(theta))
+  moving = (theta, _optimizer(config.weight_decay).init(theta))
   done, resume, losses = 0, workdir / _RESUME, list[float]()
   if checkpoints.exists(resume):
     leaves = checkpoints.restore(resume)['leaves']
@@ -292,28 +285,28 @@ def _train(
       jax.tree.structure((done, best, moving)), [leaves[str(i)] for i in range(len(leaves))]
     )
     losses, done = checkpoints.read_metadata(resume)['losses'], int(done)
-  step_fn = train_step(config['architecture'], config['weight_decay'])
+  step_fn = train_step(config.architecture, config.weight_decay)
   state = steps.replicate(moving)
 
   def more() -> bool:
     last = max(int(result['step']) for result in best.values())
-    patient = done - last < config['patience'] * config['validate_every']
-    return done < config['steps'] and patient
+    patient = done - last < config.patience * config.validate_every
+    return done < config.steps and patient
 
   with (
     MetricsLog(workdir, resume_step=done, on_metrics=on_metrics) as log,
-    progress(config['steps'], 'meta_train', 'step', initial=done) as bar,
+    progress(config.steps, 'meta_train', 'step', initial=done) as bar,
   ):
 
     def step() -> None:
       nonlocal state, done
-      batch = draw_batch(train, config['batch_size'], config['seed'], done)
+      batch = draw_batch(train, config.batch_size, config.seed, done)
       state, loss = step_fn(state, batch, rates[done])
       losses.append(float(loss[0]))
       done += 1
-      if done % config['validate_every'] == 0:
+      if done % config.validate_every == 0:
         theta, _ = steps.unreplicate(state)
-        ratios = ratios_of(config['architecture'], theta, validation)
+        ratios = ratios_of(config.architecture, theta, validation)
         for kind, ratio in ratios.items():
           if ratio < best[kind]['ratio']:
             result = {'ratio': np.float64(ratio), 'step': np.int64(done)}
@@ -329,7 +322,7 @@ def _train(
       tree = {'leaves': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}}
       checkpoints.save(resume, tree, metadata={'losses': losses}, overwrite=True)
 
-    loop.drive(more, step, save, config['save_every_seconds'])
+    loop.drive(more, step, save, config.save_every_seconds)
   return best, done
 
 

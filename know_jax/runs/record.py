@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
-from ml_collections.config_dict import RequiredValueError
 
 from know_jax import showing
 from know_jax.errors import UserError, reason
+from know_jax.fields import config_dict
 from know_jax.io.files import local_path
 from know_jax.io.sealed import read_sealed, write_sealed
 from know_jax.jsonable import plain, restored
@@ -76,18 +75,6 @@ def _commit(root: Path) -> str | None:
     return None
 
 
-def config_dict(config: ConfigDict) -> dict[str, Any]:
-  """A config as plain JSON data, for `RunRecord.open`: nested dicts, tuples turned to lists.
-
-  Raises:
-    UserError: a field has no value yet, or one that JSON cannot keep; it is named.
-  """
-  try:
-    return restored(plain(config.to_dict(), 'config'))
-  except RequiredValueError as error:
-    raise UserError(f'the config is incomplete: {error}') from error
-
-
 class RunRecord:
   """The record of a run: `record.json` in its workdir, written anew at every change.
 
@@ -104,7 +91,7 @@ class RunRecord:
   def open(
     cls,
     workdir: str | os.PathLike,
-    config: dict[str, Any],
+    config: Any,
     *,
     kind: str,
     flag: str = '--workdir',
@@ -117,7 +104,7 @@ class RunRecord:
 
     Args:
       workdir: the directory; made if missing.
-      config: JSON data, as from `config_dict`.
+      config: what `config_dict` takes.
       kind: what the run does: 'forget', 'transfer', ...
       flag: the option that gave the workdir, for errors.
 
@@ -139,9 +126,9 @@ class RunRecord:
     return cls(workdir, content)
 
   @classmethod
-  def _open(cls, workdir: Path, config: dict[str, Any], kind: str, flag: str) -> 'RunRecord':
+  def _open(cls, workdir: Path, given: Any, kind: str, flag: str) -> 'RunRecord':
     """`open` in the process that writes."""
-    config = restored(plain(config, 'config'))
+    config = config_dict(given)
     path = workdir / _RECORD
     try:
       workdir.mkdir(parents=True, exist_ok=True)

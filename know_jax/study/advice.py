@@ -5,22 +5,22 @@ and images that the recommendation did not see, trainings from the recommended s
 newest weights, each at its best rate. Where "none" is recommended both are the same training.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from know_jax import forgetting, transfer, transfer_starts
 from know_jax.errors import UserError
+from know_jax.fields import Given, read_config
 from know_jax.io.journal import Journal, read_lines
 from know_jax.nowcast import api
 from know_jax.recommendation import NAIVE, Start
 from know_jax.report.intervals import t_interval
 from know_jax.report.markdown import table
-from know_jax.runs.record import config_dict
 from know_jax.runs.workdir import load_trajectory
+from know_jax.study.design import Config
 from know_jax.tasks import load_task
 from know_jax.training.steps import put_data
 
@@ -30,13 +30,13 @@ _STAGES = 5
 
 
 def run(
-  config: ConfigDict, workdir: str | Path, *, name: str, **search: Any
+  config: Config | Given, workdir: str | Path, *, name: str, **search: Any
 ) -> list[dict[str, Any]]:
   """Adds a row for each source seed of a study to `rows.jsonl` in the workdir.
 
   Args:
-    config: the fields of `study.design.default_config`; of them `source`, `transfer`,
-      `source_seeds` and `transfer_seeds` count.
+    config: the fields of `study.design.Config`; of them `source`, `transfer`, `source_seeds` and
+      `transfer_seeds` count.
     workdir: of the journal and the forgetting runs; several studies may share it.
     name: of the study, in rows.
     **search: `starts`, `rates`, `repeats` and `validation` of `transfer_starts.run`.
@@ -49,6 +49,7 @@ def run(
   Raises:
     UserError: a value does not fit.
   """
+  config = read_config(Config, config)
   workdir = Path(workdir).expanduser()
   workdir.mkdir(parents=True, exist_ok=True)
   journal = Journal(workdir / 'rows.jsonl')
@@ -59,20 +60,14 @@ def run(
   return read_lines(workdir / 'rows.jsonl')
 
 
-def _follow(
-  config: ConfigDict, folder: Path, seed: int, search: Mapping[str, Any]
-) -> dict[str, Any]:
+def _follow(config: Config, folder: Path, seed: int, search: Mapping[str, Any]) -> dict[str, Any]:
   """One source seed: its forgetting run, its recommendation, and what that is worth."""
-  settings = config.transfer.copy_and_resolve_references()
-  with settings.unlocked():
-    settings.update(seeds=1, from_scratch=False)
-  source = forgetting.default_config()
-  source.update(config.source.to_dict() | {'seed': seed, 'stages': _STAGES})
+  settings = transfer.Config(**vars(config.transfer), seeds=1, from_scratch=False)
+  source = forgetting.Config(**vars(config.source) | {'seed': seed, 'stages': _STAGES})
   forgetting.run(source, folder)
   answer = transfer_starts.run(settings, folder, labels_seed=seed, **search)
   trajectory, record = load_trajectory(folder)
-  fields = config_dict(settings)
-  task = load_task(fields, record['config'])
+  task = load_task(settings, record['config'])
   data = put_data(task)
   subset = transfer.labelled_subset(task, settings.labels_per_class, seed)
 
@@ -81,7 +76,7 @@ def _follow(
       trajectory, start.steps, predictor=start.predictor, rate=source.rate, kinds=task.kinds,
       **dict(start.options),
     )  # fmt: skip
-    about = fields | {'lr': settings.lr * rate}
+    about = dataclasses.replace(settings, lr=settings.lr * rate)
     return [
       transfer.train_one(task, weights, data, subset, about, FIRST_TEST_SEED + i)[task.score]
       for i in range(config.transfer_seeds)

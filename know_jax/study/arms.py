@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from know_jax.errors import UserError, unknown_name
+from know_jax.forgetting import SourceFields
 from know_jax.kinds import KINDS
 from know_jax.nowcast import api
 from know_jax.predictors.parameters import load_known
@@ -135,7 +136,25 @@ def standard_ablations(*, batch_norm: bool) -> tuple[dict[str, Any], ...]:
   return (*histories, *rates, *kinds, *policies, *scales)
 
 
-def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmFields:
+  """The config fields of a study that its arms follow from."""
+
+  # The study gives seeds; one stage more than the history, read only to measure retrodiction.
+  source: SourceFields = SourceFields(stages=6)  # noqa: RUF009  (it is frozen)
+  # S, and the farthest step that is predicted.
+  history: int = 5
+  steps: int = 3
+  # Names of predictors, 'scratch', 'incremental', 'extra', or dicts: see `Arm`.
+  arms: tuple[Any, ...] = dataclasses.field(default_factory=default_arms)
+  # Dicts with a group each; at the first amount only.
+  ablations: tuple[Any, ...] = ()
+  # A folder with the authors' .h5 files, for the arm 'known_official', whole and in parts.
+  official: str | None = None
+  official_parts: tuple[str, ...] = tuple(PARTS)
+
+
+def arms_of(config: ArmFields, *, batch_norm: bool) -> list[Arm]:
   """All arms of a study, those of `config.ablations` after the main ones.
 
   Without BatchNorm in the network, arms that differ from others in its policy alone are left out.
@@ -143,10 +162,10 @@ def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
   Raises:
     UserError: an arm is not as described, or asks for what its predictor cannot do.
   """
-  entries = [_entry(entry, 'arms') for entry in config['arms']]
-  if config['official'] is not None:
-    official = {'predictor': 'known', 'theta': config['official']}
-    steps = tuple(range(1, config['steps'] + 1))
+  entries = [_entry(entry, 'arms') for entry in config.arms]
+  if config.official is not None:
+    official = {'predictor': 'known', 'theta': config.official}
+    steps = tuple(range(1, config.steps + 1))
     entries += [
       {
         **official,
@@ -154,9 +173,9 @@ def arms_of(config: Mapping[str, Any], *, batch_norm: bool) -> list[Arm]:
         'part': part,
         'steps': steps,
       }
-      for part in ('', *config['official_parts'])
+      for part in ('', *config.official_parts)
     ]
-  entries += [_entry(entry, 'ablations') for entry in config['ablations']]
+  entries += [_entry(entry, 'ablations') for entry in config.ablations]
   result: list[Arm] = []
   for entry in entries:
     if batch_norm or entry.get('batch_norm', 'keep') == 'keep':
@@ -196,15 +215,15 @@ def _entry(entry: Any, field: str) -> dict[str, Any]:
   return dict(entry)
 
 
-def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
+def _arms(entry: Mapping[str, Any], config: ArmFields) -> list[Arm]:
   """The arms of one entry, one for each step."""
-  predictor, source = entry['predictor'], config['source']
-  history = entry.get('history', config['history'])
-  if not 2 <= history <= source['stages']:
+  predictor, source = entry['predictor'], config.source
+  history = entry.get('history', config.history)
+  if not 2 <= history <= source.stages:
     raise UserError(
-      f'arm {predictor!r} has history {history}; expected 2 to {source["stages"]}, source.stages.'
+      f'arm {predictor!r} has history {history}; expected 2 to {source.stages}, source.stages.'
     )
-  given = {'group': MAIN, 'name': '', 'rate': source['rate'], **entry, 'history': history}
+  given = {'group': MAIN, 'name': '', 'rate': source.rate, **entry, 'history': history}
   given.pop('steps', None)
   given['options'] = tuple((k, _hashable(v)) for k, v in sorted(entry.get('options', {}).items()))
   given |= {
@@ -227,7 +246,7 @@ def _arms(entry: Mapping[str, Any], config: Mapping[str, Any]) -> list[Arm]:
       raise UserError(f'arm {predictor!r} has {extra[0]}, which only predictors take.')
     steps: Sequence[int] = (0,)
   else:
-    steps = _steps(arm, entry.get('steps'), config['steps'])
+    steps = _steps(arm, entry.get('steps'), config.steps)
   name = entry.get('name') or _name(arm, config)
   return [dataclasses.replace(arm, name=name, step=step) for step in steps]
 
@@ -279,7 +298,7 @@ def theta_of(path: str | None) -> dict[str, Any]:
   return load_known(path)
 
 
-def _name(arm: Arm, config: Mapping[str, Any]) -> str:
+def _name(arm: Arm, config: ArmFields) -> str:
   """The predictor, and what in the arm is not as in the config."""
   parts = [arm.predictor]
   if arm.option:
@@ -290,9 +309,9 @@ def _name(arm: Arm, config: Mapping[str, Any]) -> str:
     parts.append(f'{arm.part} part')
   if arm.order:
     parts.append(f'{arm.order} history')
-  if arm.history != config['history']:
+  if arm.history != config.history:
     parts.append(f'S={arm.history}')
-  if arm.rate != config['source']['rate']:
+  if arm.rate != config.source.rate:
     parts.append(f'r={arm.rate:g}')
   if arm.batch_norm != 'keep':
     parts.append(f'BatchNorm {arm.batch_norm}')

@@ -9,6 +9,7 @@ branch on both sides would make a cosine of its own noise.
 """
 
 import collections
+import dataclasses
 import itertools
 import statistics
 import time
@@ -19,10 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax.data.sources import Dataset, load_dataset, mean_image
 from know_jax.errors import UserError
+from know_jax.fields import Given, editable, read_config
 from know_jax.io.files import write_atomic
 from know_jax.io.journal import Journal, read_lines
 from know_jax.kinds import flatten, unflatten
@@ -31,6 +32,7 @@ from know_jax.report.markdown import table
 from know_jax.report.plots import new_figure
 from know_jax.seeds import named_key
 from know_jax.tasks import classification
+from know_jax.tasks.base import NetworkFields
 from know_jax.training import loop
 from know_jax.training.state import Recipe
 from know_jax.training.steps import put_data
@@ -55,27 +57,34 @@ _COSINES = {
 _DIRECTIONS = {'tau': 'tau', 'contrast': 'same - half', 'more': 'more', 'further': 'further'}
 
 
-def default_config() -> ConfigDict:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
   """Every field of `--config`; a minute or two of two CPU cores for each network and seed."""
-  return ConfigDict(
-    {
-      'dataset': 'digits',
-      'data_dir': placeholder(str),
-      'models': ('cnn', 'resnet_small', 'vit'),
-      'widths': (8, 8, 32),
-      'examples': 400,  # n; twice as many are needed.
-      'branches': 6,  # Of each kind; even.
-      'seeds': 3,
-      'epochs': 30,  # Of Theta^0.
-      'branch_epochs': 10,
-      'batch_size': 32,
-      'lr': 1e-3,
-      'epsilon': 1e-7,
-    }
-  )
+
+  dataset: str = 'digits'
+  data_dir: str | None = None
+  models: tuple[str, ...] = ('cnn', 'resnet_small', 'vit')
+  widths: tuple[int | None, ...] = (8, 8, 32)
+  examples: int = 400  # n; twice as many are needed.
+  branches: int = 6  # Of each kind; even.
+  seeds: int = 3
+  epochs: int = 30  # Of Theta^0.
+  branch_epochs: int = 10
+  batch_size: int = 32
+  lr: float = 1e-3
+  epsilon: float = 1e-7
+
+  def __post_init__(self) -> None:
+    if self.branches < 2 or self.branches % 2:
+      raise UserError(f'branches is {self.branches}; expected an even number, 2 or more.')
 
 
-def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
+def default_config() -> ConfigDict:
+  """Every field of `--config`, with its default: see `Config`."""
+  return editable(Config())
+
+
+def run(config: Config | Given, workdir: str | Path) -> list[dict[str, Any]]:
   """Trains what the journal `rows.jsonl` in the workdir lacks, a row for each network and seed.
 
   Runs on several data sets may share a workdir. Gives all rows so far.
@@ -83,33 +92,29 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
   Raises:
     UserError: too few images, or an odd number of branches.
   """
+  config = read_config(Config, config)
   train, test = (
-    load_dataset(config['dataset'], split, data_dir=config['data_dir'])
-    for split in ('train', 'test')
+    load_dataset(config.dataset, split, data_dir=config.data_dir) for split in ('train', 'test')
   )
-  if train.size < 2 * config['examples']:
-    raise UserError(
-      f'found {train.size} training images; expected at least {2 * config["examples"]}.'
-    )
-  if config['branches'] < 2 or config['branches'] % 2:
-    raise UserError(f'branches is {config["branches"]}; expected an even number, 2 or more.')
+  if train.size < 2 * config.examples:
+    raise UserError(f'found {train.size} training images; expected at least {2 * config.examples}.')
   Path(workdir).mkdir(parents=True, exist_ok=True)
   journal = Journal(Path(workdir) / 'rows.jsonl')
-  for model, width in zip(config['models'], config['widths'], strict=True):
-    settings = {**config, 'model': model, 'width': width, 'dtype': 'float32'}
-    for seed in range(config['seeds']):
-      key = f'{config["dataset"]} {model} {seed}'
+  for model, width in zip(config.models, config.widths, strict=True):
+    for seed in range(config.seeds):
+      key = f'{config.dataset} {model} {seed}'
       if journal.get(key) is None:
         began = time.monotonic()
-        values = measure(settings, train, test, seed)
-        about = {name: settings[name] for name in ('dataset', 'model', 'width', *_SIZES)}
+        values = measure(config, NetworkFields(model=model, width=width), train, test, seed)
+        about = {'dataset': config.dataset, 'model': model, 'width': width}
+        about |= {name: getattr(config, name) for name in _SIZES}
         journal.add(key, **about, seed=seed, **values, seconds=time.monotonic() - began)
         print(key, f'{time.monotonic() - began:.0f} s', flush=True)
   return read_lines(Path(workdir) / 'rows.jsonl')
 
 
 def measure(
-  config: Mapping[str, Any], train_set: Dataset, test_set: Dataset, seed: int
+  config: Config, network: NetworkFields, train_set: Dataset, test_set: Dataset, seed: int
 ) -> dict[str, Any]:
   """Trains one Theta^0 and its branches.
 
@@ -117,33 +122,33 @@ def measure(
     `start`: the test accuracy of Theta^0; `reached`: kind -> the mean test accuracy of its
     branches; `cosines`; `along`: direction -> test accuracy at each of `STRENGTHS`.
   """
-  rng, n = np.random.default_rng(seed), config['examples']
+  rng, n = np.random.default_rng(seed), config.examples
   order = rng.permutation(train_set.size).astype(np.int32)
   first, both = order[:n], order[: 2 * n]
-  model = classification.network_of(config, train_set.num_classes)
+  model = classification.network_of(network, train_set.num_classes)
   task = classification.task(model, train_set, test_set, mean=mean_image(train_set.images[first]))
   data, tested = put_data(task)
-  recipe = Recipe(epsilon=config['epsilon'])
+  recipe = Recipe(epsilon=config.epsilon)
 
   def train(variables: Any, subset: np.ndarray, epochs: int, *names: str | int) -> Any:
     return loop.train(
-      task, variables, data, subset, recipe=recipe, epochs=epochs, lr=config['lr'],
-      batch_size=config['batch_size'], schedule='cosine', key=named_key(seed, *names),
+      task, variables, data, subset, recipe=recipe, epochs=epochs, lr=config.lr,
+      batch_size=config.batch_size, schedule='cosine', key=named_key(seed, *names),
     )  # fmt: skip
 
   def score(variables: Any) -> float:
     return loop.evaluate(task, variables, tested)['accuracy']
 
   fresh = jax.device_get(task.init(named_key(seed, 'init')))
-  start = train(fresh, first, config['epochs'], 'start')
+  start = train(fresh, first, config.epochs, 'start')
   moves: dict[str, list[np.ndarray]] = collections.defaultdict(list)
   reached: dict[str, list[float]] = collections.defaultdict(list)
   base = flatten(start)
-  for branch in range(config['branches']):
+  for branch in range(config.branches):
     shuffled = rng.permutation(first)
     subsets = (shuffled[: n // 2], shuffled[n // 2 :], first, both)
     for kind, subset in zip(_KINDS, subsets, strict=True):
-      trained = train(start, subset, config['branch_epochs'], kind, branch)
+      trained = train(start, subset, config.branch_epochs, kind, branch)
       moves[kind].append(flatten(trained) - base)
       reached[kind].append(score(trained))
   means = {kind: np.mean(vectors, axis=0) for kind, vectors in moves.items()}

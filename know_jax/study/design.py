@@ -1,5 +1,6 @@
 """The design of a study: its config, checked, and all that follows from it before a run."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,18 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax import forgetting, transfer
 from know_jax.errors import UserError
+from know_jax.fields import Given, config_dict, editable, read_config
 from know_jax.jsonable import digest
 from know_jax.predictors import parameters
-from know_jax.runs.record import config_dict
-from know_jax.study.arms import MAIN, Arm, arms_of, default_arms, theta_of
-from know_jax.study.parts import PARTS
-from know_jax.study.sources import Source, check_source, source_config, weights_digest
+from know_jax.study.arms import MAIN, Arm, ArmFields, arms_of, theta_of
+from know_jax.study.sources import Source, source_config, weights_digest
 from know_jax.tasks import load_task
 from know_jax.training import batch_norm, loop
+from know_jax.transfer import TargetFields
 from know_jax.version import __version__
 
 _MOST_TRANSFER_SEEDS = 1000
@@ -36,38 +36,38 @@ class Cell(NamedTuple):
   transfer_seed: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ArmFields):
+  """Every config field of a study."""
+
+  transfer: TargetFields = TargetFields()  # noqa: RUF009  (it is frozen)
+  # Shares of the source's training examples, each drawn from the larger by the source's seed.
+  amounts: tuple[float, ...] = (1.0,)
+  source_seeds: int = 5
+  transfer_seeds: int = 3
+  # A folder of forgetting runs of this source, used and added to; None: in the workdir.
+  sources: str | None = None
+  # Fine-tuning epochs after which test accuracy is noted, in the first training of each start
+  # (testing is what costs most with few labels); 0 is after the warm-up.
+  curve_epochs: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    most = {'source_seeds': math.inf, 'transfer_seeds': _MOST_TRANSFER_SEEDS, 'steps': math.inf}
+    for field, limit in most.items():
+      if not 1 <= getattr(self, field) <= limit:
+        raise UserError(f'{field} is {getattr(self, field)}; expected 1 to {limit:g}.')
+    amounts = self.amounts
+    if not amounts or len(set(amounts)) < len(amounts) or not all(0 < a <= 1 for a in amounts):
+      raise UserError(f'amounts are {amounts}; expected different shares in (0, 1].')
+    epochs = self.transfer.epochs
+    for epoch in self.curve_epochs:
+      if not 0 <= epoch <= epochs:
+        raise UserError(f'curve_epochs hold {epoch}; expected 0 to {epochs}, transfer.epochs.')
+
+
 def default_config() -> ConfigDict:
-  """Every field of a study, with the defaults that configs start from."""
-  source, target = forgetting.default_config(), transfer.default_config()
-  # The study gives seeds, and says itself whether there is an arm from scratch.
-  del source.seed, target.seeds, target.from_scratch
-  # One stage more than the history: the oldest is read only to measure retrodiction.
-  source.stages = 6
-  return ConfigDict(
-    {
-      'source': source,
-      'transfer': target,
-      # Shares of the source's training examples, each drawn from the larger by the source's seed.
-      'amounts': (1.0,),
-      'source_seeds': 5,
-      'transfer_seeds': 3,
-      # S, and the farthest step that is predicted.
-      'history': 5,
-      'steps': 3,
-      # Names of predictors, 'scratch', 'incremental', 'extra', or dicts: see `arms.Arm`.
-      'arms': default_arms(),
-      # Dicts with a group each; at the first amount only.
-      'ablations': (),
-      # A folder with the authors' .h5 files, for the arm 'known_official', whole and in parts.
-      'official': placeholder(str),
-      'official_parts': tuple(PARTS),
-      # A folder of forgetting runs of this source, used and added to; None: in the workdir.
-      'sources': placeholder(str),
-      # Fine-tuning epochs after which test accuracy is noted, in the first training of each start
-      # (testing is what costs most with few labels); 0 is after the warm-up.
-      'curve_epochs': (),
-    }
-  )
+  """Every field of a study, with the defaults that configs start from: see `Config`."""
+  return editable(Config())
 
 
 class Study:
@@ -79,61 +79,41 @@ class Study:
     UserError: a value does not fit; it is named.
   """
 
-  def __init__(self, config: ConfigDict):
-    self.given = config
-    self.config: dict[str, Any] = config_dict(config)
-    self._check_counts()
-    config = self.config
-    source = load_task(config['source'])
-    self.target = load_task(config['transfer'], config['source'])
+  def __init__(self, config: Config | Given):
+    self.config = config = read_config(Config, config)
+    source = load_task(config.source)
+    self.target = load_task(config.transfer, config.source)
     abstract = jax.eval_shape(lambda: source.init(jax.random.key(0)))
     transfer.check_fits(self.target, [abstract])
     self.arms = arms_of(config, batch_norm=batch_norm.has_batch_norm(abstract))
     self.subsets = {
       seed: transfer.labelled_subset(
-        self.target,
-        config['transfer']['labels_per_class'],
-        seed,
-        config['transfer']['validation_examples'],
+        self.target, config.transfer.labels_per_class, seed, config.transfer.validation_examples
       )
       for seed in self.seeds()
     }
     smallest = next(iter(self.subsets.values()))
-    loop.check_batch_size(config['transfer']['batch_size'], len(smallest), 'the labelled subset')
-    transfer.phases(self.target, config['transfer'])
-    forgetting.recipe_of(config['source'])
+    loop.check_batch_size(config.transfer.batch_size, len(smallest), 'the labelled subset')
+    transfer.phases(self.target, config.transfer)
+    forgetting.recipe_of(config.source)
     examples = source.train.size
-    self._settings = {source: source_config(config, source, examples) for source in self.sources()}
+    self._settings = {
+      source: source_config(config.source, source, examples) for source in self.sources()
+    }
     self._settings_digests = {
       source: digest(config_dict(settings)) for source, settings in self._settings.items()
     }
     for settings in self._settings.values():
-      check_source(settings)
-
-  def _check_counts(self) -> None:
-    config = self.config
-    most = {'source_seeds': math.inf, 'transfer_seeds': _MOST_TRANSFER_SEEDS, 'steps': math.inf}
-    for field, limit in most.items():
-      if not 1 <= config[field] <= limit:
-        raise UserError(f'{field} is {config[field]}; expected 1 to {limit:g}.')
-    amounts = config['amounts']
-    if not amounts or len(set(amounts)) < len(amounts) or not all(0 < a <= 1 for a in amounts):
-      raise UserError(f'amounts are {tuple(amounts)}; expected different shares in (0, 1].')
-    epochs = config['transfer']['epochs']
-    for epoch in config['curve_epochs']:
-      if not 0 <= epoch <= epochs:
-        raise UserError(f'curve_epochs hold {epoch}; expected 0 to {epochs}, transfer.epochs.')
+      forgetting.subsets_of(load_task(settings), settings)
 
   def sources_folder(self, workdir: Path) -> Path:
     """Where the forgetting runs are."""
-    given = self.config['sources']
+    given = self.config.sources
     return workdir / 'sources' if given is None else Path(given).expanduser()
 
   def seeds(self) -> Iterator[int]:
     """The seeds of all transfers."""
-    pairs = itertools.product(
-      range(self.config['source_seeds']), range(self.config['transfer_seeds'])
-    )
+    pairs = itertools.product(range(self.config.source_seeds), range(self.config.transfer_seeds))
     return (combined_seed(*pair) for pair in pairs)
 
   def sources(self) -> list[Source]:
@@ -141,39 +121,40 @@ class Study:
     result = [
       Source(amount, seed, rate)
       for arm_rate in dict.fromkeys(arm.rate for arm in self.arms)
-      for amount in self.config['amounts']
-      for seed in range(self.config['source_seeds'])
+      for amount in self.config.amounts
+      for seed in range(self.config.source_seeds)
       for rate in (arm_rate,)
     ]
     return [source for source in result if self.arms_from(source)]
 
   def arms_from(self, source: Source) -> list[Arm]:
     """The arms that start from a source run."""
-    first = self.config['amounts'][0]
+    first = self.config.amounts[0]
     return [
       arm
       for arm in self.arms
       if arm.rate == source.rate and (arm.group == MAIN or source.amount == first)
     ]
 
-  def settings(self, source: Source) -> ConfigDict:
+  def settings(self, source: Source) -> forgetting.Config:
     """The config of a source's forgetting run."""
     return self._settings[source]
 
   def cells(self) -> Iterator[Cell]:
     """What every row of results.csv is of, in their order."""
-    amounts, seeds = self.config['amounts'], range(self.config['source_seeds'])
+    amounts, seeds = self.config.amounts, range(self.config.source_seeds)
     for arm in self.arms:
       for amount, seed in itertools.product(amounts, seeds):
         source = Source(amount, seed, arm.rate)
         if arm in self.arms_from(source):
-          for transfer_seed in range(self.config['transfer_seeds']):
+          for transfer_seed in range(self.config.transfer_seeds):
             yield Cell(arm, source, transfer_seed)
 
   @property
   def lasting(self) -> dict[str, Any]:
     """The part of the config that a workdir is of; arms, amounts and seeds may change."""
-    return {field: self.config[field] for field in _LASTING}
+    config = config_dict(self.config)
+    return {field: config[field] for field in _LASTING}
 
   def start_key(self, arm: Arm, source: Source) -> str:
     """Identifies what an arm makes of a source: by all that it depends on."""
@@ -189,21 +170,21 @@ class Study:
     }
     return digest(about)
 
-  def transfer_config(self, arm: Arm) -> dict[str, Any]:
+  def transfer_config(self, arm: Arm) -> TargetFields:
     """The config of an arm's trainings."""
-    transfer_config = self.config['transfer']
-    return {**transfer_config, 'lr': transfer_config['lr'] * arm.lr_scale}
+    config = self.config.transfer
+    return dataclasses.replace(config, lr=config.lr * arm.lr_scale)
 
   def curve_epochs(self, transfer_seed: int) -> tuple[int, ...]:
     """The fine-tuning epochs after which trainings of a transfer seed are tested."""
-    return () if transfer_seed else tuple(self.config['curve_epochs'])
+    return () if transfer_seed else self.config.curve_epochs
 
   def training_key(self, arm: Arm, weights: str, source_seed: int, transfer_seed: int) -> str:
     """Identifies a training: arms that start from equal weights share it."""
     about = {
       'what': 'transfer',
       'weights': weights,
-      'transfer': self.transfer_config(arm),
+      'transfer': config_dict(self.transfer_config(arm)),
       'curve_epochs': self.curve_epochs(transfer_seed),
       'seed': combined_seed(source_seed, transfer_seed),
     }

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from know_jax.errors import UserError
+from know_jax.fields import Given
 from know_jax.io.files import local_path
 from know_jax.report.plots import new_figure
 from know_jax.study.arms import MAIN, Arm, is_naive
@@ -23,7 +23,7 @@ SHOWN = ('known_official', 'known', 'known_leaf', 'task_vector')
 """The starts, one step ahead, that are shown beside the naive one."""
 
 
-def write(config: ConfigDict, workdir: str | Path, path: str | Path, *, images: int = 0) -> str:
+def write(config: Given, workdir: str | Path, path: str | Path, *, images: int = 0) -> str:
   """Trains naive and predicted starts of the first source seed anew, and draws what they say.
 
   Args:
@@ -43,8 +43,7 @@ def write(config: ConfigDict, workdir: str | Path, path: str | Path, *, images: 
   ways = {'miou': (_label_maps, 4), 'masked_accuracy': (_captions, 6)}
   if task.score not in ways:
     raise UserError(
-      f'task {study.config["transfer"]["task"]!r} has no pictures; expected segmentation or '
-      'captioning.'
+      f'task {study.config.transfer.task!r} has no pictures; expected segmentation or captioning.'
     )
   draw, usual = ways[task.score]
   run = Run(study.sources_folder(workdir) / source.name)

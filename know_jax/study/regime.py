@@ -26,20 +26,20 @@ least 0.3 away from zero and the interval does not hold zero.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from know_jax import transfer, trees
 from know_jax.data.augmentation import PAPER_AUGMENTATION
 from know_jax.data.base import part_of
 from know_jax.data.sources import Dataset, load_dataset
 from know_jax.errors import UserError
+from know_jax.fields import Given, editable, read_config
 from know_jax.forgetting import recipe_of
 from know_jax.io.journal import Journal, read_lines
 from know_jax.kinds import leaf_kinds
@@ -48,9 +48,10 @@ from know_jax.predictors.parameters import load_known
 from know_jax.seeds import named_key
 from know_jax.study.parts import at_norms_of, radial, scaled_biases, tangential
 from know_jax.tasks import classification
-from know_jax.tasks.base import Task
+from know_jax.tasks.base import NetworkFields, Task
 from know_jax.training import loop
 from know_jax.training.batch_norm import apply_policy
+from know_jax.training.state import Recipe
 from know_jax.training.steps import Data, put_data
 from know_jax.user_loop import forget, nested_subsets
 
@@ -101,42 +102,53 @@ ARMS = (
 )
 
 
-def default_config() -> ConfigDict:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
   """Every field of `--config`, set for some twenty minutes of one fast GPU."""
-  return ConfigDict(
-    {
-      # TFDS data sets in data_dir; or a .npz file with source_images, source_labels, target_images,
-      # target_labels, test_images, test_labels.
-      'source_dataset': 'cifar100',
-      'target_dataset': 'cifar10',
-      'data_dir': placeholder(str),
-      'arrays': placeholder(str),
-      'official': placeholder(str),  # A folder with the authors' .h5 files.
-      'model': 'resnet18',
-      'width': 64,
-      'dtype': 'bfloat16',
-      'batch_size': 128,
-      'optimizer': 'adam',
-      'epsilon': 1e-8,  # As in the authors' scripts.
-      'weight_decay': 0.0,
-      'schedule': 'cosine',
-      'sources': 5,
-      'extra_sources': 2,  # From how many the arms are run that are not core.
-      'source_examples': 12500,
-      'source_epochs': 40,  # The authors: 200.
-      'source_lr': 1e-3,
-      'labels': 12500,
-      'validation': 2500,  # Of the target's training images, chosen among for tuned rates alone.
-      'warmup_epochs': 3,  # Of head and BatchNorm; the authors: 10.
-      'warmup_lr': 1e-3,
-      'epochs': 25,  # The authors: 100.
-      'lr': 4e-4,
-      'rate': 0.5,
-      'seed': 0,
-      # No training is begun that would end later, in seconds from the start; 0: no limit.
-      'seconds': 0.0,
-    }
-  )
+
+  # TFDS data sets in data_dir; or a .npz file with source_images, source_labels, target_images,
+  # target_labels, test_images, test_labels.
+  source_dataset: str = 'cifar100'
+  target_dataset: str = 'cifar10'
+  data_dir: str | None = None
+  arrays: str | None = None
+  official: str | None = None  # A folder with the authors' .h5 files.
+  model: str = 'resnet18'
+  width: int = 64
+  dtype: str = 'bfloat16'
+  batch_size: int = 128
+  optimizer: str = 'adam'
+  epsilon: float = 1e-8  # As in the authors' scripts.
+  weight_decay: float = 0.0
+  schedule: str = 'cosine'
+  sources: int = 5
+  extra_sources: int = 2  # From how many the arms are run that are not core.
+  source_examples: int = 12500
+  source_epochs: int = 40  # The authors: 200.
+  source_lr: float = 1e-3
+  labels: int = 12500
+  validation: int = 2500  # Of the target's training images, chosen among for tuned rates alone.
+  warmup_epochs: int = 3  # Of head and BatchNorm; the authors: 10.
+  warmup_lr: float = 1e-3
+  epochs: int = 25  # The authors: 100.
+  lr: float = 4e-4
+  rate: float = 0.5
+  seed: int = 0
+  # No training is begun that would end later, in seconds from the start; 0: no limit.
+  seconds: float = 0.0
+
+
+def default_config() -> ConfigDict:
+  """Every field of `--config`, with its default: see `Config`."""
+  return editable(Config())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TargetFields(transfer.TargetFields):
+  epsilon: float = Config.epsilon
+
+  def recipe(self) -> Recipe:
+    return dataclasses.replace(super().recipe(), epsilon=self.epsilon)
 
 
 # --- starts ------------------------------------------------------------------------------------
@@ -181,7 +193,7 @@ def geometry(newest: Any, start: Any) -> dict[str, float]:
 # --- the run -----------------------------------------------------------------------------------
 
 
-def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
+def run(config: Config | Given, workdir: str | Path) -> list[dict[str, Any]]:
   """Trains what the journal `rows.jsonl` in the workdir lacks, core arms of all sources first.
 
   The stages of each source are kept in `source-SEED`. Gives a row for each training done so far.
@@ -189,20 +201,20 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
   Raises:
     UserError: the data or the authors' networks cannot be read, or do not suffice.
   """
-  began, workdir = time.monotonic(), Path(workdir)
+  began, workdir, config = time.monotonic(), Path(workdir), read_config(Config, config)
   workdir.mkdir(parents=True, exist_ok=True)
-  if not config['official']:
+  if not config.official:
     raise UserError("official is not set; expected a folder with the authors' three .h5 files.")
-  study = _Study(dict(config), workdir, load_known(config['official']))
-  plan = [(seed, arm) for seed in range(config['sources']) for arm in ARMS if arm.core]
-  plan += [(s, arm) for s in range(config['extra_sources']) for arm in ARMS if not arm.core]
+  study = _Study(config, workdir, load_known(config.official))
+  plan = [(seed, arm) for seed in range(config.sources) for arm in ARMS if arm.core]
+  plan += [(s, arm) for s in range(config.extra_sources) for arm in ARMS if not arm.core]
   for seed, arm in plan:
     if study.journal.get(f'{seed}: {arm.name}') is not None:
       continue
     lacks_source = study.journal.get(f'{seed}: {SOURCE}') is None
     spent = time.monotonic() - began
     needed = study.seconds(of_source=False) + lacks_source * study.seconds(of_source=True)
-    if config['seconds'] and spent + 1.1 * needed > config['seconds']:
+    if config.seconds and spent + 1.1 * needed > config.seconds:
       print(f'{spent:.0f} s: no time for {arm.name!r} of source {seed}', flush=True)
       break
     for row in (study.source(seed) if lacks_source else None, study.arm(seed, arm)):
@@ -214,27 +226,29 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> list[dict[str, Any]]:
 class _Study:
   """The data, the target and the journal of one workdir."""
 
-  def __init__(self, config: dict[str, Any], workdir: Path, theta: Any):
+  def __init__(self, config: Config, workdir: Path, theta: Any):
     self.config, self.workdir, self.theta = config, workdir, theta
+    self.transfer = read_config(_TargetFields, config, only=True)
     self.journal_path = workdir / 'rows.jsonl'
     self.journal = Journal(self.journal_path)
     self.images, target, test = _data(config)
-    used = config['labels'] + config['validation']
+    used = config.labels + config.validation
     for result, least, what in (
-      (self.images.size, config['source_examples'] + 1, 'source images'),
+      (self.images.size, config.source_examples + 1, 'source images'),
       (target.size, used, 'target images'),
     ):
       if result < least:
         raise UserError(f'found {result} {what}; expected at least {least}.')
-    drawn = np.random.default_rng(config['seed']).permutation(target.size)[:used]
-    labelled, validation = np.split(drawn, [config['labels']])
+    drawn = np.random.default_rng(config.seed).permutation(target.size)[:used]
+    labelled, validation = np.split(drawn, [config.labels])
     self.target = self._task(target, np.sort(labelled), test)
     self.data = put_data(self.target)
     chosen_by = Data(part_of(target, validation), self.target.prepare)
     self.also = {'training': self.data[0], 'validation': chosen_by}
 
   def _task(self, images: Dataset, chosen: np.ndarray, test: Any) -> Task:
-    model = classification.network_of(self.config, images.num_classes)
+    of_network = read_config(NetworkFields, self.config, only=True)
+    model = classification.network_of(of_network, images.num_classes)
     return classification.task(
       model, part_of(images, chosen), test, augmentation=PAPER_AUGMENTATION
     )
@@ -246,7 +260,7 @@ class _Study:
 
   def _fresh(self, task: Task, *names: str | int) -> Any:
     """New variables: convolutions he-normal, as the authors'."""
-    key, draw = named_key(self.config['seed'], *names), jax.nn.initializers.he_normal()
+    key, draw = named_key(self.config.seed, *names), jax.nn.initializers.he_normal()
     variables = jax.device_get(task.init(key))
     keys = iter(jax.random.split(key, len(jax.tree.leaves(variables['params']))))
     params = jax.tree.map(
@@ -259,22 +273,23 @@ class _Study:
   def _source(self, seed: int) -> tuple[Task, list[Any]]:
     """A source's task and stages, oldest (smallest subset) first; trains what it lacks."""
     config = self.config
-    order = np.random.default_rng([config['seed'], seed]).permutation(self.images.size)
-    chosen, held = np.split(order, [config['source_examples']])
+    order = np.random.default_rng([config.seed, seed]).permutation(self.images.size)
+    chosen, held = np.split(order, [config.source_examples])
     task = self._task(self.images, np.sort(chosen), part_of(self.images, held))
     data = functools.cache(lambda: Data(task.train, task.prepare))
 
     def train(variables: Any, indices: np.ndarray, stage: int, key: jax.Array) -> Any:
       return loop.train(
-        task, variables, data(), indices, recipe=recipe_of(config), epochs=config['source_epochs'],
-        batch_size=config['batch_size'], lr=config['source_lr'], schedule=config['schedule'],
+        task, variables, data(), indices, recipe=recipe_of(self.transfer),
+        epochs=config.source_epochs, batch_size=config.batch_size, lr=config.source_lr,
+        schedule=config.schedule,
         key=key,
       )  # fmt: skip
 
-    subsets = nested_subsets(task.train.strata, config['rate'], STAGES, seed)
+    subsets = nested_subsets(task.train.strata, config.rate, STAGES, seed)
     history = forget(
       train, self._fresh(task, 'init', seed), subsets,
-      key=named_key(config['seed'], 'source', seed), workdir=self.workdir / f'source-{seed}',
+      key=named_key(config.seed, 'source', seed), workdir=self.workdir / f'source-{seed}',
     )  # fmt: skip
     return task, list(jax.device_get(history))
 
@@ -293,12 +308,13 @@ class _Study:
 
   def arm(self, seed: int, arm: Arm) -> dict[str, Any]:
     """Transfers one start at one rate."""
-    config, stages = self.config, self._source(seed)[-1]
+    config, stages = self.transfer, self._source(seed)[-1]
     history = [stage['params'] for stage in stages]
-    shape, lr = {'norm': 1.0, 'radial': 0.0}, config['lr']
+    shape, lr = {'norm': 1.0, 'radial': 0.0}, config.lr
     if arm.start == 'scratch':
       variables = self._fresh(self.target, 'scratch', seed)
-      config = {**config, 'warmup_epochs': 0, 'epochs': config['warmup_epochs'] + config['epochs']}
+      epochs = config.warmup_epochs + config.epochs
+      config = dataclasses.replace(config, warmup_epochs=0, epochs=epochs)
     else:
       params = STARTS[arm.start](history, self.theta)
       shape = geometry(history[-1], params)
@@ -314,8 +330,9 @@ class _Study:
       lr *= float(arm.times)
     subset = np.arange(self.target.train.size, dtype=np.int32)
     row = transfer.train_one(
-      self.target, variables, self.data, subset, {**config, 'lr': lr}, seed, also=self.also
-    )
+      self.target, variables, self.data, subset, dataclasses.replace(config, lr=lr), seed,
+      also=self.also,
+    )  # fmt: skip
     del row['curve']
     return self.journal.add(
       f'{seed}: {arm.name}', source=seed, arm=arm.name, start=arm.start, times=arm.times, lr=lr,
@@ -323,20 +340,20 @@ class _Study:
     )  # fmt: skip
 
 
-def _data(config: Mapping[str, Any]) -> list[Dataset]:
+def _data(config: Config) -> list[Dataset]:
   """The source's training set, the target's, and its test set."""
-  source, target, folder = (config[f] for f in ('source_dataset', 'target_dataset', 'data_dir'))
-  if not config['arrays']:
+  source, target, arrays = config.source_dataset, config.target_dataset, config.arrays
+  if not arrays:
     sets = ((source, 'train'), (target, 'train'), (target, 'test'))
-    return [load_dataset(name, split, data_dir=folder) for name, split in sets]
+    return [load_dataset(name, split, data_dir=config.data_dir) for name, split in sets]
 
   def read(name: str) -> Dataset:
     images, labels = (np.asarray(file[f'{name}_{what}']) for what in ('images', 'labels'))
     classes = tuple(map(str, range(labels.max() + 1)))
-    return Dataset(config['arrays'], name, images, labels.astype(np.int32), classes)
+    return Dataset(arrays, name, images, labels.astype(np.int32), classes)
 
   try:
-    with np.load(config['arrays'], allow_pickle=False) as file:
+    with np.load(arrays, allow_pickle=False) as file:
       return [read(name) for name in ('source', 'target', 'test')]
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f'cannot read {config["arrays"]}: {error}.') from error
+    raise UserError(f'cannot read {arrays}: {error}.') from error

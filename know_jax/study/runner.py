@@ -16,26 +16,25 @@ config later; what is done is kept.
 
 import collections
 import contextlib
-import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from know_jax import forgetting
 from know_jax.errors import UserError, reason
+from know_jax.fields import Given, config_dict, read_config
 from know_jax.io.files import hidden_sibling, local_path, locked
 from know_jax.io.journal import Journal
 from know_jax.jsonable import digest
 from know_jax.kinds import KINDS
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import KIND as KIND_OF_SOURCES
 from know_jax.runs.workers import each
 from know_jax.study.arms import TRAINED, Arm
-from know_jax.study.design import Cell, Study, combined_seed
+from know_jax.study.design import Cell, Config, Study, combined_seed
 from know_jax.study.results import (
   COLUMNS,
   RESULTS,
@@ -58,7 +57,7 @@ _DIVERGED = {'loss': math.nan, 'seconds': math.nan, 'curve': []}
 
 
 def run(
-  config: ConfigDict,
+  config: Config | Given,
   workdir: str | Path,
   *,
   show_progress: bool = True,
@@ -75,19 +74,18 @@ def run(
     UserError: before anything is trained, if a value does not fit, or the workdir is of another
       study; later, if a source run diverges.
   """
-  parts = [(Study(leg), path) for leg, path in _legs(config, local_path(workdir, 'workdir'))]
+  parts = _studies(config, local_path(workdir, 'workdir'))
   return '\n'.join(_run(study, path, show_progress, workers, scheduler) for study, path in parts)
 
 
-def _legs(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
+def _studies(config: Config | Given, workdir: Path) -> list[tuple[Study, Path]]:
   """The studies that a config stands for, and where each is."""
-  result = []
-  for name, settings in domains.legs(config_dict(config.transfer)).items():
-    leg = copy.deepcopy(config)
-    if name:
-      leg.transfer.update(train_split=settings['train_split'], test_split=settings['test_split'])
-      leg.sources = config.sources or str(workdir / 'sources')
-    result.append((leg, workdir / name))
+  config = read_config(Config, config)
+  shared, result = config.sources or str(workdir / 'sources'), []
+  for name, leg in domains.legs(config.transfer).items():
+    sources = shared if name else config.sources
+    one = dataclasses.replace(config, transfer=leg, sources=sources)
+    result.append((Study(one), workdir / name))
   return result
 
 
@@ -96,7 +94,7 @@ def _run(
 ) -> str:
   """One of the studies."""
   record = RunRecord.open(workdir, study.lasting, kind=KIND)
-  record.update(study=study.config, **study.target.about)
+  record.update(study=config_dict(study.config), **study.target.about)
   study.sources_folder(workdir).mkdir(parents=True, exist_ok=True)
   elsewhere = []
   cells = collections.Counter(cell.source for cell in study.cells())
@@ -106,7 +104,7 @@ def _run(
       target = functools.cache(lambda: put_data(study.target))
       make = functools.partial(_at_source, study, workdir, target, bar, show_progress)
     else:
-      make = functools.partial(_in_worker, study.given, workdir)
+      make = functools.partial(_in_worker, study.config, workdir)
     for source in each(make, study.sources(), workers=workers, scheduler=scheduler):
       if isinstance(source, str):
         elsewhere.append(source)
@@ -124,11 +122,11 @@ _OPENED: dict[str, tuple[Study, Callable[[], tuple[Data, Data]]]] = {}
 """Of a worker: its studies by the digest of their configs, and their data once they are needed."""
 
 
-def _in_worker(given: ConfigDict, workdir: Path, source: Source) -> Source | str:
+def _in_worker(config: Config, workdir: Path, source: Source) -> Source | str:
   """`_at_source` in a process that has only the config of the study."""
-  key = digest(config_dict(given))
+  key = digest(config_dict(config))
   if key not in _OPENED:
-    study = Study(given)
+    study = Study(config)
     _OPENED[key] = study, functools.cache(lambda: put_data(study.target))
   with progress(0, 'study', 'training', show=False) as bar:
     return _at_source(_OPENED[key][0], workdir, _OPENED[key][1], bar, False, source)
@@ -168,7 +166,7 @@ def _run_source(
 ) -> None:
   """Forgets, predicts and transfers: all that starts from one source."""
   arms = study.arms_from(source)
-  seeds = range(study.config['transfer_seeds'])
+  seeds = range(study.config.transfer_seeds)
   if not _is_finished(study, source, path):
     forgetting.run(study.settings(source), path, show_progress=show_progress)
 
@@ -203,7 +201,7 @@ def _is_finished(study: Study, source: Source, path: Path) -> bool:
   if not (path / 'record.json').exists():
     return False
   stages = RunRecord.read(path, KIND_OF_SOURCES).get('stages', [])
-  return len(stages) == study.config['source']['stages']
+  return len(stages) == study.config.source.stages
 
 
 def _start(arm: Arm, loaded: Callable[[], Run]) -> tuple[dict[str, Any], Any]:
@@ -262,9 +260,9 @@ def _row(
     **{name: start.get(name) for name in ('source_accuracy', 'source_loss', 'weight_norm')},
     **{f'retrodiction_{kind}': retrodiction.get(kind) for kind in KINDS},
     'arm': arm.name, 'multiple': float(arm.multiple), 'kinds': ' '.join(arm.kinds),
-    'rate': float(arm.rate), 'source': config['source']['dataset'],
-    'target': config['transfer']['dataset'], 'model': config['source']['model'],
-    'labels_per_class': config['transfer']['labels_per_class'], 'amount': float(source.amount),
+    'rate': float(arm.rate), 'source': config.source.dataset,
+    'target': config.transfer.dataset, 'model': config.source.model,
+    'labels_per_class': config.transfer.labels_per_class, 'amount': float(source.amount),
     'source_seed': source.seed, 'transfer_seed': seed, 'retrodiction': retrodiction.get('all'),
     'weights': (start['weights'] or '')[:12],
     'accuracy': result.get(study.target.score, math.nan), 'loss': result['loss'],
@@ -290,7 +288,7 @@ def _source_timings(study: Study, workdir: Path) -> Iterator[dict[str, Any]]:
       }
 
 
-def plan(config: ConfigDict, workdir: str | Path) -> str:
+def plan(config: Config | Given, workdir: str | Path) -> str:
   """What `run` would do: how much, how much of it is done, and the time for the rest.
 
   Nothing is trained or written; the workdir need not exist.
@@ -298,7 +296,7 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
   Raises:
     UserError: a value does not fit.
   """
-  parts = [(Study(leg), path) for leg, path in _legs(config, local_path(workdir, 'workdir'))]
+  parts = _studies(config, local_path(workdir, 'workdir'))
   return '\n'.join(_plan(study, path) for study, path in parts)
 
 
@@ -311,7 +309,7 @@ def _plan(study: Study, workdir: Path) -> str:
   per_group = ', '.join(f'{groups.count(name)} {name}' for name in dict.fromkeys(groups))
   lines = [
     f'forgetting runs: {len(sources)} ({len(finished)} done), '
-    f'{study.config["source"]["stages"]} stages each',
+    f'{study.config.source.stages} stages each',
     f'arms: {per_group}',
     f'trainings: {total} ({done} done); arms with equal weights share theirs',
     _time_left(study, workdir, len(sources) - len(finished), total - done),

@@ -18,18 +18,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from know_jax import forgetting, transfer, trees
 from know_jax.data.base import part_of
 from know_jax.errors import PredictionWarning, UserError
+from know_jax.fields import Given, read_config
 from know_jax.io.journal import Journal, read_lines
 from know_jax.kinds import leaf_kinds
 from know_jax.nowcast import api
 from know_jax.report.intervals import holm, paired_t_test, t_interval
 from know_jax.report.markdown import table
-from know_jax.runs.record import config_dict
 from know_jax.seeds import named_key
+from know_jax.study.design import Config
 from know_jax.tasks import load_task
 from know_jax.tasks.base import Task
 from know_jax.training import loop
@@ -54,13 +54,13 @@ Leaves = dict[str, np.ndarray]
 
 
 def run(
-  config: ConfigDict, workdir: str | Path, *, name: str, only: Sequence[str] = ()
+  config: Config | Given, workdir: str | Path, *, name: str, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
   """Adds a row for each source seed of a study to `rows.jsonl` in the workdir; resumes by rows.
 
   Args:
-    config: the fields of `study.design.default_config`; of them `source`, `transfer`,
-      `source_seeds` and `transfer_seeds` count.
+    config: the fields of `study.design.Config`; of them `source`, `transfer`, `source_seeds` and
+      `transfer_seeds` count.
     workdir: of the journal; several studies may share it.
     name: of the study, in rows.
     only: families to try; empty: all of `starts_of`.
@@ -72,6 +72,7 @@ def run(
   Raises:
     UserError: a value does not fit.
   """
+  config = read_config(Config, config)
   if config.source.epochs <= 2 * _LAST + 1:
     raise UserError(
       f'source.epochs is {config.source.epochs}; expected more than {2 * _LAST + 1}, for averages '
@@ -90,11 +91,11 @@ def run(
   return read_lines(workdir / 'rows.jsonl')
 
 
-def _measure(config: ConfigDict, seed: int, only: Sequence[str]) -> dict[str, Any]:
-  source = config_dict(config.source) | {'seed': seed, 'stages': 5}
+def _measure(config: Config, seed: int, only: Sequence[str]) -> dict[str, Any]:
+  source = forgetting.Config(**vars(config.source) | {'seed': seed, 'stages': 5})
   task = load_task(source)
   made = _train_source(task, source, seed)
-  target_config = config_dict(config.transfer) | {'validation_examples': 0}
+  target_config = dataclasses.replace(config.transfer, validation_examples=0)
   target = load_task(target_config, source)
   probe = _Probe(target, target_config, seed)
   newest, kinds = made['stages'][-1], leaf_kinds(made['stages'][-1], task.kinds)
@@ -111,7 +112,7 @@ def _measure(config: ConfigDict, seed: int, only: Sequence[str]) -> dict[str, An
   return {'families': result, 'as_is': as_they_are(made, kinds, task, source)}
 
 
-def _train_source(task: Task, source: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _train_source(task: Task, source: forgetting.Config, seed: int) -> dict[str, Any]:
   """The stages, oldest first; branches from the newest weights; epochs of its training."""
   data = put_data(task)[0]
   subsets = forgetting.subsets_of(task, source)
@@ -121,14 +122,14 @@ def _train_source(task: Task, source: Mapping[str, Any], seed: int) -> dict[str,
     plan = forgetting.stage_plan(source, stage, len(subset))
     return loop.train(
       task, variables, data, subset, recipe=forgetting.recipe_of(source), epochs=plan['epochs'],
-      lr=plan['lr'], batch_size=source['batch_size'], schedule=source['schedule'],
+      lr=plan['lr'], batch_size=source.batch_size, schedule=source.schedule,
       key=named_key(seed, *names), **options,
     )  # fmt: skip
 
   def keep(epoch: int, state: Any) -> None:
     epochs[epoch] = state.variables
 
-  end, middle = source['epochs'], source['epochs'] // 2
+  end, middle = source.epochs, source.epochs // 2
   shown = {*range(end - _LAST + 1, end + 1), *range(middle - _LAST, middle + _LAST + 1)}
   fresh = jax.device_get(task.init(named_key(seed, 'init')))
   stages = [train(fresh, subsets[0], 0, 'train', 0, show_after=shown, show=keep)]
@@ -149,11 +150,11 @@ def starts_of(
   gradient: Leaves,
   rng: np.random.Generator,
   task: Task,
-  source: Mapping[str, Any],
+  source: forgetting.SourceFields,
 ) -> dict[str, dict[str, Any]]:
   """Family -> strength, in words -> variables."""
   newest, before = made['stages'][-1], made['stages'][-2]
-  w, end = trees.named_leaves(newest), source['epochs']
+  w, end = trees.named_leaves(newest), source.epochs
   kernels = [path for path, kind in kinds.items() if kind in ('conv', 'fc') and not task.head(path)]
   weights = [path for path, kind in kinds.items() if kind != 'keep' and not task.head(path)]
 
@@ -175,7 +176,7 @@ def starts_of(
     return _each('times', STRENGTHS, lambda a: with_(lambda p: w[p] + a * direction(p), weights))
 
   def predicted(predictor: str) -> dict[str, Any]:
-    about = {'predictor': predictor, 'rate': source['rate'], 'kinds': task.kinds}
+    about: dict[str, Any] = {'predictor': predictor, 'rate': source.rate, 'kinds': task.kinds}
     with warnings.catch_warnings():
       # What a start is worth is about to be measured.
       warnings.simplefilter('ignore', PredictionWarning)
@@ -217,11 +218,11 @@ def mean_of(many: Sequence[Any]) -> Leaves:
 class _Probe:
   """Trains on the labelled images of one seed of the target."""
 
-  def __init__(self, target: Task, config: dict[str, Any], seed: int):
+  def __init__(self, target: Task, config: transfer.TargetFields, seed: int):
     self._config, self._seed = config, seed
     train = Data(target.train, target.prepare)
     held_out = part_of(target.train, transfer.validation_subset(target, _VALIDATION, seed))
-    self._labelled = transfer.labelled_subset(target, config['labels_per_class'], seed, _VALIDATION)
+    self._labelled = transfer.labelled_subset(target, config.labels_per_class, seed, _VALIDATION)
     self._validating = dataclasses.replace(target, test=held_out)
     self._testing = target
     self._validation = (train, Data(held_out, target.prepare))
@@ -244,16 +245,16 @@ class _Probe:
     seed = _FIRST_TEST_SEED * (test + 1) + self._seed
     return _score(self._testing, start, self._test, self._labelled, self._scaled(rate, 1.0), seed)
 
-  def _scaled(self, rate: float, budget: float) -> dict[str, Any]:
-    epochs = max(1, round(self._config['epochs'] * budget))
-    return self._config | {'lr': self._config['lr'] * rate, 'epochs': epochs}
+  def _scaled(self, rate: float, budget: float) -> transfer.TargetFields:
+    epochs = max(1, round(self._config.epochs * budget))
+    return dataclasses.replace(self._config, lr=self._config.lr * rate, epochs=epochs)
 
   def gradient(self, start: Any) -> Leaves:
     """Of the loss on the labelled images, with a head that was trained alone."""
     warm: list[Any] = []
     transfer.train_one(
-      self._validating, start, self._validation, self._labelled, self._config | {'epochs': 0},
-      self._seed, on_trained=warm.append,
+      self._validating, start, self._validation, self._labelled,
+      dataclasses.replace(self._config, epochs=0), self._seed, on_trained=warm.append,
     )  # fmt: skip
     model, batch = self._testing.model, self._testing.prepared(self._labelled)
 
@@ -267,7 +268,7 @@ class _Probe:
 
 
 def _score(
-  task: Task, start: Any, data: Any, subset: np.ndarray, config: Mapping[str, Any], seed: int
+  task: Task, start: Any, data: Any, subset: np.ndarray, config: transfer.TargetFields, seed: int
 ) -> float:
   try:
     return transfer.train_one(task, start, data, subset, config, seed)[task.score]
@@ -276,10 +277,10 @@ def _score(
 
 
 def as_they_are(
-  made: Mapping[str, Any], kinds: Mapping[str, str], task: Task, source: Mapping[str, Any]
+  made: Mapping[str, Any], kinds: Mapping[str, str], task: Task, source: forgetting.Config
 ) -> dict[str, float]:
   """Test scores on the source task at half its training, extrapolated and not; no transfer."""
-  middle, epochs = source['epochs'] // 2, made['epochs']
+  middle, epochs = source.epochs // 2, made['epochs']
   now, old = (trees.named_leaves(epochs[epoch]) for epoch in (middle, middle - _LAST))
   tested = put_data(task)[1]
   images = task.prepared(forgetting.subsets_of(task, source)[0][:512])
@@ -303,7 +304,7 @@ def as_they_are(
     },
     'average of the last epochs': score(average),
     f'{_LAST} epochs more': score(trees.named_leaves(epochs[middle + _LAST])),
-    'trained to the end': score(trees.named_leaves(epochs[source['epochs']])),
+    'trained to the end': score(trees.named_leaves(epochs[source.epochs])),
   }
 
 

@@ -4,16 +4,16 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
+from know_jax.fields import read_config
 from know_jax.io import checkpoints
 from know_jax.nowcast import api
 from know_jax.runs.workdir import finished_record, restore_stage
@@ -43,25 +43,14 @@ class Source:
     return f'{self.amount:g}-{self.seed}-r{self.rate:g}'
 
 
-def source_config(config: Mapping[str, Any], source: Source, examples: int) -> ConfigDict:
+def source_config(
+  config: forgetting.SourceFields, source: Source, examples: int
+) -> forgetting.Config:
   """The config of a source's forgetting run, with its share of `examples`, the largest amount."""
-  full = forgetting.default_config()
-  full.update(config['source'])
-  full.update(seed=source.seed, rate=source.rate)
-  if source.amount != 1:
-    full.train_examples = round(source.amount * examples)
-  return full
-
-
-def check_source(settings: ConfigDict) -> None:
-  """Checks what `forgetting.run` would check, for runs that come later than the first.
-
-  Raises:
-    UserError: a stage could not be trained.
-  """
-  subsets = forgetting.subsets_of(load_task(settings), settings)
-  for stage, subset in enumerate(subsets):
-    forgetting.stage_plan(settings, stage, len(subset))
+  full = forgetting.Config(**vars(config) | {'seed': source.seed, 'rate': source.rate})
+  if source.amount == 1:
+    return full
+  return dataclasses.replace(full, train_examples=round(source.amount * examples))
 
 
 class Run:
@@ -70,9 +59,9 @@ class Run:
   def __init__(self, workdir: Path):
     self.workdir = workdir
     self.record = finished_record(workdir)
-    self.settings = self.record['config']
+    self.settings = read_config(forgetting.Config, self.record['config'], only=True)
     self._task = load_task(self.settings)
-    count = self.settings['stages']
+    count = self.settings.stages
     self.stages = [restore_stage(workdir, i) for i in range(count - 1, -1, -1)]
 
   @property
@@ -120,7 +109,7 @@ class Run:
     Each for as long as its forgetting stage took: what the stages cost, in the other order.
     """
     config, task = self.settings, self._task
-    variables = task.init(named_key(config['seed'], 'init'))
+    variables = task.init(named_key(config.seed, 'init'))
     subsets = forgetting.subsets_of(task, config)
     for stage in range(history - 1, -1, -1):
       plan = forgetting.stage_plan(config, stage, len(subsets[stage]))
@@ -134,7 +123,7 @@ class Run:
     steps = extra_steps(self.settings, self.record['subset_sizes'], history)
     examples = self._task.train.size
     # One epoch of exactly so many steps: every example is in it equally often, or once more.
-    indices = np.resize(np.arange(examples, dtype=np.int32), steps * self.settings['batch_size'])
+    indices = np.resize(np.arange(examples, dtype=np.int32), steps * self.settings.batch_size)
     lr = forgetting.stage_plan(self.settings, 1, examples)['lr']
     return self._fit(self.stages[-1], indices, 1, lr, 'extra')
 
@@ -142,8 +131,8 @@ class Run:
     config = self.settings
     return loop.train(
       self._task, variables, self._data[0], indices, recipe=forgetting.recipe_of(config),
-      epochs=epochs, batch_size=config['batch_size'], lr=lr, schedule=config['schedule'],
-      key=named_key(config['seed'], *names),
+      epochs=epochs, batch_size=config.batch_size, lr=lr, schedule=config.schedule,
+      key=named_key(config.seed, *names),
     )  # fmt: skip
 
   def _predict(self, arm: Arm, history: Sequence[Any]) -> Any:
@@ -212,7 +201,7 @@ class Run:
     return kinds_.flatten(variables, self._task.kinds, chosen)
 
 
-def extra_steps(settings: Mapping[str, Any], sizes: Sequence[int], history: int) -> int:
+def extra_steps(settings: forgetting.Config, sizes: Sequence[int], history: int) -> int:
   """The training steps of the forgetting stages 1 to history - 1: what equal compute may spend."""
   plans = [forgetting.stage_plan(settings, i, sizes[i]) for i in range(1, history)]
   return sum(plan['steps'] for plan in plans)

@@ -4,10 +4,11 @@ A module of this folder is a task by its name; its `load(config, network)` makes
 """
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import config_dict
 from know_jax.registry import load_object
 from know_jax.tasks.base import Task
 
@@ -18,21 +19,23 @@ TASKS = tuple(
 """The names of the tasks that come with the package."""
 
 
-def load_task(config: Mapping[str, Any], network: Mapping[str, Any] | None = None) -> Task:
+def load_task(config: Any, network: Any = None) -> Task:
   """Makes the task that a config names.
 
   Args:
-    config: `task` is a name in `TASKS` or 'package.module:object', a function of the same
-      arguments as this one; the other fields are the task's own: data, augmentation and so on.
+    config: a mapping, or the dataclass of a run. `task` is a name in `TASKS` or
+      'package.module:object', a function of two mappings, as the arguments of this one; the other
+      fields are the task's own: data, augmentation and so on.
     network: the config whose network is meant; None: the same. A transfer has the data of its own
       config and the network of the forgetting run.
 
   Raises:
     UserError: there is no such task, it is none, or one of its fields does not fit.
   """
-  task = _loader(config['task'])(config, config if network is None else network)
+  given = config_dict(config)
+  task = _loader(given['task'])(given, given if network is None else config_dict(network))
   if not isinstance(task, Task):
-    raise UserError(f'task {config["task"]!r} gave {type(task)}; expected a know_jax Task.')
+    raise UserError(f'task {given["task"]!r} gave {type(task)}; expected a know_jax Task.')
   return task
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from know_jax.data.augmentation import Augmentation
 from know_jax.data.base import Batch, Source, checked_batch
 from know_jax.errors import UserError
 from know_jax.kinds import Rules
@@ -20,6 +21,72 @@ from know_jax.models.adapters import Model, Variables
 
 AXIS = 'batch'
 """The mapped axis of devices; networks average BatchNorm's statistics over it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionFields:
+  """Of the task captioning alone: the most tokens, the most words of a caption, its decoder."""
+
+  vocabulary: int = 5000
+  max_length: int = 50
+  units: int = 256
+  heads: int = 2
+  layers: int = 2
+  dropout: float = 0.5
+
+  def __post_init__(self) -> None:
+    for name, value in vars(self).items():
+      if not (0 <= value < 1 if name == 'dropout' else value >= 1):
+        raise UserError(
+          f'captions.{name} is {value}; expected '
+          f'{"a share from 0 to below 1" if name == "dropout" else "at least 1"}.'
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFields:
+  """The config fields that name a task's data."""
+
+  # A name in know_jax.tasks.TASKS, or 'package.module:object'.
+  task: str = 'classification'
+  # A TFDS name, 'digits' or the path of a folder of pictures; classes: () for all, else those
+  # kept, relabelled 0, 1, ...
+  dataset: str
+  data_dir: str | None = None
+  classes: tuple[int, ...] = ()
+  image_size: tuple[int, ...] = ()
+  train_split: str = 'train'
+  test_split: str = 'test'
+  captions: CaptionFields = CaptionFields()
+  augmentation: Augmentation = Augmentation()  # noqa: RUF009  (it is frozen)
+
+  @property
+  def size(self) -> tuple[int, int] | None:
+    """The size that images get, (H, W), as `load_dataset` takes and checks it."""
+    size: Any = self.image_size or None
+    return size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnFields(DataFields):
+  """The data of a forgetting run, and how many of its training examples are drawn by a seed."""
+
+  train_examples: int = 0
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkFields:
+  """The config fields that name a network."""
+
+  # A name in know_jax.models.MODELS, or 'package.module:object'; width: None for the family's own;
+  # model_options: its keyword arguments, as 'depths=(1, 2, 1, 1), stem_stride=2'; head: the layer
+  # that a transfer makes anew.
+  model: str
+  width: int | None = None
+  model_options: str = ''
+  dtype: str = 'float32'
+  head: str = 'head'
 
 
 def as_it_is(batch: Batch, keys: jax.Array | None) -> Batch:

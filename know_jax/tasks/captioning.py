@@ -17,11 +17,12 @@ from know_jax.data.augmentation import Augmentation, augment
 from know_jax.data.base import Arrays, Batch
 from know_jax.data.sources import open_prepared, to_device_input
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import read_config
 from know_jax.kinds import KEEP
 from know_jax.models import Classifier
 from know_jax.models.adapters import linen
 from know_jax.models.captioner import PADDING, CaptionDecoder, Captioner, search
-from know_jax.tasks.base import Task, below
+from know_jax.tasks.base import DataFields, NetworkFields, Task, below
 from know_jax.tasks.classification import mean_of, network_of
 from know_jax.tasks.metrics import token_losses, token_scores, token_sums
 
@@ -228,31 +229,30 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   """The task that a config names.
 
   Args:
-    config: `dataset`, a TFDS data set with the features 'image' and 'captions', `data_dir`,
-      `train_split`, `test_split`, `image_size`, `augmentation` and `captions`.
-    network: `model`, `width`, `model_options` and `dtype` of the encoder.
+    config: the fields of `DataFields`; `dataset` is of TFDS, with 'image' and 'captions'.
+    network: the fields of `NetworkFields`, of the encoder.
 
   Raises:
     UserError: a field does not fit.
   """
-  if config['classes']:
-    raise UserError(f'classes is {config["classes"]}; expected none for captioning.')
-  name, size = config['dataset'], tuple(config['image_size']) or None
-  splits = (config['train_split'], config['test_split'])
-  read_in = [read(name, split, config['data_dir'], size) for split in splits]
+  fields = read_config(DataFields, config, only=True)
+  of_network = read_config(NetworkFields, network, only=True)
+  if fields.classes:
+    raise UserError(f'classes is {fields.classes}; expected none for captioning.')
+  name, splits = fields.dataset, (fields.train_split, fields.test_split)
+  read_in = [read(name, split, fields.data_dir, fields.size) for split in splits]
+  options = dict(vars(fields.captions))
   vocabulary = fit_vocabulary(
-    [text for texts in read_in[0][1] for text in texts], config['captions']['vocabulary']
+    [text for texts in read_in[0][1] for text in texts], options.pop('vocabulary')
   )
-  options = _checked(config['captions'])
-  del options['vocabulary']
   train, test = (
     pairs(f'{name}/{split}', *part, vocabulary, options['max_length'])
     for split, part in zip(splits, read_in, strict=True)
   )
-  encoder = network_of(network, 1)
+  encoder = network_of(of_network, 1)
   if not isinstance(encoder, Classifier):
     raise UserError(
-      f'model {network["model"]!r} gives {type(encoder)}; expected a know_jax Classifier as the '
+      f'model {of_network.model!r} gives {type(encoder)}; expected a know_jax Classifier as the '
       'encoder of captions.'
     )
   return task(
@@ -260,21 +260,11 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
     train,
     test,
     vocabulary,
-    augmentation=Augmentation(**config['augmentation']),
+    augmentation=fields.augmentation,
     name=f'{name} images {train.images.shape[1:]}',
     dtype=encoder.dtype,
     **options,
   )
-
-
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-  for name, value in options.items():
-    if not (0 <= value < 1 if name == 'dropout' else value >= 1):
-      raise UserError(
-        f'captions.{name} is {value}; expected '
-        f'{"a share from 0 to below 1" if name == "dropout" else "at least 1"}.'
-      )
-  return dict(options)
 
 
 def read(

@@ -17,11 +17,12 @@ from know_jax.data.base import Batch, Source, checked_batch
 from know_jax.data.sources import Dataset, load_dataset, mean_image, to_device_input
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
+from know_jax.fields import read_config
 from know_jax.models import HEAD, build_model
 from know_jax.models.adapters import Model, linen
 from know_jax.registry import load_object
 from know_jax.seeds import named_key
-from know_jax.tasks.base import AXIS, Task, below
+from know_jax.tasks.base import AXIS, DataFields, DrawnFields, NetworkFields, Task, below
 
 _READ = 512
 """Examples that are read at a time where the data are not in memory."""
@@ -102,37 +103,37 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   """The task that a config names.
 
   Args:
-    config: `dataset`, `data_dir`, `classes`, `image_size`, `train_split`, `test_split` and
-      `augmentation`; `train_examples` and `seed`, if it has them: how many examples of the training
-      set are used, drawn by class.
-    network: `model`, `width`, `dtype` and `head`.
+    config: the fields of `DataFields` and, if it has them, of `DrawnFields`: how many examples of
+      the training set are used, drawn by class.
+    network: the fields of `NetworkFields`.
 
   Raises:
     UserError: a field does not fit.
   """
-  options = {
-    'data_dir': config['data_dir'],
-    'classes': tuple(config['classes']),
-    'image_size': tuple(config['image_size']) or None,
-  }
-  train, test = (
-    load_dataset(config['dataset'], config[split], **options)
-    for split in ('train_split', 'test_split')
-  )
-  train = _draw(train, config.get('train_examples', 0), config.get('seed', 0))
+  fields = read_config(DrawnFields, config, only=True)
+  train, test = (split_of(fields, split) for split in (fields.train_split, fields.test_split))
+  train = _draw(train, fields.train_examples, fields.seed)
   if absent := sorted(set(range(train.num_classes)) - set(train.labels.tolist())):
     raise UserError(
       f'class {train.class_names[absent[0]]!r} has no example in {train.name}/{train.split}; '
       'expected some of each class.'
     )
+  of_network = read_config(NetworkFields, network, only=True)
   return task(
-    network_of(network, train.num_classes),
+    network_of(of_network, train.num_classes),
     train,
     test,
-    augmentation=Augmentation(**config['augmentation']),
-    head=network['head'],
+    augmentation=fields.augmentation,
+    head=of_network.head,
     name=f'{train.name} images {train.images.shape[1:]}',
     about={'class_names': list(train.class_names)},
+  )
+
+
+def split_of(fields: DataFields, split: str) -> Dataset:
+  """A split of the data that a config names."""
+  return load_dataset(
+    fields.dataset, split, data_dir=fields.data_dir, classes=fields.classes, image_size=fields.size
   )
 
 
@@ -148,7 +149,7 @@ def mean_of(source: Source) -> np.ndarray:
   return (total / source.size).astype(np.float32)
 
 
-def network_of(config: Mapping[str, Any], num_classes: int) -> Model | nn.Module:
+def network_of(config: NetworkFields, num_classes: int) -> Model | nn.Module:
   """The network that a config names, with so many logits.
 
   A name of the user's, 'package.module:object', is called with `num_classes` and the keywords in
@@ -158,10 +159,10 @@ def network_of(config: Mapping[str, Any], num_classes: int) -> Model | nn.Module
   Raises:
     UserError: a name or value does not fit.
   """
-  name, dtype = config['model'], config['dtype']
-  options = keywords(config.get('model_options', ''), 'model_options')
-  if config['width'] is not None:
-    options = {'width': config['width']} | options
+  name, dtype = config.model, config.dtype
+  options = keywords(config.model_options, 'model_options')
+  if config.width is not None:
+    options = {'width': config.width} | options
   if ':' not in name:
     return build_model(name, num_classes=num_classes, dtype=dtype, axis_name=AXIS, **options)
   if dtype != 'float32':

@@ -1,41 +1,44 @@
 """Domain generalisation: classification, trained on some domains and tested on all of another."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from know_jax.data.augmentation import Augmentation
 from know_jax.data.base import Arrays
-from know_jax.data.sources import Dataset, load_dataset
+from know_jax.data.sources import Dataset
 from know_jax.errors import UserError
-from know_jax.tasks.base import Task
-from know_jax.tasks.classification import network_of, task
+from know_jax.fields import read_config
+from know_jax.tasks.base import DataFields, NetworkFields, Task
+from know_jax.tasks.classification import network_of, split_of, task
+
+T = TypeVar('T', bound=DataFields)
 
 EACH = 'each'
 """The `test_split` of a transfer that leaves out each domain of `train_split` in turn."""
 
 
-def legs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def legs(config: T) -> dict[str, T]:
   """The transfers that one config stands for, by name: one for each domain where it says `EACH`.
 
   Raises:
     UserError: fewer than two domains, or one twice.
   """
-  if config['task'] != 'domains' or config['test_split'] != EACH:
-    return {'': dict(config)}
-  domains = config['train_split'].split('+')
+  if config.task != 'domains' or config.test_split != EACH:
+    return {'': config}
+  domains = config.train_split.split('+')
   if len(set(domains)) < len(domains) or len(domains) < 2:
     raise UserError(
-      f'train_split is {config["train_split"]!r}; expected at least two domains, each once, of '
+      f'train_split is {config.train_split!r}; expected at least two domains, each once, of '
       f'which each is tested on in turn (test_split is {EACH!r}).'
     )
   return {
-    domain: {
-      **config,
-      'train_split': '+'.join(other for other in domains if other != domain),
-      'test_split': domain,
-    }
+    domain: dataclasses.replace(
+      config,
+      train_split='+'.join(other for other in domains if other != domain),
+      test_split=domain,
+    )
     for domain in domains
   }
 
@@ -51,28 +54,20 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   Raises:
     UserError: a domain is missing, twice there, or tested on as well as trained on.
   """
-  domains, tested = config['train_split'].split('+'), config['test_split']
+  fields = read_config(DataFields, config, only=True)
+  domains, tested = fields.train_split.split('+'), fields.test_split
   if len({*domains, tested}) <= len(domains):
     raise UserError(
-      f'train_split is {config["train_split"]!r} and test_split {tested!r}; expected each domain '
-      'once.'
+      f'train_split is {fields.train_split!r} and test_split {tested!r}; expected each domain once.'
     )
-  *train, test = (
-    load_dataset(
-      config['dataset'],
-      split,
-      data_dir=config['data_dir'],
-      classes=tuple(config['classes']),
-      image_size=tuple(config['image_size']) or None,
-    )
-    for split in (*domains, tested)
-  )
+  *train, test = (split_of(fields, split) for split in (*domains, tested))
+  of_network = read_config(NetworkFields, network, only=True)
   return task(
-    network_of(network, test.num_classes),
+    network_of(of_network, test.num_classes),
     joined(train),
     test,
-    augmentation=Augmentation(**config['augmentation']),
-    head=network['head'],
+    augmentation=fields.augmentation,
+    head=of_network.head,
     name=f'{test.name} images {test.images.shape[1:]}',
     about={'class_names': list(test.class_names), 'domains': domains},
   )

@@ -15,9 +15,10 @@ from know_jax.data.augmentation import Augmentation
 from know_jax.data.base import Arrays, Batch
 from know_jax.data.sources import open_prepared, to_device_input
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import read_config
 from know_jax.models import HEAD
 from know_jax.models.adapters import Model, linen
-from know_jax.tasks.base import Task, below
+from know_jax.tasks.base import DrawnFields, NetworkFields, Task, below
 from know_jax.tasks.classification import mean_of, network_of
 from know_jax.tasks.metrics import IGNORED, confusion_matrix, pixel_losses, segmentation_scores
 
@@ -136,31 +137,31 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   """The task that a config names.
 
   Args:
-    config: `dataset`, a TFDS data set with the features 'image' and 'segmentation_mask',
-      `data_dir`, `train_split`, `test_split`, `image_size` and `augmentation`; `train_examples`, if
-      it has it: only the first so many of the training set, 0 all.
-    network: `model`, `width`, `dtype` and `head`.
+    config: the fields of `DataFields`; `dataset` is of TFDS, with the features 'image' and
+      'segmentation_mask'; `train_examples`, if it has it: only the first so many, 0 all.
+    network: the fields of `NetworkFields`.
 
   Raises:
     UserError: a field does not fit.
   """
-  if config['classes']:
-    raise UserError(f'classes is {config["classes"]}; expected none for segmentation.')
-  size = tuple(config['image_size']) or None
-  name, splits = config['dataset'], (config['train_split'], config['test_split'])
-  parts = [read(name, split, config['data_dir'], size) for split in splits]
+  fields = read_config(DrawnFields, config, only=True)
+  of_network = read_config(NetworkFields, network, only=True)
+  if fields.classes:
+    raise UserError(f'classes is {fields.classes}; expected none for segmentation.')
+  name, splits = fields.dataset, (fields.train_split, fields.test_split)
+  parts = [read(name, split, fields.data_dir, fields.size) for split in splits]
   (train, names), (test, _) = parts
-  if examples := config.get('train_examples', 0):
+  if examples := fields.train_examples:
     if not 0 < examples <= train.size:
       raise UserError(f'train_examples is {examples}; expected 0 (all) to {train.size}.')
     train = Arrays({key: array[:examples] for key, array in train.arrays.items()})
   return task(
-    network_of(network, len(names)),
+    network_of(of_network, len(names)),
     train,
     test,
     num_classes=len(names),
-    augmentation=Augmentation(**config['augmentation']),
-    head=network['head'],
+    augmentation=fields.augmentation,
+    head=of_network.head,
     name=f'{name} images {train.arrays["image"].shape[1:]}',
     about={'class_names': names},
   )

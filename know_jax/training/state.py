@@ -11,6 +11,7 @@ import optax
 
 from know_jax import trees
 from know_jax.errors import UserError, unknown_name
+from know_jax.fields import check_least
 
 OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
   # Without the learning rate, which the step multiplies in.
@@ -62,10 +63,8 @@ class Recipe:
   def __post_init__(self) -> None:
     if self.optimizer not in OPTIMIZERS:
       raise unknown_name('optimizer', self.optimizer, OPTIMIZERS)
-    if self.weight_decay < 0:
-      raise UserError(f'weight_decay is {self.weight_decay}; expected at least 0.')
-    if self.accumulate < 1:
-      raise UserError(f'accumulate is {self.accumulate}; expected at least 1.')
+    check_least(self, 0, 'weight_decay')
+    check_least(self, 1, 'accumulate')
 
 
 class Checkpoint(NamedTuple):

@@ -9,7 +9,7 @@ from runs import small_config
 from know_jax import forgetting
 from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
-from know_jax.runs.record import config_dict
+from know_jax.fields import config_dict, read_config
 from know_jax.tasks import load_task
 
 RNG = np.random.default_rng(0)
@@ -116,7 +116,9 @@ def test_a_folder_is_a_data_set_of_a_run(splits):
   )
   task = load_task(config)
   assert task.about['class_names'] == ['cat', 'dog']
-  assert [len(part) for part in forgetting.subsets_of(task, config)] == [12, 8]
+  assert [
+    len(part) for part in forgetting.subsets_of(task, read_config(forgetting.Config, config))
+  ] == [12, 8]
   assert task.train.batch(np.arange(2))['image'].shape == (2, 9, 12, 1)
   logits, _ = task.model.apply(
     task.init(jax.random.key(0)), task.prepared(np.arange(3)), train=False, key=None

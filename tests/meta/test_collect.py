@@ -1,6 +1,7 @@
 """The meta-dataset: what is drawn, what is kept, and that nothing is made twice."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -19,12 +20,12 @@ from ml_collections import ConfigDict
 from know_jax import forgetting, kinds, trees
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
+from know_jax.fields import config_dict, read_config
 from know_jax.io import checkpoints
 from know_jax.io.files import locked
 from know_jax.meta import collect, mat
 from know_jax.runs import workdir as workdirs
 from know_jax.runs import workers
-from know_jax.runs.record import config_dict
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,18 +51,18 @@ def collected(tmp_path_factory):
 
 
 def test_every_run_is_a_function_of_seed_and_number():
-  config = config_dict(collect.default_config())
-  first = [config_dict(collect.run_config(config, n)) for n in range(20)]
-  again = [config_dict(collect.run_config({**config, 'runs': 1000}, n)) for n in range(20)]
-  other = [config_dict(collect.run_config({**config, 'seed': 1}, n)) for n in range(20)]
+  first, again, other = (
+    [config_dict(collect.run_config(config, n)) for n in range(20)]
+    for config in (collect.Config(), collect.Config(runs=1000), collect.Config(seed=1))
+  )
   assert first == again
   assert all(a != b for a, b in zip(first, other, strict=True))
   assert len({run['seed'] for run in first}) == 20
 
 
 def test_one_range_does_not_move_the_draws_of_another():
-  config = config_dict(collect.default_config())
-  narrow = {**config, 'lr': [1e-3, 1e-3]}
+  config = collect.Config()
+  narrow = dataclasses.replace(config, lr=(1e-3, 1e-3))
   for number in range(10):
     a, b = (config_dict(collect.run_config(c, number)) for c in (config, narrow))
     assert a.pop('stage_lr') != b.pop('stage_lr') == 1e-3
@@ -69,12 +70,7 @@ def test_one_range_does_not_move_the_draws_of_another():
 
 
 def test_draws_are_in_their_ranges_and_the_grid_is_balanced():
-  config = config_dict(collect.default_config())
-  config = {
-    **config,
-    'families': ['cnn', 'cnn_bn'],
-    'datasets': ['digits', 'mnist', 'fashion_mnist'],
-  }
+  config = collect.Config(families=('cnn', 'cnn_bn'), datasets=('digits', 'mnist', 'fashion_mnist'))
   pairs = []
   for number in range(120):
     run = collect.run_config(config, number)
@@ -93,7 +89,7 @@ def test_draws_are_in_their_ranges_and_the_grid_is_balanced():
 
 @pytest.mark.parametrize('number', range(30))
 def test_the_smallest_subset_always_fills_a_batch(number):
-  run = collect.run_config(config_dict(collect.default_config()), number)
+  run = collect.run_config(collect.Config(), number)
   labels = np.arange(run.train_examples) % 10
   key = jax.random.key(run.seed)
   subsets = nested_subsets(key, labels, rate=run.rate, phases=7, stratified=True)
@@ -114,7 +110,7 @@ def test_the_workdir_of_a_finished_run_is_removed_after_a_kill(collected, tmp_pa
 def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
   output, _ = collected
   run = next(collect.read_runs(output))
-  settings = collect.run_config(config_dict(tiny_config()), 0)
+  settings = collect.run_config(read_config(collect.Config, tiny_config()), 0)
   record = forgetting.run(settings, tmp_path / 'direct', show_progress=False)
   trajectory, _ = workdirs.load_trajectory(tmp_path / 'direct')
   expected = trees.named_leaves(trajectory.weights)
@@ -343,7 +339,7 @@ def test_what_a_dead_worker_was_at_is_made_by_another(collected, tmp_path):
   """Two workers of Dask, one killed: the files of one process alone, byte for byte."""
   pytest.importorskip('distributed', reason='the extra `workers` is not installed')
   (tmp_path / 'runs').mkdir()
-  make = functools.partial(killed_once, config_dict(tiny_config()), tmp_path)
+  make = functools.partial(killed_once, read_config(collect.Config, tiny_config()), tmp_path)
   assert sorted(workers.each(make, range(2), workers=2)) == [0, 1]
   assert (tmp_path / 'killed').exists()
   for number in (0, 1):

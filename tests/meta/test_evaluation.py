@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from test_meta_training import synthetic_run
 
 from know_jax.errors import UserError
+from know_jax.fields import read_config
 from know_jax.meta import collect, evaluation, evaluation_report, meta_training
 from know_jax.meta.evaluation import Arm
-from know_jax.runs.record import config_dict
 from know_jax.tasks import load_task
 from know_jax.training.batch_norm import apply_policy
 
@@ -198,7 +198,7 @@ def test_a_group_without_test_runs_is_named():
   for n, about in abouts.items():
     about['config'] = {**about['config'], 'model': f'family {n}'}
   with pytest.raises(UserError, match="no run is left for test with leave_out='family"):
-    evaluation.split_groups(config_dict(tiny_config()), abouts)
+    evaluation.split_groups(read_config(evaluation.Config, tiny_config()), abouts)
 
 
 def test_intervals_resample_what_was_left_out():

@@ -25,7 +25,7 @@ from know_jax.meta.windows import SPAN, fit_least_squares, sample_windows, split
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.parameters import load_known, read_card
 from know_jax.runs.metrics import MetricsLog
-from know_jax.runs.record import RunRecord, config_dict
+from know_jax.runs.record import RunRecord
 from know_jax.system.signals import Terminated
 
 KINDS_OF = {'c/kernel': 'conv', 'f/kernel': 'fc', 'f/bias': 'bias', 'n/scale': 'keep'}
@@ -192,14 +192,14 @@ GROUPS = [('vit', lambda n: n % 2 == 1), ('mnist', lambda n: n // 2 % 2 == 1)]
 
 @pytest.mark.parametrize(('left_out', 'of_group'), GROUPS, ids=['vit', 'mnist'])
 def test_a_left_out_group_is_only_tested_and_on_the_same_runs(left_out, of_group):
-  config = config_dict(meta_training.default_config())
+  config = meta_training.Config()
   whole = meta_training.parts_of(config, abouts(40))
-  parts = meta_training.parts_of({**config, 'leave_out': left_out}, abouts(40))
+  parts = meta_training.parts_of(dataclasses.replace(config, leave_out=left_out), abouts(40))
   assert parts['test'] == [n for n in whole['test'] if of_group(n)]
   for name in ('train', 'validation'):
     assert parts[name] == [n for n in whole[name] if not of_group(n)]
   with pytest.raises(UserError, match=r"family or data set 'vjt'\. Did you mean 'vit'"):
-    meta_training.parts_of({**config, 'leave_out': 'vjt'}, abouts(40))
+    meta_training.parts_of(dataclasses.replace(config, leave_out='vjt'), abouts(40))
 
 
 # --- loss and batches -----------------------------------------------------------------------------

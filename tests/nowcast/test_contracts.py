@@ -19,12 +19,13 @@ import safetensors.numpy
 
 import know_jax
 from know_jax import UserError, trees
+from know_jax.fields import read_config
 from know_jax.kinds import KINDS
 from know_jax.nowcast import file_job, from_files
 from know_jax.predictors import known
 from know_jax.predictors.base import Elementwise
 from know_jax.predictors.registry import REGISTRY, resolve
-from know_jax.study.arms import arms_of
+from know_jax.study.arms import ArmFields, arms_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,11 +344,11 @@ def test_a_predictor_of_ones_own_module_is_an_arm_of_a_study(own_module):
     'ablations': (), 'official': None, 'steps': 2, 'history': 5,
     'source': {'stages': 5, 'rate': 0.5},
   }  # fmt: skip
-  found = arms_of(config, batch_norm=False)
+  found = arms_of(read_config(ArmFields, config), batch_norm=False)
   assert [(arm.predictor, arm.step) for arm in found[1:]] == [
     ('my_predictors:Grow', 1), ('my_predictors:Grow', 2)
   ]  # fmt: skip
   assert found[1].option == 'by=0.1'
   config['arms'] = ('persistence', {'predictor': 'my_predictors:Grow', 'options': {'bye': 0.1}})
   with pytest.raises(UserError, match="predictor 'Grow' has no option 'bye'; it has by"):
-    arms_of(config, batch_norm=False)
+    arms_of(read_config(ArmFields, config), batch_norm=False)

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose
 from know_jax import trees
 from know_jax.data.digits import load_digits
 from know_jax.errors import UserError
+from know_jax.forgetting import SourceFields
 from know_jax.kinds import leaf_kinds
 from know_jax.study import design, screen
 from know_jax.tasks import load_task
@@ -44,7 +45,7 @@ def starts(made):
   gradient = trees.named_leaves(jax.tree.map(np.float32, weights(np.random.default_rng(1))))
   task = load_task({**design.default_config().source.to_dict(), 'dataset': 'digits'})
   found = screen.starts_of(
-    made, kinds, gradient, np.random.default_rng(0), task, {'epochs': 12, 'rate': 0.5}
+    made, kinds, gradient, np.random.default_rng(0), task, SourceFields(epochs=12)
   )
   return {
     name: {words: trees.named_leaves(tree) for words, tree in family.items()}
@@ -134,7 +135,7 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   score = screen._score
 
   def watched(task, start, data, subset, config, seed):
-    judged.append((task.test.size, config['epochs'], seed))
+    judged.append((task.test.size, config.epochs, seed))
     return score(task, start, data, subset, config, seed)
 
   monkeypatch.setattr(screen, '_score', watched)

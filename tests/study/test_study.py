@@ -24,6 +24,7 @@ from runs import SIZES, STEPS, assert_same_bits, small_config, snapshot
 from know_jax import kinds as kinds_
 from know_jax import seeds, transfer, trees
 from know_jax.errors import UserError
+from know_jax.fields import read_config
 from know_jax.io import checkpoints
 from know_jax.io import journal as journal_
 from know_jax.io.files import locked
@@ -31,7 +32,6 @@ from know_jax.io.journal import append_line, read_lines
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.predictors import parameters
 from know_jax.runs import workdir as workdirs
-from know_jax.runs.record import config_dict
 from know_jax.study import analysis, arms, design, parts, report, results, runner, summary, tables
 from know_jax.study import sources as study_sources
 from know_jax.study.results import COLUMNS, TIMING_COLUMNS
@@ -187,7 +187,7 @@ def test_equal_weights_are_trained_once_and_have_equal_rows(studied):
 
 def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run):
   """The same training by hand, from the checkpoint, with `transfer.train_one`."""
-  config = study.config['transfer']
+  config = study.config.transfer
   subset, data = transfer.labelled_subset(study.target, 10, 1), put_data(study.target)
   newest = workdirs.restore_stage(source_run.workdir, 0)
   older = workdirs.restore_stage(source_run.workdir, 1)
@@ -210,13 +210,13 @@ def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run)
 def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
   subset = study.subsets[0]
   # At a constant rate a training of one epoch is the first half of one of two.
-  config = study.config['transfer'] | {'schedule': 'constant'}
+  config = dataclasses.replace(study.config.transfer, schedule='constant')
   arguments = (study.target, source_run.stages[-1], put_data(study.target), subset)
   found = transfer.train_one(*arguments, config, 0, [2, 0, 1])
   whole = transfer.train_one(*arguments, config, 0)
   assert (found['accuracy'], found['loss']) == (whole['accuracy'], whole['loss'])
   expected = [
-    transfer.train_one(*arguments, config | {'epochs': epochs}, 0)['accuracy']
+    transfer.train_one(*arguments, dataclasses.replace(config, epochs=epochs), 0)['accuracy']
     for epochs in (0, 1, 2)
   ]
   assert found['curve'] == list(zip((0, 1, 2), expected, strict=True))
@@ -456,8 +456,8 @@ def test_incremental_training_goes_from_the_smallest_subset_to_all(monkeypatch, 
     return start.state.replace(step=start.state.step + 1)
 
   monkeypatch.setattr(loop, 'fit', fit)
-  monkeypatch.setitem(source_run.settings, 'stage_epochs', 3)
-  monkeypatch.setitem(source_run.settings, 'stage_lr', 0.02)
+  settings = dataclasses.replace(source_run.settings, stage_epochs=3, stage_lr=0.02)
+  monkeypatch.setattr(source_run, 'settings', settings)
   source_run._incremental(3)
   assert [len(indices) for _, indices, _, _ in calls] == SIZES[2::-1]
   # As long as the same subsets took in forgetting, so that both cost the same.
@@ -568,7 +568,7 @@ def test_digests_tell_weights_apart_but_not_heads(source_run):
 
 
 def test_all_predictors_are_main_arms():
-  config = config_dict(design.default_config())
+  config = design.Config()
   found = arms.arms_of(config, batch_norm=True)
   assert {arm.predictor for arm in found} == {*PREDICTORS, 'scratch', 'incremental', 'extra'}
   for name in set(PREDICTORS) - {'persistence'}:
@@ -584,7 +584,7 @@ def test_the_authors_weights_are_an_arm_where_they_are_given(known_file):
   config = design.default_config()
   config.arms = ('persistence', 'known_leaf')
   config.official = str(known_file)
-  found = arms.arms_of(config_dict(config), batch_norm=True)
+  found = arms.arms_of(read_config(design.Config, config), batch_norm=True)
   # And so are the parts of their prediction, which tell where a gain comes from.
   official = [(a.name, a.part, a.step) for a in found if a.theta == str(known_file)]
   assert official == [
@@ -641,14 +641,14 @@ def test_parts_and_orders_are_known(field, value):
   config = design.default_config()
   config.arms = ('persistence', {'predictor': 'known', field: value})
   with pytest.raises(UserError, match=f"{field} of an arm '{value}'"):
-    arms.arms_of(config_dict(config), batch_norm=True)
+    arms.arms_of(read_config(design.Config, config), batch_norm=True)
 
 
 def test_standard_ablations_are_arms():
   for batch_norm in (True, False):
     config = design.default_config()
     config.ablations = arms.standard_ablations(batch_norm=batch_norm)
-    found = arms.arms_of(config_dict(config), batch_norm=batch_norm)
+    found = arms.arms_of(read_config(design.Config, config), batch_norm=batch_norm)
     groups = {arm.group for arm in found}
     expected = {'main', 'history', 'rate', 'kinds', 'learning rate'}
     assert groups == expected | ({'BatchNorm'} if batch_norm else set())

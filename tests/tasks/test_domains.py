@@ -10,7 +10,7 @@ from know_jax.data.sources import Dataset
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
 from know_jax.forgetting import default_config
-from know_jax.tasks import domains, load_task
+from know_jax.tasks import classification, domains, load_task
 from know_jax.training import loop
 
 
@@ -33,7 +33,9 @@ def test_subsets_keep_the_shares_of_each_class_in_each_domain():
 
 def test_a_config_joins_splits_and_tests_on_another(monkeypatch):
   made = {'art': (6, 4), 'photo': (3, 5), 'sketch': (7, 2)}
-  monkeypatch.setattr(domains, 'load_dataset', lambda name, split, **_: domain(split, made[split]))
+  monkeypatch.setattr(
+    classification, 'load_dataset', lambda name, split, **_: domain(split, made[split])
+  )
   config = default_config()
   config.update(task='domains', dataset='pacs', train_split='art+sketch', test_split='photo')
   task = load_task(config)
@@ -60,7 +62,7 @@ def test_a_missing_domain_is_named():
 @pytest.mark.parametrize('train', ['art', 'art+art'])
 def test_each_needs_domains_to_leave_out(train):
   with pytest.raises(UserError, match='expected at least two domains, each once'):
-    domains.legs({'task': 'domains', 'test_split': 'each', 'train_split': train})
+    domains.legs(transfer.Config(task='domains', test_split='each', train_split=train))
 
 
 def test_each_domain_is_left_out_in_turn_by_one_command(monkeypatch, tmp_path):
@@ -68,7 +70,7 @@ def test_each_domain_is_left_out_in_turn_by_one_command(monkeypatch, tmp_path):
     return domain(split, made[split], size=8)
 
   made = {'art': (16, 12), 'photo': (12, 9), 'sketch': (10, 8)}
-  monkeypatch.setattr(domains, 'load_dataset', load_dataset)
+  monkeypatch.setattr(classification, 'load_dataset', load_dataset)
   about = {'task': 'domains', 'dataset': 'pacs'}
   source = small_config(
     **about, classes=(), train_examples=0, train_split='art+photo', test_split='sketch',

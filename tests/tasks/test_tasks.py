@@ -18,7 +18,7 @@ from know_jax.models import adapters, build_model
 from know_jax.runs import workdir as workdirs
 from know_jax.runs.record import config_dict
 from know_jax.tasks import TASKS, classification, load_task
-from know_jax.tasks.base import AXIS, Task, below
+from know_jax.tasks.base import AXIS, NetworkFields, Task, below
 from know_jax.training import loop, steps
 from know_jax.training.state import Checkpoint, Recipe, create_state, from_tree, to_tree
 from know_jax.training.steps import Data
@@ -415,14 +415,14 @@ def test_options_of_networks_that_do_not_fit(options, message):
 )
 def test_a_config_sets_options_of_networks(model, options):
   text = ', '.join(f'{key}={value!r}' for key, value in options.items())
-  config = {'model': model, 'width': None, 'dtype': 'float32', 'model_options': text}
+  config = NetworkFields(model=model, model_options=text)
   expected = build_model(model, num_classes=3, axis_name=AXIS, **options)
   assert classification.network_of(config, 3) == expected
 
 
 def test_networks_of_the_users_take_options_too():
-  config = {'model': f'{__name__}:own_network', 'width': 4, 'dtype': 'float32'}
-  config['model_options'] = "kind='wide'"
+  options = {'width': 4, 'model_options': "kind='wide'"}
+  config = NetworkFields(model=f'{__name__}:own_network', **options)
   assert classification.network_of(config, 5) == {'num_classes': 5, 'kind': 'wide', 'width': 4}
 
 

@@ -24,7 +24,8 @@ from know_jax import trees
 from know_jax.data.augmentation import Augmentation
 from know_jax.data.sources import load_dataset
 from know_jax.errors import UserError
-from know_jax.forgetting import default_config, recipe_of
+from know_jax.fields import read_config
+from know_jax.forgetting import Config, default_config, recipe_of
 from know_jax.models import build_model
 from know_jax.system.signals import Terminated
 from know_jax.tasks import classification
@@ -508,6 +509,6 @@ def test_a_batch_that_does_not_part_is_refused():
   config = default_config()
   config.update(batch_size=24, accumulate=5)
   with pytest.raises(UserError, match='batch_size is 24 and accumulate 5; expected a multiple'):
-    recipe_of(config)
+    recipe_of(read_config(Config, config))
   with pytest.raises(UserError, match='accumulate is 0; expected at least 1'):
     Recipe(accumulate=0)
