@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from know_jax.errors import UserError
@@ -62,6 +63,7 @@ class Layers(NamedTuple):
     bias: bool = False,
     padding: Padding = 'SAME',
     dilation: int = 1,
+    **options: Any,
   ) -> nn.Module:
     """A square convolution with zero padding; no bias by default, since BatchNorm follows."""
     return nn.Conv(
@@ -74,6 +76,7 @@ class Layers(NamedTuple):
       dtype=self.dtype,
       kernel_init=glorot_uniform,
       name=name,
+      **options,
     )
 
   def depthwise(self, name: str, **options: Any) -> nn.Module:
@@ -331,6 +334,27 @@ def _choose(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
   is_top = top >= bottom
   place = jnp.where(is_top, column[:, :, 0], column[:, :, 1] + jnp.uint8(2))
   return jnp.where(is_top, top, bottom), place
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact GELU, x Phi(x), by `erf` as in PyTorch; by `erfc`, as in JAX, it is slower."""
+  return x * (0.5 + 0.5 * lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+def patch_product(
+  x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: Any, **__: Any
+) -> jax.Array:
+  """A convolution of [B, H, W, C] whose windows neither overlap nor leave gaps, as one product.
+
+  For `nn.Conv(conv_general_dilated=...)` with padding 'VALID' and strides as large as the kernel;
+  rows and columns that do not fill a window are left out. XLA's gradient of such a convolution is
+  slow on CPU.
+  """
+  (rows, columns), (batch, height, width, channels) = strides, x.shape
+  x = x[:, : height - height % rows, : width - width % columns]
+  x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(*x.shape[:3], -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.errors import UserError
-from know_jax.models.common import Classifier, Family, Layers
+from know_jax.models.common import Classifier, Family, Layers, gelu, patch_product
 
 POOLED = 7
 """Height and width of the map that the "linear" kind attends to."""
@@ -172,7 +172,7 @@ class Block(nn.Module):
     if self.linear:
       y = nn.relu(y)
     y = layers.depthwise('depthwise', padding=1, bias=True)(y)
-    y = layers.dense(x.shape[-1], 'dense2')(nn.gelu(y, approximate=False))
+    y = layers.dense(x.shape[-1], 'dense2')(gelu(y))
     return x + drop(y)
 
   def attention(self, x: jax.Array) -> jax.Array:
@@ -189,12 +189,18 @@ class Block(nn.Module):
         )
       # Rows and columns that do not fill a window are left out.
       small = layers.conv(
-        channels, self.reduction, 'reduce', stride=self.reduction, padding='VALID', bias=True
+        channels,
+        self.reduction,
+        'reduce',
+        stride=self.reduction,
+        padding='VALID',
+        bias=True,
+        conv_general_dilated=patch_product,
       )(x)
     if self.linear or self.reduction > 1:
       small = layers.layer_norm('reduce_norm', _EMBED_EPSILON)(small)
     if self.linear:
-      small = nn.gelu(small, approximate=False)
+      small = gelu(small)
     # One Dense gives keys and values, as in the checkpoints: what is predicted for a checkpoint's
     # leaf is what is predicted for this network's.
     query = layers.dense(channels, 'query')(x)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from jax import lax
 from jax.extend import core as jex_core
 
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import HEAD, MODELS, build_model, model_options
-from know_jax.models.common import DepthwiseConv, max_pool
+from know_jax.models.common import DepthwiseConv, gelu, max_pool, patch_product
 from know_jax.models.shufflenet import shuffle
 from know_jax.trees import leaf_paths, named_leaves, num_weights
 
@@ -397,6 +398,65 @@ def test_depthwise_equals_grouped_convolution(size, options):
   got, expected = (both_ways(f, (x, params), cotangent) for f in (ours, reference))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_depthwise_is_differentiated_forwards_twice_and_under_vmap(monkeypatch, backend):
+  x, kernel = images((5, 4, 3)), images((3, 1, 3), batch=3, seed=1)
+  along = images((5, 4, 3), seed=2), images((3, 1, 3), batch=3, seed=3)
+  layer = DepthwiseConv(dtype=jnp.float32, padding=1)
+
+  def reference(x, kernel):
+    dims = ('NHWC', 'HWIO', 'NHWC')
+    pads = [(1, 1)] * 2
+    return lax.conv_general_dilated(
+      x, kernel, (1, 1), pads, dimension_numbers=dims, feature_group_count=3
+    )
+
+  def ours(x, kernel):
+    return layer.apply({'params': {'kernel': kernel}}, x)
+
+  def all_of(f):
+    grad = jax.grad(lambda *a: (f(*a) ** 3).sum(), argnums=(0, 1))
+    several = jax.vmap(f)(np.stack([x, 2 * x]), np.stack([kernel, -kernel]))
+    return jax.jvp(f, (x, kernel), along), jax.jvp(grad, (x, kernel), along), several
+
+  expected = all_of(reference)
+  # What other devices compute: the choice is made by the backend's name alone.
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  got = all_of(ours)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize('size', [(8, 8), (7, 10)])
+def test_patch_product_equals_the_strided_convolution(size):
+  x, kernel = images((*size, 3)), images((2, 3, 4), batch=2, seed=1)
+
+  def reference(x, kernel):
+    dims = ('NHWC', 'HWIO', 'NHWC')
+    return lax.conv_general_dilated(x, kernel, (2, 2), 'VALID', dimension_numbers=dims)
+
+  def ours(x, kernel):
+    return nn.Conv(4, (2, 2), 2, 'VALID', use_bias=False, conv_general_dilated=patch_product).apply(
+      {'params': {'kernel': kernel}}, x
+    )
+
+  cotangent = images((size[0] // 2, size[1] // 2, 4), seed=2)
+  got, expected = (both_ways(f, (x, kernel), cotangent) for f in (ours, reference))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_slope_equal_those_of_the_normal_distribution(dtype):
+  x = jnp.linspace(-9, 9, 401).astype(dtype)
+  exact = np.float64(x)
+  slope = scipy.stats.norm.cdf(exact) + exact * scipy.stats.norm.pdf(exact)
+  bound = 1e-6 if dtype == jnp.float32 else 0.02
+  got = gelu(x)
+  assert got.dtype == dtype
+  np.testing.assert_allclose(np.float64(got), exact * scipy.stats.norm.cdf(exact), atol=9 * bound)
+  np.testing.assert_allclose(np.float64(jax.vmap(jax.grad(gelu))(x)), slope, atol=9 * bound)
 
 
 @pytest.mark.parametrize('name', SMALL)
