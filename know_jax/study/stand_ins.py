@@ -161,7 +161,7 @@ def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) ->
   chosen = {key: x for key, x in gains.items() if key[2] == rival}
   against = TUNED if tuned else 'naive transfer'
   if not chosen:
-    return f'{seeds} source seed{"" if seeds == 1 else "s"}; no predicted start was tried.'
+    return f'{seeds} source seed{"" if seeds == 1 else "s"}; no predicted start was scored.'
   if seeds < 2:
     return (
       f'{seeds} source seed{"" if seeds == 1 else "s"} so far: nothing can be said yet of any '

@@ -130,7 +130,7 @@ def test_where_nothing_was_predicted_the_worth_of_pre_training_is_told(tmp_path,
   told = stand_ins.write(4, tmp_path, tmp_path / 'page.md')
   gains = 100 * (naive - scratch)
   low, high = scipy.stats.t.interval(0.95, 3, gains.mean(), scipy.stats.sem(gains))
-  assert told.startswith('4 source seeds; no predicted start was tried.')
+  assert told.startswith('4 source seeds; no predicted start was scored.')
   assert f'worth {gains.mean():+.2f} [{low:+.2f}, {high:+.2f}] points of masked accuracy' in told
   assert told.endswith('no more than chance.') == chance
 
