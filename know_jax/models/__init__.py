@@ -10,7 +10,12 @@ import numpy as np
 
 from know_jax.errors import UserError, unknown_name
 from know_jax.models.common import HEAD, Classifier, Family
-from know_jax.models.convert import start_from
+from know_jax.models.convert import (
+  convert_state_dict,
+  load_pretrained,
+  start_from,
+  to_state_dict,
+)
 from know_jax.registry import discover
 
 __all__ = [
@@ -19,8 +24,11 @@ __all__ = [
   'Classifier',
   'Family',
   'build_model',
+  'convert_state_dict',
+  'load_pretrained',
   'model_options',
   'start_from',
+  'to_state_dict',
 ]
 
 

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from runs import small_config
 from safetensors.numpy import save_file
-from state_dicts import convert_state_dict, load_pretrained, to_state_dict
 
 from know_jax import forgetting
 from know_jax.errors import UserError
-from know_jax.models import build_model, start_from
+from know_jax.models import (
+  build_model,
+  convert_state_dict,
+  load_pretrained,
+  start_from,
+  to_state_dict,
+)
 from know_jax.runs.workdir import restore_stage
 from know_jax.trees import named_leaves
 

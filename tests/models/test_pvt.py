@@ -10,11 +10,10 @@ import numpy as np
 import parity
 import pytest
 from flax import traverse_util
-from state_dicts import convert_state_dict, to_state_dict
 
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
-from know_jax.models import HEAD, build_model, model_options
+from know_jax.models import HEAD, build_model, convert_state_dict, model_options, to_state_dict
 from know_jax.models.common import Layers
 from know_jax.models.pvt import Block, adaptive_average_pool
 from know_jax.trees import named_leaves, num_weights

@@ -21,6 +21,8 @@ from flax import traverse_util
 from torch import nn
 from torch.nn import functional
 
+from know_jax.models import to_state_dict
+
 DEFAULT, CHANNELS_LAST = 'PyTorch', 'PyTorch, channels last'
 """The two orders in memory that PyTorch has for images; which is faster depends on the network."""
 
@@ -293,7 +295,7 @@ def build(module: Any, variables: Mapping[str, Any], image: tuple[int, int, int]
     network = PyramidVisionTransformerV2(
       num_classes=module.num_classes, **{option: getattr(module, option) for option in options}
     )
-    state = torch_names(variables, module.state_dict_name)
+    state = to_state_dict(module, variables)
   elif name in NETWORKS:
     network, state = NETWORKS[name](module, image), torch_names(variables)
   else:
@@ -302,11 +304,8 @@ def build(module: Any, variables: Mapping[str, Any], image: tuple[int, int, int]
   return network
 
 
-def torch_names(
-  variables: Mapping[str, Any],
-  name_of: Callable[[str], str] = lambda layer: layer.replace('/', '.'),
-) -> dict[str, np.ndarray]:
-  """Flax variables by PyTorch's names of layers and leaves, in PyTorch's layout."""
+def torch_names(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Flax variables by PyTorch's names of leaves, in PyTorch's layout."""
   names = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
   state = {}
   for (_, *layers, leaf), value in traverse_util.flatten_dict(variables).items():
@@ -320,7 +319,7 @@ def torch_names(
       value = value.reshape(outputs).T
     elif layers[-1] in ('query', 'key', 'value'):
       value = value.reshape(-1)
-    state[f'{name_of("/".join(layers))}.{names.get(leaf, leaf)}'] = value.copy()
+    state['.'.join([*layers, names.get(leaf, leaf)])] = value.copy()
   return state
 
 
