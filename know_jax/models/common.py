@@ -252,7 +252,7 @@ def _shifted_products(
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   batch, *sides, channels = x.shape
   rows, columns = (size - 2 * apart for size in sides)
-  return sum(
+  shifted = (
     lax.slice(
       x,
       (0, i * apart, j * apart, 0),
@@ -263,6 +263,7 @@ def _shifted_products(
     for i in range(3)
     for j in range(3)
   )
+  return sum(shifted, start=jnp.zeros((), x.dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
