@@ -409,18 +409,20 @@ def check_finite(history: History) -> None:
 def _surely_finite(leaves: list[Any]) -> bool:
   """Whether all leaves lie on this host and are finite: one reading of them, by all processors."""
   parts = []
-  for array in jax.tree.leaves(leaves):
-    host = _on_host(array)
-    if not isinstance(host, np.ndarray):
+  for leaf in leaves:
+    arrays = [_on_host(array) for array in jax.tree.leaves(leaf)]
+    if not all(isinstance(array, np.ndarray) for array in arrays):
       return False
-    flat = host.reshape(-1)
-    parts += [flat[i : i + _STRETCH] for i in range(0, flat.size, _STRETCH)]
-  many = sum(part.size for part in parts) > _STRETCH
+    flat = [array.reshape(-1) for array in arrays]
+    for pair in (flat[i : i + 2] for i in range(0, len(flat), 2)):
+      parts += [[x[i : i + _STRETCH] for x in pair] for i in range(0, pair[0].size, _STRETCH)]
+  many = sum(pair[0].size for pair in parts) > _STRETCH
   threads = processors() if many else 1
   if threads == 1:
-    return all(map(sums_finite, parts))
+    return all(sums_finite(*pair) for pair in parts)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    result = pool.map(lambda i: all(map(sums_finite, parts[i::threads])), range(threads))
+    calls = range(threads)
+    result = pool.map(lambda i: all(sums_finite(*pair) for pair in parts[i::threads]), calls)
     return all(result)
 
 

@@ -5,6 +5,7 @@ together what one leaf costs.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,21 +75,15 @@ def moments(
 ) -> list[tuple[int, np.ndarray]]:
   """The second moments of the parts of some chunks."""
   width = group[0].width
-  v, before = np.empty((count, MOMENTS), width), np.empty((2, MOMENTS), width)
+  v = np.empty((count, MOMENTS), width)
   result = []
   for parts in chunks:
-    stages, size = _gathered(group, parts, -count)
+    gathered, size = _gathered(group, parts, -count)
     # Differences of half precision are not exact in it.
-    older: Any = None
-    for t, stage in enumerate(stages):
-      if stage.dtype != width:
-        wide = before[t % 2, :size]
-        wide[:] = stage
-        stage = wide
-      if older is not None:
-        np.subtract(stage, older, out=v[t - 1, :size])
-      older = stage
-    v[-1, :size] = older
+    stages = [stage.astype(width, copy=False) for stage in gathered]
+    for row, (older, newer) in zip(v, itertools.pairwise(stages), strict=False):
+      np.subtract(newer, older, out=row[:size])
+    v[-1, :size] = stages[-1]
     for place, i, start, stop in parts:
       result.append((i, _gram(v[:, place : place + stop - start])))
   return result

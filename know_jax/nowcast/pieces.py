@@ -71,9 +71,10 @@ class Facts:
 
   def see_finite(self, stages: Sequence[np.ndarray], starts: np.ndarray) -> None:
     """Takes in which leaves have no NaN or infinity in these stages `[N]`."""
-    for stage in stages:
-      if not sums_finite(stage):
-        self.finite &= np.logical_and.reduceat(np.isfinite(stage), starts)
+    for i in range(0, len(stages), 2):
+      if not sums_finite(*stages[i : i + 2]):
+        for stage in stages[i : i + 2]:
+          self.finite &= np.logical_and.reduceat(np.isfinite(stage), starts)
 
   def health(self, largest: Callable[[int], float]) -> np.ndarray:
     """The health `[leaves, steps, FIELDS]`; `largest(i)` reads a leaf's largest weight of all."""
@@ -111,8 +112,8 @@ def largest_by(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
   return np.maximum(np.maximum.reduceat(values, starts), -np.minimum.reduceat(values, starts))
 
 
-def sums_finite(values: np.ndarray) -> bool:
-  """Whether the sum of the squares of `[N]` is finite: then all are, and it is fast to find."""
-  wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)
+def sums_finite(*arrays: np.ndarray) -> bool:
+  """Whether the sum of products of two `[N]`, or of one's squares, is finite: then all are."""
+  wide = [x if x.dtype.itemsize >= 4 else x.astype(np.float32) for x in arrays]
   with np.errstate(over='ignore', invalid='ignore'):
-    return math.isfinite(np.dot(wide, wide))
+    return math.isfinite(np.dot(wide[0], wide[-1]))
