@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -238,8 +239,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
   x = jnp.zeros((2, 64, 64, 3))
   jaxpr = str(jax.make_jaxpr(lambda v: model.apply(v, x, train=False))(variables))
-  lines = [line for line in jaxpr.splitlines() if 'conv_general_dilated[' in line]
-  assert len(lines) >= 6 and all(':bf16[' in line for line in lines)
+  convolutions = [line for line in jaxpr.splitlines() if 'conv_general_dilated[' in line]
+  # Those of Dense and of the reductions give maps [B, H, W, C]; attention's scores are float32.
+  products = re.findall(r':(\w+)\[(?:\d+,){3}\d+\] = dot_general\[', jaxpr)
+  assert len(convolutions) == 4 and all(':bf16[' in line for line in convolutions)
+  assert len(products) >= 20 and set(products) == {'bf16'}
   out = jax.eval_shape(lambda v: model.apply(v, x, train=False), variables)
   assert (out.shape, out.dtype) == ((2, 10), jnp.float32)
 
