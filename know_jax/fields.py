@@ -62,8 +62,8 @@ def read_config(kind: type[T], config: Any, *, only: bool = False) -> T:
   """A config as a dataclass; fields that are not given have their defaults.
 
   Args:
-    kind: the dataclass; what it is has been checked.
-    config: what `config_dict` takes.
+    kind: the dataclass.
+    config: what `config_dict` takes; one of `kind` was checked when it was made, and is given back.
     only: whether other fields may be there, which are left out.
 
   Raises:

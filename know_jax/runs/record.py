@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from know_jax import showing
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.fields import config_dict
 from know_jax.io.files import local_path
 from know_jax.io.sealed import read_sealed, write_sealed
@@ -130,11 +130,9 @@ class RunRecord:
     """`open` in the process that writes."""
     config = config_dict(given)
     path = workdir / _RECORD
-    try:
+    with os_errors(f'cannot use workdir {workdir}'):
       workdir.mkdir(parents=True, exist_ok=True)
       begun = path.exists()
-    except OSError as error:
-      raise UserError(f'cannot use workdir {workdir}: {reason(error)}.') from error
     if begun:
       record = cls.read(workdir, kind)
       if differences := _differences(record['config'], config):
@@ -237,10 +235,8 @@ class RunRecord:
     path = self.workdir / _RECORD
     # As it will be read: no list of the caller's is in it, and tuples are lists.
     content = restored(plain(content, 'record'))
-    try:
+    with os_errors(f'cannot write {path}'):
       write_sealed(path, content)
-    except OSError as error:
-      raise UserError(f'cannot write {path}: {reason(error)}.') from error
     self._content = content
 
 

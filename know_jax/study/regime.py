@@ -282,8 +282,7 @@ class _Study:
       return loop.train(
         task, variables, data(), indices, recipe=recipe_of(self.transfer),
         epochs=config.source_epochs, batch_size=config.batch_size, lr=config.source_lr,
-        schedule=config.schedule,
-        key=key,
+        schedule=config.schedule, key=key,
       )  # fmt: skip
 
     subsets = nested_subsets(task.train.strata, config.rate, STAGES, seed)

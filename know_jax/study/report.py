@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.files import local_path
 from know_jax.report import intervals
 from know_jax.study import pictures, tables
@@ -37,7 +37,7 @@ def write(workdir: str | Path, path: str | Path) -> str:
   timings = read_table(workdir / TIMINGS, TIMING_COLUMNS)
   amounts = list(dict.fromkeys(line.amount for line in lines if line.group == MAIN))
   answer = answer_text(main, naive)
-  try:
+  with os_errors(f'cannot write {path}'):
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = _draw(main, naive, path)
     parts = [
@@ -56,8 +56,6 @@ def write(workdir: str | Path, path: str | Path) -> str:
       *(f'![{title}]({file})' for title, file in drawn.items()),
     ]
     path.write_text('\n\n'.join(parts) + '\n', 'utf-8')
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {reason(error)}.') from error
   return answer
 
 

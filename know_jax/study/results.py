@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors, reason
 from know_jax.io.files import write_atomic
 
 RESULTS = 'results.csv'
@@ -79,10 +79,8 @@ def write_table(path: Path, columns: Mapping[str, type], rows: Iterable[Mapping[
   """
   # As objects: a column of integers with an empty cell stays one of integers.
   table = pd.DataFrame(list(rows), columns=list(columns), dtype=object)
-  try:
+  with os_errors(f'cannot write {path}'):
     write_atomic(path, table.to_csv(index=False, lineterminator='\n').encode())
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {reason(error)}.') from error
 
 
 def read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:

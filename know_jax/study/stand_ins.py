@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.io.files import write_atomic
 from know_jax.report.intervals import holm, paired_t_test, t_interval
 from know_jax.report.markdown import table
@@ -148,10 +148,8 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
     f'Made by `python bin/study.py --workdir={workdir} --table={number} --report={path}` from '
     f'`{RESULTS}` there.',
   ]
-  try:
+  with os_errors(f'cannot write {path}'):
     write_atomic(Path(path).expanduser(), ('\n\n'.join(parts) + '\n').encode())
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {reason(error)}.') from error
   return sentence
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from know_jax.errors import UserError, reason
+from know_jax.errors import UserError, os_errors
 from know_jax.report.markdown import table
 from know_jax.study import report
 from know_jax.study.analysis import (
@@ -85,10 +85,8 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> str:
     'the single studies.',
     *beyond_text(beyond),
   ]
-  try:
+  with os_errors(f'cannot write {path}'):
     path.write_text('\n\n'.join(parts) + '\n', 'utf-8')
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {reason(error)}.') from error
   return answer
 
 

@@ -7,7 +7,7 @@ function that makes it; see `know_jax/tasks/classification.py`.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from know_jax.errors import UserError
 from know_jax.kinds import Rules
 from know_jax.models.adapters import Model, Variables
 
+T = TypeVar('T')
 AXIS = 'batch'
 """The mapped axis of devices; networks average BatchNorm's statistics over it."""
 
@@ -65,6 +66,17 @@ class DataFields:
     """The size that images get, (H, W), as `load_dataset` takes and checks it."""
     size: Any = self.image_size or None
     return size
+
+  def read_splits(self, read: Callable[..., T], what: str) -> list[T]:
+    """What `read(dataset, split, data_dir, size)` gives of the training and the test split.
+
+    Raises:
+      UserError: classes are chosen, which a task that is not of classes cannot do; `what` names it.
+    """
+    if self.classes:
+      raise UserError(f'classes is {self.classes}; expected none for {what}.')
+    splits = (self.train_split, self.test_split)
+    return [read(self.dataset, split, self.data_dir, self.size) for split in splits]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

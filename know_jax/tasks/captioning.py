@@ -237,17 +237,14 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   """
   fields = read_config(DataFields, config, only=True)
   of_network = read_config(NetworkFields, network, only=True)
-  if fields.classes:
-    raise UserError(f'classes is {fields.classes}; expected none for captioning.')
-  name, splits = fields.dataset, (fields.train_split, fields.test_split)
-  read_in = [read(name, split, fields.data_dir, fields.size) for split in splits]
+  read_in = fields.read_splits(read, 'captioning')
   options = dict(vars(fields.captions))
   vocabulary = fit_vocabulary(
     [text for texts in read_in[0][1] for text in texts], options.pop('vocabulary')
   )
   train, test = (
-    pairs(f'{name}/{split}', *part, vocabulary, options['max_length'])
-    for split, part in zip(splits, read_in, strict=True)
+    pairs(f'{fields.dataset}/{split}', *part, vocabulary, options['max_length'])
+    for split, part in zip((fields.train_split, fields.test_split), read_in, strict=True)
   )
   encoder = network_of(of_network, 1)
   if not isinstance(encoder, Classifier):
@@ -261,7 +258,7 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
     test,
     vocabulary,
     augmentation=fields.augmentation,
-    name=f'{name} images {train.images.shape[1:]}',
+    name=f'{fields.dataset} images {train.images.shape[1:]}',
     dtype=encoder.dtype,
     **options,
   )

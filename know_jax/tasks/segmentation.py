@@ -146,11 +146,7 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   """
   fields = read_config(DrawnFields, config, only=True)
   of_network = read_config(NetworkFields, network, only=True)
-  if fields.classes:
-    raise UserError(f'classes is {fields.classes}; expected none for segmentation.')
-  name, splits = fields.dataset, (fields.train_split, fields.test_split)
-  parts = [read(name, split, fields.data_dir, fields.size) for split in splits]
-  (train, names), (test, _) = parts
+  (train, names), (test, _) = fields.read_splits(read, 'segmentation')
   if examples := fields.train_examples:
     if not 0 < examples <= train.size:
       raise UserError(f'train_examples is {examples}; expected 0 (all) to {train.size}.')
@@ -162,7 +158,7 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
     num_classes=len(names),
     augmentation=fields.augmentation,
     head=of_network.head,
-    name=f'{name} images {train.arrays["image"].shape[1:]}',
+    name=f'{fields.dataset} images {train.arrays["image"].shape[1:]}',
     about={'class_names': names},
   )
 
