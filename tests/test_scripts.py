@@ -1,5 +1,6 @@
-"""The scripts, end to end as a user runs them, on one device: results, kills, mistakes."""
+"""The scripts, end to end as a user runs them, mostly on one device: results, kills, mistakes."""
 
+import os
 import re
 import signal
 import subprocess
@@ -93,6 +94,22 @@ def test_a_newcomer_needs_no_flags(scripts, known_file):
   assert re.fullmatch(r'\d+\.\d ± \d+\.\d', table[-1].split('|')[-2].strip())
   (path,) = workdir.glob('transfer/new_glyphs-*/results.jsonl')
   assert len(read_lines(path)) == 5 * 2
+
+
+def test_the_settings_for_a_cpu_that_the_page_has_give_it_a_device_for_each_core(tmp_path):
+  page = (ROOT / 'docs' / 'scale.md').read_text()
+  settings = dict(re.findall(r'^export (\w+)=(\S+)', page, re.MULTILINE))
+  assert list(settings) == ['GLIBC_TUNABLES', 'JAX_NUM_CPU_DEVICES', 'XLA_FLAGS']
+  flags = ('--config.epochs=1', '--config.stage_epochs=1', '--config.width=4')
+  done = subprocess.run(
+    [sys.executable, str(ROOT / 'bin' / 'forget.py'), f'--workdir={tmp_path / "run"}', *flags],
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': str(ROOT), **settings},
+  )
+  assert done.returncode == 0, done.stderr
+  record = RunRecord.read(tmp_path / 'run', workdirs.KIND)
+  assert record['environment']['devices'] == 2 and len(record['stages']) == 5
 
 
 @pytest.fixture(scope='module')

@@ -13,6 +13,7 @@ from know_jax.runs.record import environment
 from know_jax.system.machine import memory_bytes, processors
 
 _RIVALS = ('tensorflow', 'keras')
+_SETTINGS = ('GLIBC_TUNABLES', 'JAX_NUM_CPU_DEVICES', 'XLA_FLAGS')
 
 
 def machine() -> dict[str, Any]:
@@ -25,7 +26,7 @@ def machine() -> dict[str, Any]:
     'backend': jax.default_backend(),
     **environment(),
     **{name: _version(name) for name in _RIVALS},
-    'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    'set': {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)},
     'load_average': list(os.getloadavg()),
   }
 
@@ -47,6 +48,5 @@ def _instructions() -> str:
 def _version(name: str) -> str | None:
   if importlib.util.find_spec(name) is None:
     return None
-  # TensorFlow comes in distributions of several names.
   distributions = importlib.metadata.packages_distributions().get(name) or [name]
   return importlib.metadata.version(distributions[0])

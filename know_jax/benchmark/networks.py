@@ -45,13 +45,11 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     compiled = max(0.0, first - statistics.median(times[OURS]))
     rate, faster = rates(times, task.train.size), speedups(times, OURS)
     for which in times:
-      body.append(
-        {
-          'network': name, '': which, 'images a second': rate[which],
-          'seconds to compile': round(compiled, 1) if which == OURS else None,
-          'know_jax is faster by': faster.get(which),
-        }
-      )  # fmt: skip
+      body.append({
+        'network': name, '': which, 'images a second': rate[which],
+        'seconds to compile': round(compiled, 1) if which == OURS else None,
+        'know_jax is faster by': faster.get(which),
+      })  # fmt: skip
     median = min((entry['median'] for entry in faster.values()), default=None)
     goals.append(goal(f'a step of {name}, over the faster PyTorch', median, least=1))
     seconds[name] = {'compile': compiled, **times}

@@ -84,6 +84,7 @@ def test_the_report_is_that_of_the_numbers(quick):
   assert machine['memory_bytes'] > 2**28 and machine['cores'] >= 1 and machine['devices'] == 1
   for name in ('processor', 'instructions', 'jax', 'backend', 'device'):
     assert machine[name] and machine[name] in text
+  assert f'XLA_FLAGS={machine["set"]["XLA_FLAGS"]} ' in text
   if keras_rivals.absent():
     assert text.count('the package tensorflow is not installed') == 2
 

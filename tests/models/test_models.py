@@ -17,7 +17,7 @@ from jax.extend import core as jex_core
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import HEAD, MODELS, build_model, model_options
-from know_jax.models.common import DepthwiseConv, gelu, max_pool, patch_product
+from know_jax.models.common import DepthwiseConv, Layers, gelu, max_pool, patch_product
 from know_jax.models.shufflenet import shuffle
 from know_jax.trees import leaf_paths, named_leaves, num_weights
 
@@ -445,6 +445,25 @@ def test_patch_product_equals_the_strided_convolution(size):
   got, expected = (both_ways(f, (x, kernel), cotangent) for f in (ours, reference))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gelu_keeps_its_input_alone_for_the_gradient():
+  x = jnp.linspace(-3, 3, 64)
+  _, slope = jax.vjp(gelu, x)
+  assert sum(leaf.size for leaf in jax.tree.leaves(slope)) <= x.size + 1
+
+
+def test_a_layer_norm_keeps_its_input_alone_for_the_gradient_and_its_names():
+  norm = Layers(jnp.float32, None, train=True).layer_norm('norm')
+  x = jnp.linspace(-3, 3, 64).reshape(2, 32) ** 3
+  variables = norm.init(jax.random.key(0), x)
+  assert jax.tree.map(jnp.shape, variables) == {'params': {'scale': (32,), 'bias': (32,)}}
+  got, slope = jax.vjp(lambda x: norm.apply(variables, x), x)
+  assert sum(leaf.size for leaf in jax.tree.leaves(slope)) <= x.size + 2 * 32 + 1
+  plain = nn.LayerNorm(1e-6)
+  want, plain_slope = jax.vjp(lambda x: plain.apply(variables, x), x)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  np.testing.assert_allclose(slope(x)[0], plain_slope(x)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
