@@ -48,5 +48,6 @@ def _instructions() -> str:
 def _version(name: str) -> str | None:
   if importlib.util.find_spec(name) is None:
     return None
+  # TensorFlow comes in distributions of several names.
   distributions = importlib.metadata.packages_distributions().get(name) or [name]
   return importlib.metadata.version(distributions[0])

@@ -5,7 +5,6 @@ import importlib.util
 import runpy
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,8 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   for target in settings.networks:
     task = make_task(target, settings.network_batch * settings.network_steps)
     begin, fit = epoch_of(task, settings.network_batch)
-    contestants: dict[str, Callable[[], Any]] = {OURS: fit}
-    contestants |= rivals(
-      task, begin.state.variables, target.image, batch_size=settings.network_batch, lr=LR
-    )
+    options = {'batch_size': settings.network_batch, 'lr': LR}
+    contestants = {OURS: fit, **rivals(task, begin.state.variables, target.image, **options)}
     began = time.perf_counter()
     fit()
     first = time.perf_counter() - began

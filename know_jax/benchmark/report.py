@@ -63,15 +63,16 @@ def _machine(found: Mapping[str, Any]) -> str:
   m = found['machine']
   names = ('python', 'jax', 'flax', 'numpy', 'tensorflow', 'keras')
   versions = ', '.join(f'{name} {m[name]}' for name in names if m[name])
-  settings = ''.join(f'{name}={value} ' for name, value in m.get('set', {}).items())
+  settings = ''.join(f'{name}={value} ' for name, value in m['set'].items())
+  only = f' --only={",".join(found["only"])}' if found['only'] else ''
   load = ', '.join(f'{at[0]:.1f}' for at in (m['load_average'], found['load_average_after']))
   return (
-    f'By `{settings}python bin/benchmark.py`, in {found["seconds"] / 60:.0f} minutes, on '
+    f'By `{settings}python bin/benchmark.py{only}`, in {found["seconds"] / 60:.0f} minutes, on '
     f'{m["processor"]} ({m["instructions"]}), {m["cores"]} cores, {m["memory_bytes"] / 2**30:.0f} '
     f'GiB of memory; JAX on {m["backend"]} ({m["devices"]} x {m["device"]}); {versions}; know_jax '
     f'at commit {m["commit"]}. Load average before and after: {load}. All that is compared ran in '
     'turn in one process, each round beginning with another. Numbers are medians with quartiles '
-    '[25 %, 75 %]; ratios are taken within each round. Compilation is apart.'
+    '[25 %, 75 %]; ratios are of each round. Compilation is not in them unless that is said.'
   )
 
 

@@ -82,6 +82,7 @@ def run(
   result = {
     'machine': about,
     'quick': quick,
+    'only': list(only),
     'seconds': time.perf_counter() - began,
     'load_average_after': list(os.getloadavg()),
     'sections': sections,

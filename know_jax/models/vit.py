@@ -62,11 +62,11 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, N, D] to [B, N, D]."""
     layers, width = self.layers, x.shape[-1]
-    y = nn.LayerNorm(dtype=layers.dtype, name='norm1')(x)
+    y = layers.layer_norm('norm1')(x)
     x += nn.MultiHeadDotProductAttention(
       num_heads=HEADS, dtype=layers.dtype, kernel_init=glorot_uniform, name='attention'
     )(y)
-    y = nn.LayerNorm(dtype=layers.dtype, name='norm2')(x)
+    y = layers.layer_norm('norm2')(x)
     y = nn.gelu(layers.dense(2 * width, 'dense1')(y))
     return x + layers.dense(width, 'dense2')(y)
 

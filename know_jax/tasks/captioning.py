@@ -239,9 +239,8 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
   of_network = read_config(NetworkFields, network, only=True)
   read_in = fields.read_splits(read, 'captioning')
   options = dict(vars(fields.captions))
-  vocabulary = fit_vocabulary(
-    [text for texts in read_in[0][1] for text in texts], options.pop('vocabulary')
-  )
+  learnt = [text for texts in read_in[0][1] for text in texts]
+  vocabulary = fit_vocabulary(learnt, options.pop('vocabulary'))
   train, test = (
     pairs(f'{fields.dataset}/{split}', *part, vocabulary, options['max_length'])
     for split, part in zip((fields.train_split, fields.test_split), read_in, strict=True)

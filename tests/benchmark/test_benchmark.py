@@ -84,7 +84,9 @@ def test_the_report_is_that_of_the_numbers(quick):
   assert machine['memory_bytes'] > 2**28 and machine['cores'] >= 1 and machine['devices'] == 1
   for name in ('processor', 'instructions', 'jax', 'backend', 'device'):
     assert machine[name] and machine[name] in text
-  assert f'XLA_FLAGS={machine["set"]["XLA_FLAGS"]} ' in text
+  assert f'XLA_FLAGS={machine["set"]["XLA_FLAGS"]} python bin/benchmark.py`, in' in text
+  alone = report.markdown({**found, 'only': ['linear', 'networks']}, None)
+  assert ' python bin/benchmark.py --only=linear,networks`, in' in alone
   if keras_rivals.absent():
     assert text.count('the package tensorflow is not installed') == 2
 
