@@ -17,6 +17,7 @@ class Target:
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
   repetitions: int = 1
   captions: bool = False  # Whether it is trained as the encoder of captions.
+  batch: int = 32  # Images of a training step.
 
 
 _CNN = Target('cnn', (28, 28, 1), repetitions=40)
@@ -68,10 +69,10 @@ class Settings:
     _CNN,
     Target('resnet_small', (32, 32, 3), repetitions=10),
     Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10),
+    Target('pvt_v2_b0', (224, 224, 3), repetitions=3, batch=8),
     Target('deeplabv3plus', (64, 96, 3), _DEEPLAB, repetitions=10),
     Target('resnet_small', (32, 32, 3), repetitions=10, captions=True),
   )
-  network_batch: int = 32
   network_steps: int = 10
   gpu_anywhere: bool = False  # Whether what is for GPUs runs on any device, to see that it does.
   gpu_predicted: Target = _RESNET
@@ -84,7 +85,7 @@ class Settings:
 
 FULL = Settings()
 
-_TINY = Target('cnn', (8, 8, 1), {'width': 2, 'convs': 1}, repetitions=3)
+_TINY = Target('cnn', (8, 8, 1), {'width': 2, 'convs': 1}, repetitions=3, batch=8)
 
 QUICK = Settings(
   predicted=(_TINY,),
@@ -105,7 +106,6 @@ QUICK = Settings(
   batch_size=16,
   train_steps=2,
   networks=(_TINY, dataclasses.replace(_TINY, captions=True)),
-  network_batch=8,
   network_steps=2,
   gpu_anywhere=True,
   gpu_predicted=_TINY,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from know_jax.errors import UserError
-from know_jax.models.common import Classifier, Family, Layers, gelu, patch_product
+from know_jax.models.common import Classifier, Family, Layers, gelu
 
 POOLED = 7
 """Height and width of the map that the "linear" kind attends to."""
@@ -188,15 +188,8 @@ class Block(nn.Module):
           'expected larger images, a smaller stem_stride or smaller sr_ratios.'
         )
       # Rows and columns that do not fill a window are left out.
-      small = layers.conv(
-        channels,
-        self.reduction,
-        'reduce',
-        stride=self.reduction,
-        padding='VALID',
-        bias=True,
-        conv_general_dilated=patch_product,
-      )(x)
+      ratio = self.reduction
+      small = layers.conv(channels, ratio, 'reduce', stride=ratio, padding='VALID', bias=True)(x)
     if self.linear or self.reduction > 1:
       small = layers.layer_norm('reduce_norm', _EMBED_EPSILON)(small)
     if self.linear:

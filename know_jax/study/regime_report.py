@@ -18,17 +18,7 @@ from know_jax.study.regime import ARMS, SOURCE, Arm
 MATTERS = 0.3
 """Points; see `know_jax.study.regime`."""
 
-NAIVE, RESET, OFFICIAL, RADIAL, TANGENTIAL, MATCHED = (
-  arm.name
-  for arm in (
-    Arm('naive', batch_norm='keep'),
-    Arm('naive'),
-    Arm('official x8'),
-    Arm('official x8, radial'),
-    Arm('official x8, tangential'),
-    Arm('naive', 'matched'),
-  )
-)
+NAIVE, RESET, OFFICIAL, RADIAL, TANGENTIAL, MATCHED = (arm.name for arm in ARMS[:6])
 
 
 class Difference(NamedTuple):

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from know_jax.data.augmentation import Augmentation, augment
+from know_jax.data.augmentation import Augmentation
 from know_jax.data.base import Arrays, Batch
 from know_jax.data.sources import open_prepared, to_device_input
 from know_jax.errors import UserError, unknown_name
@@ -22,6 +22,7 @@ from know_jax.kinds import KEEP
 from know_jax.models import Classifier
 from know_jax.models.adapters import linen
 from know_jax.models.captioner import PADDING, CaptionDecoder, Captioner, search
+from know_jax.tasks import classification
 from know_jax.tasks.base import DataFields, NetworkFields, Task, below
 from know_jax.tasks.classification import mean_of, network_of
 from know_jax.tasks.metrics import token_losses, token_scores, token_sums
@@ -87,19 +88,13 @@ def fit_vocabulary(captions: Sequence[str], size: int) -> Vocabulary:
 
 
 @flax.struct.dataclass
-class Preparation:
-  """Bytes to centred numbers, augmented in training; captions to what goes in and comes out."""
-
-  mean: Any  # The image to subtract, float32 `[H, W, C]`.
-  # Of training images.
-  augmentation: Augmentation = flax.struct.field(pytree_node=False, default=Augmentation())
+class Preparation(classification.Preparation):
+  """Images as in classification; captions to what goes in and comes out."""
 
   def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:
     """'image' as float32, 'tokens' `[B, T]` without the last and 'label' without the first."""
-    images, tokens = to_device_input(batch['image'], self.mean), batch['caption']
-    if keys is not None:
-      images = augment(keys, images, self.augmentation)
-    return {'image': images, 'tokens': tokens[:, :-1], 'label': tokens[:, 1:]}
+    batch, tokens = super().__call__(batch, keys), batch['caption']
+    return {'image': batch['image'], 'tokens': tokens[:, :-1], 'label': tokens[:, 1:]}
 
 
 class Pairs:

@@ -18,6 +18,7 @@ from know_jax.errors import UserError, unknown_name
 from know_jax.fields import read_config
 from know_jax.models import HEAD
 from know_jax.models.adapters import Model, linen
+from know_jax.tasks import classification
 from know_jax.tasks.base import DrawnFields, NetworkFields, Task, below
 from know_jax.tasks.classification import mean_of, network_of
 from know_jax.tasks.metrics import IGNORED, confusion_matrix, pixel_losses, segmentation_scores
@@ -26,12 +27,8 @@ _AT_A_TIME = 16
 
 
 @flax.struct.dataclass
-class Preparation:
-  """Bytes to centred numbers; in training image and label map are distorted alike."""
-
-  mean: Any  # The image to subtract, float32 `[H, W, C]`.
-  # As in `augment`. What it brings in from beyond the edge is ignored in the labels.
-  augmentation: Augmentation = flax.struct.field(pytree_node=False, default=Augmentation())
+class Preparation(classification.Preparation):
+  """In training image and label map are distorted alike; what comes in at an edge is ignored."""
 
   def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:
     """The batch with images float32 `[B, H, W, C]`; label maps stay uint8 `[B, H, W]`."""

@@ -17,7 +17,7 @@ from jax.extend import core as jex_core
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import HEAD, MODELS, build_model, model_options
-from know_jax.models.common import DepthwiseConv, Layers, gelu, max_pool, patch_product
+from know_jax.models.common import DepthwiseConv, Layers, gelu, max_pool, patch_product, product
 from know_jax.models.shufflenet import shuffle
 from know_jax.trees import leaf_paths, named_leaves, num_weights
 
@@ -416,16 +416,31 @@ def test_depthwise_is_differentiated_forwards_twice_and_under_vmap(monkeypatch, 
   def ours(x, kernel):
     return layer.apply({'params': {'kernel': kernel}}, x)
 
-  def all_of(f):
-    grad = jax.grad(lambda *a: (f(*a) ** 3).sum(), argnums=(0, 1))
-    several = jax.vmap(f)(np.stack([x, 2 * x]), np.stack([kernel, -kernel]))
-    return jax.jvp(f, (x, kernel), along), jax.jvp(grad, (x, kernel), along), several
-
-  expected = all_of(reference)
+  expected = every_way(reference, x, kernel, along)
   # What other devices compute: the choice is made by the backend's name alone.
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  got = all_of(ours)
+  got = every_way(ours, x, kernel, along)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def every_way(f, x, kernel, along):
+  """Forwards, forwards over the gradient, and under vmap."""
+  grad = jax.grad(lambda *a: (f(*a) ** 3).sum(), argnums=(0, 1))
+  several = jax.vmap(f)(np.stack([x, 2 * x]), np.stack([kernel, -kernel]))
+  return jax.jvp(f, (x, kernel), along), jax.jvp(grad, (x, kernel), along), several
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize(('inner', 'outer'), [(3, 5), (5, 3)])
+def test_a_product_is_jaxs_whichever_side_is_wider(monkeypatch, backend, inner, outer):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  x, kernel = images((2, 4, inner)), images((outer,), batch=inner, seed=1)
+  along = images((2, 4, inner), seed=2), images((outer,), batch=inner, seed=3)
+  got, expected = (every_way(f, x, kernel, along) for f in (product, jnp.matmul))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)
+  got, expected = (both_ways(f, (x, kernel), expected[0][0]) for f in (product, jnp.matmul))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('size', [(8, 8), (7, 10)])
