@@ -289,8 +289,34 @@ def _same_size_jvp(
   turned = jax.linear_transpose(
     lambda y: _shifted_products(y, kernel[::-1, ::-1], pads, 1, apart), x
   )
-  by_kernel = _shifted_products(x, kernel_tangent, pads, 1, apart)
+  if jax.default_backend() == 'cpu' and x[0].size >= BY_ROWS:
+    by_kernel = _row_by_row(x, kernel_tangent, apart)
+  else:
+    by_kernel = _shifted_products(x, kernel_tangent, pads, 1, apart)
   return _same_size(x, kernel, apart), turned(x_tangent)[0] + by_kernel
+
+
+BY_ROWS = 1 << 14
+"""Numbers of an image from which on the gradient by the kernel is added up row by row."""
+
+
+def _row_by_row(x: jax.Array, kernel: jax.Array, apart: int) -> jax.Array:
+  """`_same_size`, whose gradient by the kernel adds rows up, and then what is left in their width.
+
+  On a CPU that takes a third of the time of nine sums of all there is.
+  """
+  padded = jnp.pad(x, ((0, 0), (apart, apart), (apart, apart), (0, 0)))
+  width = x.shape[2]
+  taps = [jnp.broadcast_to(kernel[i, j], (width, x.shape[3])) for i in range(3) for j in range(3)]
+
+  @jax.checkpoint
+  def row(_: None, place: jax.Array) -> tuple[None, jax.Array]:
+    rows = [lax.dynamic_index_in_dim(padded, place + i * apart, 1, False) for i in range(3)]
+    shifted = (rows[i][:, j * apart : j * apart + width] for i in range(3) for j in range(3))
+    return None, sum((a * b for a, b in zip(shifted, taps, strict=True)), jnp.zeros((), x.dtype))
+
+  _, result = lax.scan(row, None, jnp.arange(x.shape[1]))
+  return jnp.moveaxis(result, 0, 1)
 
 
 @jax.custom_jvp

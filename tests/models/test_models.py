@@ -16,7 +16,7 @@ from jax.extend import core as jex_core
 
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
-from know_jax.models import HEAD, MODELS, build_model, model_options
+from know_jax.models import HEAD, MODELS, build_model, common, model_options
 from know_jax.models.common import DepthwiseConv, Layers, gelu, max_pool, patch_product, product
 from know_jax.models.shufflenet import shuffle
 from know_jax.trees import leaf_paths, named_leaves, num_weights
@@ -370,7 +370,9 @@ def test_max_pool_is_differentiated_forwards_and_twice():
   ],
 )
 @pytest.mark.parametrize('size', [(8, 8), (7, 5), (1, 2)])
-def test_depthwise_equals_grouped_convolution(size, options):
+@pytest.mark.parametrize('by_rows', [0, 1 << 14])
+def test_depthwise_equals_grouped_convolution(monkeypatch, by_rows, size, options):
+  monkeypatch.setattr(common, 'BY_ROWS', by_rows)
   x = images((*size, 3))
   layer = DepthwiseConv(dtype=jnp.float32, **options)
   stride, padding = options.get('stride', 1), options.get('padding', 'SAME')
@@ -400,8 +402,8 @@ def test_depthwise_equals_grouped_convolution(size, options):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
-def test_depthwise_is_differentiated_forwards_twice_and_under_vmap(monkeypatch, backend):
+@pytest.mark.parametrize(('backend', 'by_rows'), [('cpu', 0), ('cpu', 1 << 14), ('gpu', 0)])
+def test_depthwise_is_differentiated_forwards_twice_and_under_vmap(monkeypatch, backend, by_rows):
   x, kernel = images((5, 4, 3)), images((3, 1, 3), batch=3, seed=1)
   along = images((5, 4, 3), seed=2), images((3, 1, 3), batch=3, seed=3)
   layer = DepthwiseConv(dtype=jnp.float32, padding=1)
@@ -416,6 +418,7 @@ def test_depthwise_is_differentiated_forwards_twice_and_under_vmap(monkeypatch, 
   def ours(x, kernel):
     return layer.apply({'params': {'kernel': kernel}}, x)
 
+  monkeypatch.setattr(common, 'BY_ROWS', by_rows)
   expected = every_way(reference, x, kernel, along)
   # What other devices compute: the choice is made by the backend's name alone.
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
