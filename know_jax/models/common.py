@@ -65,7 +65,7 @@ class Layers(NamedTuple):
     dilation: int = 1,
   ) -> nn.Module:
     """A square convolution with zero padding; no bias by default, since BatchNorm follows."""
-    is_product = kernel == stride and (kernel == 1 or padding == 'VALID')
+    is_product = kernel == stride and padding in ('VALID', 0, 'SAME' if kernel == 1 else 0)
     return nn.Conv(
       features,
       (kernel, kernel),

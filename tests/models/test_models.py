@@ -465,6 +465,32 @@ def test_patch_product_equals_the_strided_convolution(size):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('kernel', 'stride', 'padding', 'is_product'),
+  [
+    (1, 1, 'SAME', True),
+    (2, 2, 0, True),
+    (2, 2, 'SAME', False),
+    (1, 1, 1, False),
+    (3, 1, 0, False),
+  ],
+)
+def test_what_neither_overlaps_nor_is_padded_is_a_product(kernel, stride, padding, is_product):
+  conv = Layers(jnp.float32, None, train=True).conv(
+    4, kernel, 'conv', stride=stride, padding=padding
+  )
+  x = images((5, 5, 3))
+  params = {'kernel': images((kernel, 3, 4), batch=kernel, seed=1)}
+  run = functools.partial(conv.apply, {'params': params})
+  assert ('conv_general_dilated' not in str(jax.make_jaxpr(run)(x))) == is_product
+  pads = padding if padding == 'SAME' else [(padding, padding)] * 2
+  dims = ('NHWC', 'HWIO', 'NHWC')
+  expected = lax.conv_general_dilated(
+    x, params['kernel'], (stride, stride), pads, dimension_numbers=dims
+  )
+  np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gelu_keeps_its_input_alone_for_the_gradient():
   x = jnp.linspace(-3, 3, 64)
   _, slope = jax.vjp(gelu, x)
