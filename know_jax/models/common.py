@@ -65,7 +65,8 @@ class Layers(NamedTuple):
     dilation: int = 1,
   ) -> nn.Module:
     """A square convolution with zero padding; no bias by default, since BatchNorm follows."""
-    is_product = kernel == stride and padding in ('VALID', 0, 'SAME' if kernel == 1 else 0)
+    tiles = kernel == stride and (kernel == 1 or dilation == 1)
+    is_product = tiles and (padding in ('VALID', 0) or (padding == 'SAME' and kernel == 1))
     return nn.Conv(
       features,
       (kernel, kernel),

@@ -80,6 +80,7 @@ class Arm:
     return f'{self.start}, BatchNorm {self.batch_norm}, rate {times}'
 
 
+# The report names the first six by their places.
 ARMS = (
   Arm('naive', batch_norm='keep'),
   Arm('naive'),

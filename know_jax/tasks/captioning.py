@@ -24,7 +24,6 @@ from know_jax.models.adapters import linen
 from know_jax.models.captioner import PADDING, CaptionDecoder, Captioner, search
 from know_jax.tasks import classification
 from know_jax.tasks.base import DataFields, NetworkFields, Task, below
-from know_jax.tasks.classification import mean_of, network_of
 from know_jax.tasks.metrics import token_losses, token_scores, token_sums
 
 UNKNOWN, START, END = '[UNK]', '[START]', '[END]'
@@ -209,7 +208,7 @@ def task(
     loss,
     sums,
     token_scores,
-    prepare=Preparation(mean_of(Arrays({'image': train.images})), augmentation),
+    prepare=Preparation(classification.mean_of(Arrays({'image': train.images})), augmentation),
     head=below('decoder'),
     kinds=kinds,
     score='masked_accuracy',
@@ -240,7 +239,7 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
     pairs(f'{fields.dataset}/{split}', *part, vocabulary, options['max_length'])
     for split, part in zip((fields.train_split, fields.test_split), read_in, strict=True)
   )
-  encoder = network_of(of_network, 1)
+  encoder = classification.network_of(of_network, 1)
   if not isinstance(encoder, Classifier):
     raise UserError(
       f'model {of_network.model!r} gives {type(encoder)}; expected a know_jax Classifier as the '

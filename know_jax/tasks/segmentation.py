@@ -10,17 +10,15 @@ import flax.struct
 import jax
 import numpy as np
 
-from know_jax.data import augmentation as augmenting
-from know_jax.data.augmentation import Augmentation
+from know_jax.data.augmentation import Augmentation, augment_labels
 from know_jax.data.base import Arrays, Batch
-from know_jax.data.sources import open_prepared, to_device_input
+from know_jax.data.sources import open_prepared
 from know_jax.errors import UserError, unknown_name
 from know_jax.fields import read_config
 from know_jax.models import HEAD
 from know_jax.models.adapters import Model, linen
 from know_jax.tasks import classification
 from know_jax.tasks.base import DrawnFields, NetworkFields, Task, below
-from know_jax.tasks.classification import mean_of, network_of
 from know_jax.tasks.metrics import IGNORED, confusion_matrix, pixel_losses, segmentation_scores
 
 _AT_A_TIME = 16
@@ -32,11 +30,10 @@ class Preparation(classification.Preparation):
 
   def __call__(self, batch: Batch, keys: jax.Array | None) -> Batch:
     """The batch with images float32 `[B, H, W, C]`; label maps stay uint8 `[B, H, W]`."""
-    images, labels = to_device_input(batch['image'], self.mean), batch['label']
+    batch, labels = super().__call__(batch, keys), batch['label']
     if keys is not None and self.augmentation != Augmentation():
-      images = augmenting.augment(keys, images, self.augmentation)
-      labels = augmenting.augment_labels(keys, labels, self.augmentation, IGNORED)
-    return {**batch, 'image': images, 'label': labels}
+      labels = augment_labels(keys, labels, self.augmentation, IGNORED)
+    return {**batch, 'label': labels}
 
 
 def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +95,7 @@ def task(
     loss,
     sums,
     metrics,
-    prepare=Preparation(mean_of(train), augmentation),
+    prepare=Preparation(classification.mean_of(train), augmentation),
     head=below(head),
     score='miou',
     name=name,
@@ -149,7 +146,7 @@ def load(config: Mapping[str, Any], network: Mapping[str, Any]) -> Task:
       raise UserError(f'train_examples is {examples}; expected 0 (all) to {train.size}.')
     train = Arrays({key: array[:examples] for key, array in train.arrays.items()})
   return task(
-    network_of(of_network, len(names)),
+    classification.network_of(of_network, len(names)),
     train,
     test,
     num_classes=len(names),

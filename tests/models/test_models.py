@@ -466,18 +466,22 @@ def test_patch_product_equals_the_strided_convolution(size):
 
 
 @pytest.mark.parametrize(
-  ('kernel', 'stride', 'padding', 'is_product'),
+  ('kernel', 'stride', 'padding', 'dilation', 'is_product'),
   [
-    (1, 1, 'SAME', True),
-    (2, 2, 0, True),
-    (2, 2, 'SAME', False),
-    (1, 1, 1, False),
-    (3, 1, 0, False),
+    (1, 1, 'SAME', 1, True),
+    (1, 1, 'SAME', 2, True),
+    (2, 2, 0, 1, True),
+    (2, 2, 0, 2, False),
+    (2, 2, 'SAME', 1, False),
+    (1, 1, 1, 1, False),
+    (3, 1, 0, 1, False),
   ],
 )
-def test_what_neither_overlaps_nor_is_padded_is_a_product(kernel, stride, padding, is_product):
+def test_windows_side_by_side_within_the_image_are_a_product(
+  kernel, stride, padding, dilation, is_product
+):
   conv = Layers(jnp.float32, None, train=True).conv(
-    4, kernel, 'conv', stride=stride, padding=padding
+    4, kernel, 'conv', stride=stride, padding=padding, dilation=dilation
   )
   x = images((5, 5, 3))
   params = {'kernel': images((kernel, 3, 4), batch=kernel, seed=1)}
@@ -486,8 +490,9 @@ def test_what_neither_overlaps_nor_is_padded_is_a_product(kernel, stride, paddin
   pads = padding if padding == 'SAME' else [(padding, padding)] * 2
   dims = ('NHWC', 'HWIO', 'NHWC')
   expected = lax.conv_general_dilated(
-    x, params['kernel'], (stride, stride), pads, dimension_numbers=dims
-  )
+    x, params['kernel'], (stride, stride), pads, rhs_dilation=(dilation,) * 2,
+    dimension_numbers=dims,
+  )  # fmt: skip
   np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-5)
 
 
