@@ -175,6 +175,23 @@ def known(history, n, *, params):
   return window[..., -1]
 
 
+def known_scaled(history, n, *, params, reach=2.0):
+  """KNOWN in units of the leaf, of which `history` `[S, ...]` is all."""
+  length = params['weights']['embed']['kernel'].shape[0]
+  window = np.moveaxis(history[len(history) - length :], 0, -1)
+  movement = math.sqrt((np.diff(window) ** 2).mean())
+  size = math.sqrt((window[..., -1] ** 2).mean())
+  if movement == 0:
+    return window[..., -1]
+  for _ in range(n):
+    newest = window[..., -1:]
+    x = np.clip((window - newest) / movement, -params['bound'], params['bound'])
+    x = x + (newest / size if size else newest)
+    nearest = newest[..., 0] + reach * movement * known_residual(params, x)
+    window = np.concatenate([window[..., 1:], nearest[..., None]], -1)
+  return window[..., -1]
+
+
 def known_history_free(history, n, *, params):
   length = params['weights']['embed']['kernel'].shape[0]
   return known(np.stack([history[-1]] * length), n, params=params)

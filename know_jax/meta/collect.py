@@ -62,6 +62,8 @@ class Config:
   data_dir: str | None = None
   # (height, width) to resize images to; (): as they are.
   image_size: tuple[int, ...] = ()
+  # What the accuracy of stages is measured on, such as 'test[:2000]'; it is read by people alone.
+  test_split: str = 'test'
   # Family -> the widths to draw from; families not named take their own default.
   widths: dict[str, tuple[int, ...]] = dataclasses.field(
     default_factory=lambda: {
@@ -163,7 +165,8 @@ def run_config(config: Config, number: int) -> forgetting.Config:
   widths = config.widths.get(family, ())
   return forgetting.Config(
     seed=int(rng.integers(2**31 - 1)), dataset=dataset, data_dir=config.data_dir,
-    image_size=config.image_size, train_examples=examples, model=family,
+    image_size=config.image_size, test_split=config.test_split, train_examples=examples,
+    model=family,
     width=int(widths[int(width_at * len(widths))]) if widths else None,
     stages=stages, rate=float(rate), stratified=True, batch_size=batch_size,
     epochs=max(1, round(pretrain_epochs)), stage_epochs=max(1, round(epochs)),

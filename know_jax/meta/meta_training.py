@@ -1,15 +1,16 @@
 """Meta-training: KNOWN learns from the meta-dataset to predict the next weight.
 
-Two recipes, by the config's `architecture`:
+Three recipes, by the config's `architecture`:
 
 - `paper`: the paper's network (`known.py`) and recipe, section 4.1: windows of five stages and the
   sixth, mean absolute error of the raw residual, Adam at 1e-3, an L1 penalty on some layers.
-- `conditioned`: the network that sees the leaf's trajectory (`conditioned.py`); every run's error
-  is divided by that of copying, so that runs with large movements do not drown the others.
+- `scaled`: the paper's network and penalty, weights in units of their leaf (`known.py`).
+- `conditioned`: the network that sees the leaf's trajectory (`known_leaf.py`).
 
-In both, three networks, one for each kind of leaf, are trained side by side and do not touch; of
-each, the parameters with the lowest error on validation runs are kept. Beside them the best linear
-predictor, `least_squares`, is fitted on the same windows.
+In the last two every run's error is divided by that of copying, so that runs with large movements
+do not drown the others. In all, three networks, one for each kind of leaf, are trained side by side
+and do not touch; of each, the parameters with the lowest error on validation runs are kept. Beside
+them the best linear predictor, `least_squares`, is fitted on the same windows.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ VALIDATION_BLOCK = 8192
 class Architecture(NamedTuple):
   """What meta-training needs to know of a network."""
 
-  init: Callable[[jax.Array], Any]  # Key -> theta.
+  init: Callable[[jax.Array, Windows], Any]  # (key, what is trained on) -> theta.
   # (params of one kind, batch as of `draw_batch`) -> the predicted weights `[N]`.
   predict: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
   relative: bool  # Whether errors are divided by the run's error of copying.
@@ -72,6 +73,17 @@ def _predict_paper(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
   return history[-1] + known.residuals(params, history)
 
 
+def _predict_scaled(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  history = batch['windows'][:, :-1].T
+  of_leaf = jax.vmap(known.units)(batch['moments']).T
+  return history[-1] + known.fused_steps(known.fuse(params), history, of_leaf)
+
+
+def _init_conditioned(key: jax.Array, train: Windows) -> Any:
+  theta = jax.device_get(known_leaf.init_theta(key))
+  return {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
+
+
 def _predict_conditioned(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
   constants = {name: jax.lax.stop_gradient(params[name]) for name in ('mean', 'scale')}
   step = functools.partial(known_leaf.step_coefficients, {**params, **constants})
@@ -81,10 +93,13 @@ def _predict_conditioned(params: Any, batch: Mapping[str, jax.Array]) -> jax.Arr
 
 
 ARCHITECTURES = {
-  'conditioned': Architecture(
-    known_leaf.init_theta, _predict_conditioned, True, lambda params: 0.0
+  'conditioned': Architecture(_init_conditioned, _predict_conditioned, True, lambda params: 0.0),
+  'scaled': Architecture(
+    lambda key, train: known.init_scaled_theta(key), _predict_scaled, True, known.penalty
   ),
-  'paper': Architecture(known.init_theta, _predict_paper, False, known.penalty),
+  'paper': Architecture(
+    lambda key, train: known.init_theta(key), _predict_paper, False, known.penalty
+  ),
 }
 """Name -> what `config.architecture` selects."""
 
@@ -95,7 +110,7 @@ class Config:
 
   # Decides the split, the weights drawn, the first parameters and the batches.
   seed: int = 0
-  # 'conditioned' or 'paper'.
+  # 'conditioned', 'scaled' or 'paper'.
   architecture: str = 'conditioned'
   # Shares of the runs held out, for choosing parameters and for the report.
   validation_share: float = 0.2
@@ -271,9 +286,7 @@ def _train(
 ) -> tuple[dict[str, dict[str, Any]], int]:
   """Trains: of each kind the `theta` with the lowest error (`ratio`), and its `step`; all steps."""
   architecture = ARCHITECTURES[config.architecture]
-  theta = jax.device_get(architecture.init(named_key(config.seed, 'theta')))
-  if architecture.relative:
-    theta = {kind: _with_context_scale(theta[kind], train, kind) for kind in KINDS}
+  theta = jax.device_get(architecture.init(named_key(config.seed, 'theta'), train))
   rates = learning_rates(config.schedule, config.lr, config.steps)
   none = {'ratio': np.float64(np.inf), 'step': np.int64(0)}
   best = {kind: {'theta': theta[kind], **none} for kind in KINDS}

@@ -19,7 +19,7 @@ import numpy as np
 
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import linear
-from know_jax.nowcast.compiled import leaf_coefficients, predict_blocks
+from know_jax.nowcast.compiled import leaf_coefficients, leaf_facts, predict_blocks
 from know_jax.nowcast.compiled import predict_leaves as predict_whole
 from know_jax.nowcast.job import Job
 from know_jax.nowcast.linear import Parts, Seen
@@ -97,7 +97,7 @@ def predict(
   theta: Any,
   job: Job,
   steps: tuple[int, ...],
-  coefficients: tuple[np.ndarray, np.ndarray] | None = None,
+  of_leaves: tuple[np.ndarray, ...] | None = None,
   is_checked: bool = False,
 ) -> Facts:
   """Fills the pieces with predictions.
@@ -107,8 +107,8 @@ def predict(
     theta: kind -> parameters.
     job: the prediction.
     steps: the steps that are asked for, ascending.
-    coefficients: of a linear predictor for these pieces, where they are known from all of their
-      leaves, as `coefficients_of` gives them.
+    of_leaves: what follows from the moments of the pieces' leaves, where those are known of all
+      of them, as `from_moments` gives it.
     is_checked: whether it is known that all stages are finite.
 
   Returns:
@@ -126,21 +126,19 @@ def predict(
     still = job.keeps_still(len(group[0].stages))
     threads = _threads(width)
     sizes = [piece.size for piece in group]
+    given: tuple[np.ndarray, ...] | None = None
+    if of_leaves is not None:
+      given = tuple(of[members] for of in of_leaves)
+    elif job.predictor.needs_moments:
+      given = from_moments(moment_sums(group, count), sizes, kind, width, theta, job, steps)
     seen: Iterable[list[Seen]]
     if isinstance(job.predictor, WholeLeaf):
       seen = (_whole(i, piece, theta, job, steps) for i, piece in enumerate(group))
     elif isinstance(job.predictor, Elementwise):
       parts = list(_rows(sizes, threads))
-      seen = _elementwise(group, params, count, width, job, steps, parts, threads)
+      seen = _elementwise(group, params, count, width, job, steps, parts, threads, given)
     else:
-      rows: np.ndarray
-      if coefficients is not None:
-        rows, far = (of[members] for of in coefficients)
-      elif job.predictor.needs_moments:
-        sums = moment_sums(group, count)
-        rows, far = coefficients_of(sums, sizes, kind, width, theta, job, steps)
-      else:
-        rows, far = np.asarray(job.coefficients(params, count, steps), np.float64), np.zeros(())
+      rows, far = given or (np.asarray(job.coefficients(params, count, steps), np.float64), 0.0)
       facts.outside[members] = far
       combine = functools.partial(
         linear.combined, group, rows, width, job.is_watched, is_checked, still
@@ -155,12 +153,7 @@ def predict(
   return facts
 
 
-def needs_moments(job: Job) -> bool:
-  """Whether leaves must be read for their moments before they can be predicted."""
-  return getattr(job.predictor, 'needs_moments', False)
-
-
-def coefficients_of(
+def from_moments(
   sums: np.ndarray,
   sizes: Sequence[int],
   kind: str,
@@ -168,8 +161,8 @@ def coefficients_of(
   theta: Any,
   job: Job,
   steps: tuple[int, ...],
-) -> tuple[np.ndarray, np.ndarray]:
-  """The coefficients of leaves from their moments, and how far outside they are.
+) -> tuple[np.ndarray, ...]:
+  """What a predictor makes of leaves' moments.
 
   Args:
     sums: their moments summed over their weights, `[L, S, S]`, as `moment_sums` gives them.
@@ -181,24 +174,27 @@ def coefficients_of(
     steps: the steps that are asked for, ascending.
 
   Returns:
-    `[L, len(steps), S]` and `[L]`.
+    Of a linear one the coefficients, `[L, len(steps), S]`, and how far outside of what it saw each
+    leaf is, `[L]`; of an elementwise one what the weights are told, `[L, F]`.
   """
   params, count = job.window(kind, theta, sums.shape[-1], steps)
   moments = (sums / np.maximum(sizes, 1)[:, None, None]).astype(width)
-  result, far = [], []
+  result = []
   # Always of one size: compiled once, whatever networks come.
   for start in range(0, len(moments), _LEAVES):
     part = moments[start : start + _LEAVES]
     filled = np.zeros((_LEAVES, count, count), width)
     filled[: len(part)] = part
+    if isinstance(job.predictor, Elementwise):
+      result.append([np.asarray(leaf_facts(job.predictor, params, filled))[: len(part)]])
+      continue
     rows, outside = leaf_coefficients(job.predictor, params, filled, job.rate, steps)
-    result.append(np.asarray(rows, np.float64)[: len(part)])
-    far.append(np.asarray(outside)[: len(part)])
-  return np.concatenate(result), np.concatenate(far)
+    result.append([np.asarray(rows, np.float64)[: len(part)], np.asarray(outside)[: len(part)]])
+  return tuple(np.concatenate(parts) for parts in zip(*result, strict=True))
 
 
 _LEAVES = 128
-"""Leaves whose coefficients are computed at a time."""
+"""Leaves whose moments are made use of at a time."""
 
 
 def moment_sums(group: Sequence[Piece], count: int) -> np.ndarray:
@@ -224,8 +220,11 @@ def _elementwise(
   steps: tuple[int, ...],
   parts: Sequence[Parts],
   threads: int,
+  given: tuple[np.ndarray, ...] | None,
 ) -> Iterator[list[Seen]]:
   """Predicts pieces of one kind in rows, by several threads."""
+  told = None if given is None else given[0].astype(width, copy=False)
+  facts_count = None if told is None else told.shape[1]
   saturates = job.predictor.saturates and job.is_watched
   # Residuals are the changes from step to step.
   taken = tuple(range(1, max(steps) + 1)) if saturates else steps
@@ -233,7 +232,7 @@ def _elementwise(
   limits = dict(job.ranges).get(group[0].leaf.kind) if job.is_watched else None
   program = functools.partial(_row_program(), job.predictor, taken, job.rate)
 
-  def run_row(row: np.ndarray, of_row: Parts) -> list[Seen]:
+  def run_row(row: np.ndarray, of_leaf: np.ndarray | None, of_row: Parts) -> list[Seen]:
     indices = [i for _, i, _, _ in of_row]
     starts = np.array([place for place, _, _, _ in of_row])
     end = starts[-1] + of_row[-1][3] - of_row[-1][2]
@@ -246,7 +245,10 @@ def _elementwise(
       np.concatenate(parts, out=row[t, :end], casting='unsafe')
     values = row[:, :end]
     before = [np.concatenate(parts, dtype=width, casting='unsafe') for parts in stages[:-count]]
-    predicted = jax.device_get(program(row, np.int32(end), params))[:, :end]
+    if of_leaf is not None and told is not None:
+      lengths = [stop - start for _, _, start, stop in of_row]
+      of_leaf[:, :end] = np.repeat(told[indices].T, lengths, axis=1)
+    predicted = jax.device_get(program(row, np.int32(end), params, of_leaf))[:, :end]
     newest = values[-1]
     with np.errstate(over='ignore', invalid='ignore'):
       for place, i, start, stop in of_row:
@@ -269,18 +271,18 @@ def _elementwise(
     return [(indices, facts)]
 
   if parts:
-    _compile_row(count, width, params, job, taken)
+    _compile_row(count, facts_count, width, params, job, taken)
   # Taken once and not by every row: threads keep most of the memory that they once had.
-  spare: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+  spare: queue.SimpleQueue[tuple[np.ndarray, np.ndarray | None]] = queue.SimpleQueue()
   for _ in range(min(threads, len(parts))):
-    spare.put(_new_row(count, width))
+    spare.put(_new_rows(count, facts_count, width))
 
   def in_spare_row(of_row: Parts) -> list[Seen]:
-    row = spare.get()
+    rows = spare.get()
     try:
-      return run_row(row, of_row)
+      return run_row(*rows, of_row)
     finally:
-      spare.put(row)
+      spare.put(rows)
 
   return _in_threads(in_spare_row, [(of_row,) for of_row in parts], threads)
 
@@ -311,28 +313,35 @@ def _residuals(newest: np.ndarray, predicted: np.ndarray, starts: np.ndarray) ->
   return np.maximum.accumulate(np.stack(result, -1), axis=1)
 
 
-def _new_row(length: int, dtype: Any) -> np.ndarray:
-  row = _aligned(length * ROW * np.dtype(dtype).itemsize).view(dtype).reshape(length, ROW)
-  row.fill(0)
-  return row
+def _new_rows(count: int, facts: int | None, dtype: Any) -> tuple[np.ndarray, np.ndarray | None]:
+  """Room for so many stages of a row of weights, and for what the weights are told."""
+
+  def row(length: int) -> np.ndarray:
+    result = _aligned(length * ROW * np.dtype(dtype).itemsize).view(dtype).reshape(length, ROW)
+    result.fill(0)
+    return result
+
+  return row(count), None if facts is None else row(facts)
 
 
 _compiled: set[tuple[Any, ...]] = set()
 """What `_compile_row` was called for in this process."""
 
 
-def _compile_row(length: int, dtype: Any, params: Any, job: Job, steps: tuple[int, ...]) -> None:
+def _compile_row(
+  count: int, facts: int | None, dtype: Any, params: Any, job: Job, steps: tuple[int, ...]
+) -> None:
   """Compiles `_row_program`, where it is not, before threads take rows.
 
   The memory of both would be taken at a time otherwise, and the process would keep what compiling
   freed.
   """
   static = (job.predictor, steps, job.rate)
-  program = (ROW, length, np.dtype(dtype), jax.tree.structure(params), *static)
+  program = (ROW, count, facts, np.dtype(dtype), jax.tree.structure(params), *static)
   if program in _compiled:
     return
-  row = _new_row(length, dtype)
-  jax.block_until_ready(_row_program()(*static, row, np.int32(0), params))
+  row, of_leaf = _new_rows(count, facts, dtype)
+  jax.block_until_ready(_row_program()(*static, row, np.int32(0), params, of_leaf))
   give_back_memory()
   _compiled.add(program)
 
@@ -347,13 +356,19 @@ def _row_program() -> Callable[..., Any]:
 
 
 def _predict_row(
-  predictor: Elementwise, steps: tuple[int, ...], rate: float, row: Any, count: Any, params: Any
+  predictor: Elementwise,
+  steps: tuple[int, ...],
+  rate: float,
+  row: Any,
+  count: Any,
+  params: Any,
+  of_leaf: Any,
 ) -> jax.Array:
   """Predictions `[len(steps), N]` of a row `[S, N]`; only its first `count` weights matter.
 
-  What comes after them may be any number that a weight can be.
+  What comes after them may be any number that a weight can be. `of_leaf` is None or `[F, N]`.
   """
-  return predict_blocks(predictor, params, row, steps, rate, ROW_BLOCK, count)[0]
+  return predict_blocks(predictor, params, row, steps, rate, ROW_BLOCK, count, of_leaf)[0]
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -134,6 +134,12 @@ def leaf_coefficients(
   return jax.vmap(of_leaf)(moments)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def leaf_facts(predictor: Elementwise, params: Any, moments: jax.Array) -> jax.Array:
+  """What the weights of many leaves are told of them: moments `[L, S, S]` -> `[L, F]`."""
+  return jax.vmap(lambda g: jnp.asarray(predictor.of_leaf(g, params)))(moments)
+
+
 def _moments(window: Any, sharding: NamedSharding | None) -> jax.Array:
   """The second moments of a leaf, means over its weights: `[S, S]`."""
   size = max(math.prod(window[0].shape), 1)
@@ -222,20 +228,25 @@ def _elementwise(
     params, count = job.window(kind, theta, _length(leaves[0]), steps)
     run = functools.partial(predict_blocks, job.predictor, rate=job.rate, block_size=BLOCK)
     windows = {i: leaves[i][-count:] for i in members}
+    of_leaf: dict[int, Any] = dict.fromkeys(members)
+    if job.predictor.needs_moments:
+      moments = [_moments(windows[i], job.shardings[i]) for i in members]
+      facts = leaf_facts(job.predictor, params, jnp.stack(moments))
+      of_leaf = {i: row[:, None] for i, row in zip(members, facts, strict=True)}
     small = []
     for i, window in windows.items():
       if kind in ranges:
         outside[i] = _outside(window, ranges[kind])
       sharding = job.shardings[i]
       if sharding is not None:
-        result[i], residuals[i] = _sharded(run, params, window, steps, sharding)
+        result[i], residuals[i] = _sharded(run, params, window, steps, sharding, of_leaf[i])
       elif math.prod(window[0].shape) < SMALL:
         small.append(i)
       else:
-        result[i], residuals[i] = run(params, window, steps)
+        result[i], residuals[i] = run(params, window, steps, of_leaf=of_leaf[i])
     for batch in grouped([(i, math.prod(windows[i][0].shape)) for i in small], BATCH):
-      flat = [windows[i] for i in batch]
-      joined = _batch(run, params, flat, steps, job.predictor.saturates)
+      flat, facts = [windows[i] for i in batch], [of_leaf[i] for i in batch]
+      joined = _batch(run, params, flat, steps, job.predictor.saturates, facts)
       for i, parts in zip(batch, joined, strict=True):
         result[i], residuals[i] = parts
   return result, residuals, outside
@@ -257,6 +268,7 @@ def predict_blocks(
   rate: float,
   block_size: int,
   count: Any = None,
+  of_leaf: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """An elementwise predictor block by block, so that the temporaries are those of one block.
 
@@ -269,6 +281,8 @@ def predict_blocks(
     block_size: how many weights are taken at a time.
     count: how many weights, of those in the window the first, are to be predicted; None for all.
       It need not be known where this is compiled.
+    of_leaf: what the weights are told of their leaves, `[F, N]`, or `[F, 1]` for all; None where
+      the predictor does not read moments.
 
   Returns:
     The predictions `[len(steps), ...]`, in the leaf's dtype, and the largest residual up to each
@@ -282,28 +296,31 @@ def predict_blocks(
   taken = tuple(range(1, max(steps) + 1)) if predictor.saturates else steps
   asked = jnp.asarray([taken.index(n) for n in steps])
 
-  def run(block: Any) -> tuple[jax.Array, jax.Array]:
+  told = () if of_leaf is None else (of_leaf.astype(width),)
+
+  def run(block: Any, told: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     block = _stacked(block).astype(width)
-    rolled = predictor.predict(block, prepared, rate, taken)
+    rolled = predictor.predict(block, prepared, rate, taken, *told)
     check_shape(predictor, 'predictions', rolled, (len(taken), block.shape[1]))
     residual = residuals(block[-1], rolled) if predictor.saturates else jnp.zeros(len(taken), width)
     return rolled[asked].astype(dtype), residual[asked]
 
   if size <= block_size and count is None:
-    out, residual = run(stages)
+    out, residual = run(stages, told)
     return out.reshape(len(steps), *shape), residual
 
   def body(index: jax.Array, carry: Any) -> Any:
     out, residual = carry
     # The last block reaches back over the one before: it repeats some weights, and pads none.
     start = jnp.minimum(index * block_size, size - block_size)
-    predicted, largest = run(_block(stages, start, block_size))
+    here = told if of_leaf is None or of_leaf.shape[1] == 1 else _block(told, start, block_size)
+    predicted, largest = run(_block(stages, start, block_size), here)
     place = (jnp.zeros_like(start), start)
     largest = trees.vary_alike(jnp.maximum(residual, largest), residual)
     return jax.lax.dynamic_update_slice(out, predicted, place), largest
 
   blank = jnp.zeros((len(steps), size), dtype), jnp.zeros(len(steps), width)
-  blank = trees.vary_alike(blank, stages, prepared)
+  blank = trees.vary_alike(blank, stages, prepared, told)
   blocks = ((size if count is None else count) + block_size - 1) // block_size
   out, residual = jax.lax.fori_loop(0, blocks, body, blank)
   return out.reshape(len(steps), *shape), residual
@@ -321,30 +338,43 @@ def _sharded(
   window: Any,
   steps: tuple[int, ...],
   sharding: NamedSharding,
+  of_leaf: Any,
 ) -> tuple[jax.Array, jax.Array]:
   """Each shard where it lies: no weight leaves its device."""
   axes = _used_axes(sharding)
 
-  def of_shard(params: Any, window: Any) -> tuple[jax.Array, jax.Array]:
-    result, residual = run(params, window, steps)
+  def of_shard(params: Any, window: Any, of_leaf: Any) -> tuple[jax.Array, jax.Array]:
+    result, residual = run(params, window, steps, of_leaf=of_leaf)
     residual = trees.vary_alike(residual, window)
     return result, jax.lax.pmax(residual, axes) if axes else residual
 
   return jax.shard_map(
     of_shard,
     mesh=sharding.mesh,
-    in_specs=(PartitionSpec(), _window_spec(window, sharding)),
+    in_specs=(PartitionSpec(), _window_spec(window, sharding), PartitionSpec()),
     out_specs=(PartitionSpec(None, *sharding.spec), PartitionSpec()),
-  )(params, window)
+  )(params, window, of_leaf)
 
 
 def _batch(
-  run: Callable[..., Any], params: Any, windows: list[Any], steps: tuple[int, ...], saturates: bool
+  run: Callable[..., Any],
+  params: Any,
+  windows: list[Any],
+  steps: tuple[int, ...],
+  saturates: bool,
+  of_leaf: list[Any],
 ) -> list[tuple[jax.Array, jax.Array]]:
   """Several small leaves joined into one row of weights."""
   flat = [jnp.stack([stage.ravel() for stage in _in_float32(window)]) for window in windows]
   taken = tuple(range(1, max(steps) + 1)) if saturates else steps
-  joined, _ = run(params, jnp.concatenate(flat, axis=1), taken)
+  told = [
+    jnp.broadcast_to(of, (len(of), x.shape[1]))
+    for of, x in zip(of_leaf, flat, strict=True)
+    if of is not None
+  ]
+  joined, _ = run(
+    params, jnp.concatenate(flat, axis=1), taken, of_leaf=jnp.concatenate(told, 1) if told else None
+  )
   splits = np.cumsum([leaf.shape[1] for leaf in flat])[:-1]
   asked = jnp.asarray([taken.index(n) for n in steps])
   result = []

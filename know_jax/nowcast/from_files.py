@@ -139,9 +139,10 @@ def _open_run(
   shards: tuple[Shard, ...],
   history: list[dict[str, Any]],
 ) -> _Run:
-  made = job.predictors[predictor]
   kinds = {kind for kind in job.kinds.values() if kind != kinds_.KEEP}
-  theta, ranges = checked_theta(predictor, made, job.theta.get(predictor), kinds, job.steps)
+  made, theta, ranges = checked_theta(
+    predictor, job.predictors[predictor], job.theta.get(predictor), kinds, job.steps
+  )
   about = {
     'predictor': predictor,
     'rate': job.rate,
@@ -373,27 +374,27 @@ def _predict_leaf(
   """Writes the predictions of a leaf of several stretches; returns its health `[steps, FIELDS]`."""
   engine, steps, leaf = run.engine, tuple(range(1, job.steps + 1)), history.leaf
   whole = is_whole(engine.predictor, leaf.path, history.written, leaf.kind)
-  passes = 2 if chunks.needs_moments(engine) else 1
+  passes = 2 if engine.predictor.needs_moments else 1
 
   def counted() -> Iterator[Piece]:
     for piece in _ahead(history.pieces(job.steps, whole=whole)):
       yield piece
       bar.update(piece.size / passes)
 
-  coefficients = None
+  of_leaf = None
   if passes == 2 and history.written.size:
     _, count = engine.window(leaf.kind, run.theta, len(history.readers), steps)
     sums: Any = 0.0
     for piece in counted():
       sums = sums + chunks.moment_sums([piece], count)
-    coefficients = chunks.coefficients_of(
+    of_leaf = chunks.from_moments(
       sums, [history.written.size], leaf.kind, piece.width, run.theta, engine, steps
     )
   facts = Facts.none(1, job.steps)
   marks = [sink.mark() for sink in sinks]
   start = 0
   for piece in counted():
-    seen = chunks.predict([piece], run.theta, engine, steps, coefficients)
+    seen = chunks.predict([piece], run.theta, engine, steps, of_leaf)
     history.check(piece, start, seen)
     start += piece.size
     facts.add(seen)

@@ -148,7 +148,7 @@ def plan_of(
     raise UserError(f'rate is {rate!r}; expected a Python number in (0, 1).')
   history = read_history(params_history, kinds, stacked)
   result = set(history.kinds)
-  theta, ranges = checked_theta(name, made, theta, result, steps)
+  made, theta, ranges = checked_theta(name, made, theta, result, steps)
   check_length(name, made, steps, history.length, theta, result)
   check_finite(history)
   job = Job(
@@ -165,8 +165,8 @@ def plan_of(
 
 def checked_theta(
   name: str, predictor: Any, theta: Any, kinds: set[str], steps: int
-) -> tuple[Any, tuple[tuple[str, tuple[float, float]], ...]]:
-  """The parameters of a predictor, and where those are its own the range that they saw by kind.
+) -> tuple[Any, Any, tuple[tuple[str, tuple[float, float]], ...]]:
+  """The predictor that runs, its parameters, and if they are its own the range they saw by kind.
 
   Args:
     name: of the predictor.
@@ -181,12 +181,18 @@ def checked_theta(
   if not predictor.takes_theta:
     if theta is not None:
       raise UserError(f'theta is for the predictors that run KNOWN; {name!r} takes none.')
-    return None, ()
+    return predictor, None, ()
   own = {kind: predictor.trained_range(kind) for kind in sorted(kinds) if theta is None and steps}
   if steps:
     theta = predictor.default_theta() if theta is None else theta
     predictor.check_theta(theta, kinds)
-  return theta, tuple((kind, limits) for kind, limits in own.items() if limits is not None)
+    if kinds:
+      predictor = predictor.for_theta({kind: theta[kind] for kind in kinds})
+  return (
+    predictor,
+    theta,
+    tuple((kind, limits) for kind, limits in own.items() if limits is not None),
+  )
 
 
 def check_length(

@@ -59,12 +59,16 @@ class Predictor:
     reads_all: whether all stages are read, and not only the newest `stages(...)`.
     takes_theta: whether it has parameters, as KNOWN has.
     saturates: whether its steps end at 1, so that one near it says only that it is large.
+    needs_moments: whether it reads the second moments of the leaf, `[S, S]`: the mean of v v^T over
+      its weights with v = (d_0, ..., d_(S-2), Theta^0), the differences from stage to stage, oldest
+      first.
   """
 
   keeps_unmoved: ClassVar[bool] = True
   reads_all: ClassVar[bool] = False
   takes_theta: ClassVar[bool] = False
   saturates: ClassVar[bool] = False
+  needs_moments: ClassVar[bool] = False
 
   def stages(self, steps: int, params: Any) -> int:
     """How many of the newest stages a prediction of so many steps needs, at least 1."""
@@ -98,19 +102,17 @@ class Predictor:
     """The parameters for leaves of one kind: those of theta, or from the options."""
     return None if theta is None else theta[kind]
 
+  def for_theta(self, theta: Any) -> 'Predictor':
+    """The predictor that these parameters are for, where they decide on more than numbers."""
+    return self
+
   def trained_range(self, kind: str) -> tuple[float, float] | None:
     """The largest weight and difference that the default parameters saw, if that is known."""
     return None
 
 
 class Linear(Predictor):
-  """Predicts a leaf by one linear combination of its stages.
-
-  Attributes:
-    needs_moments: whether the coefficients depend on the leaf's second moments.
-  """
-
-  needs_moments: ClassVar[bool] = False
+  """Predicts a leaf by one linear combination of its stages."""
 
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
@@ -122,9 +124,8 @@ class Linear(Predictor):
 
     Args:
       stages: S, the number of newest stages that are read.
-      moments: `[S, S]`, the mean of v v^T over the leaf with v = (d_0, ..., d_(S-2), Theta^0), the
-        differences from stage to stage, oldest first; None where `needs_moments` is false. With
-        them this is vectorised over leaves and compiled: use `jax.numpy`.
+      moments: of the leaf, `[S, S]`, see `Predictor`; None where it does not read them. With them
+        this is vectorised over leaves and compiled: use `jax.numpy`.
       params: of the leaf's kind, see `Predictor.params`.
       rate: r.
       steps: the steps n, ascending.
@@ -137,7 +138,20 @@ class Linear(Predictor):
 
 
 class Elementwise(Predictor):
-  """Predicts every weight from its own history."""
+  """Predicts every weight from its own history.
+
+  Where it reads the leaf's moments, `of_leaf` says what of them all weights of the leaf are told,
+  and `predict` is given that as one more argument, the last: `[F, N]`, or `[F, 1]` for all.
+  """
+
+  def of_leaf(self, moments: jax.Array, params: Any) -> jax.Array:
+    """What every weight of a leaf is told of it, by `jax.numpy`: `[F]`.
+
+    Args:
+      moments: of the leaf, `[S, S]`, see `Predictor`.
+      params: of the leaf's kind.
+    """
+    raise NotImplementedError
 
   def prepare(self, params: Any) -> Any:
     """What `predict` takes as parameters: made once, before many stretches of weights."""

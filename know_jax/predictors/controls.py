@@ -167,6 +167,18 @@ class _Copies(Predictor):
     return self.inner.saturates
 
   @property
+  def needs_moments(self) -> bool:  # type: ignore[override]
+    return self.inner.needs_moments
+
+  def for_theta(self, theta: Any) -> Predictor:
+    return history_free(self.inner.for_theta(theta))
+
+  def _moments(self, moments: Any, params: Any, steps: int) -> Any:
+    """Those of copies, which have no differences: the mean square of the newest is all."""
+    count = self._count(params, steps)
+    return jnp.zeros((count, count), moments.dtype).at[-1, -1].set(moments[-1, -1])
+
+  @property
   def theta_name(self) -> str:
     return self.inner.theta_name
 
@@ -187,17 +199,12 @@ class _Copies(Predictor):
 class _LinearCopies(_Copies, Linear):
   inner: Linear
 
-  @property
-  def needs_moments(self) -> bool:  # type: ignore[override]
-    return self.inner.needs_moments
-
   def coefficients(
     self, stages: int, moments: Any, params: Any, rate: float, steps: tuple[int, ...]
   ) -> Any:
     count = self._count(params, max(steps))
     if moments is not None:
-      # Copies have no differences: of their moments the mean square of the newest is all.
-      moments = jnp.zeros((count, count), moments.dtype).at[-1, -1].set(moments[-1, -1])
+      moments = self._moments(moments, params, max(steps))
     return self.inner.coefficients(count, moments, params, rate, steps)[:, -1:]
 
 
@@ -205,17 +212,20 @@ class _LinearCopies(_Copies, Linear):
 class _ElementwiseCopies(_Copies, Elementwise):
   inner: Elementwise
 
+  def of_leaf(self, moments: jax.Array, params: Any) -> jax.Array:
+    return self.inner.of_leaf(self._moments(moments, params, 1), params)
+
   def prepare(self, params: Any) -> Any:
     # `predict` gets no parameters as they were given, and must know how many stages they read.
     return self.inner.prepare(params), params
 
   def predict(
-    self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...]
+    self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...], *of_leaf: jax.Array
   ) -> jax.Array:
     prepared, given = params
     count = self._count(given, max(steps))
     copies = jnp.broadcast_to(history[-1], (count, *history.shape[1:]))
-    return self.inner.predict(copies, prepared, rate, steps)
+    return self.inner.predict(copies, prepared, rate, steps, *of_leaf)
 
 
 @dataclasses.dataclass(frozen=True)

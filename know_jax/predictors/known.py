@@ -10,8 +10,15 @@ The paper, section 3; one network for each kind of leaf, applied to every scalar
   residual = tanh(residual(concat(stream(w), stream(d))))
   theta^-1 = theta^0 + residual
 
-Raw weights in, raw residual out. A set of parameters for the three kinds of leaf is called `theta`:
-a dict kind -> Flax parameters of one `KNOWN`.
+The paper's has raw weights in and a raw residual out. Parameters with a `bound` are of a network
+in units of the leaf, so that scaling all weights of a leaf scales its predictions:
+
+  s, q = root mean squares over the leaf of the differences and of theta^0
+  x^t = clip((theta^t - theta^0) / s, +-bound) + theta^0 / q      in place of theta^t
+  theta^-1 = theta^0 + 2 s residual
+
+A leaf that never moved stays where it is. A set of parameters for the three kinds of leaf is called
+`theta`: a dict kind -> Flax parameters of one `KNOWN`.
 """
 
 import functools
@@ -30,6 +37,7 @@ HISTORY_LENGTH = 5
 
 _FEATURES, _BOTTLENECK, _PROJECTION = 64, 8, 32
 _SLOPE = 0.3
+_BOUND, _REACH = 8.0, 2.0
 # Keras' VarianceScaling(0.1, 'fan_in', 'uniform'), the authors' choice where they add a penalty.
 _SMALL = nn.initializers.variance_scaling(0.1, 'fan_in', 'uniform')
 # The predictor's own arithmetic is the product: no TF32 or bfloat16 products on accelerators.
@@ -91,6 +99,27 @@ def _init(key: jax.Array, history_length: int) -> Any:
   return KNOWN().init(key, jnp.zeros(history_length))['params']
 
 
+def init_scaled_theta(key: jax.Array, history_length: int = HISTORY_LENGTH) -> dict[str, Any]:
+  """Fresh parameters in units of the leaf: kind -> those of one KNOWN, and the constant `bound`."""
+  bound = jnp.float32(_BOUND)
+  return {
+    kind: {**params, 'bound': bound} for kind, params in init_theta(key, history_length).items()
+  }
+
+
+def is_scaled(params: Any) -> bool:
+  """Whether the parameters of one kind are of a network in units of the leaf."""
+  return 'bound' in params
+
+
+def units(moments: jax.Array) -> jax.Array:
+  """The units of a leaf, from its second moments `[S, S]`: s and q, `[2]`."""
+  squares = jnp.diagonal(moments)
+  squares = jnp.stack([squares[:-1].mean(), squares[-1]])
+  # The gradient of a root of 0 would be infinite.
+  return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+
+
 def history_length(params: Any) -> int:
   """S, the number of stages that the parameters of one KNOWN read."""
   return params['weights']['embed']['kernel'].shape[0]
@@ -134,13 +163,14 @@ def fuse(params: Any) -> dict[str, Any]:
   Returns:
     Affine maps, each as a matrix `[outputs, inputs]` and a column `[outputs, 1]`: of each stream
     name -> map, where `squeeze` is of the input, `offset` has gone through `project`, and
-    `project` is a matrix alone; and `residual`.
+    `project` is a matrix alone; and `residual`. The constant `bound` is as it was.
   """
-  return {
+  result = {
     'weights': _fuse_stream(params['weights']),
     'differences': _fuse_stream(params['differences']),
     'residual': _transposed(**params['residual']),
   }
+  return result | {'bound': params['bound']} if is_scaled(params) else result
 
 
 def _fuse_stream(p: Any) -> dict[str, Any]:
@@ -176,6 +206,22 @@ def fused_residuals(
   return jnp.tanh(_affine(fused['residual'], jnp.concatenate(streams))[0])
 
 
+def fused_steps(fused: Any, windows: jax.Array, of_leaf: jax.Array | None = None) -> jax.Array:
+  """The steps theta^-1 - theta^0 of many weights: `[N]`.
+
+  Args:
+    fused: `fuse` of the parameters of one KNOWN.
+    windows: `[S, N]`, oldest stage first.
+    of_leaf: the `units` of the weights' leaves, `[2, N]` or `[2, 1]`; only in units of the leaf.
+  """
+  if of_leaf is None:
+    return fused_residuals(fused, windows)
+  movement, size = (jnp.where(unit > 0, unit, 1.0) for unit in of_leaf)
+  bound = jax.lax.stop_gradient(fused['bound'])
+  x = jnp.clip((windows - windows[-1]) / movement, -bound, bound) + windows[-1] / size
+  return _REACH * of_leaf[0] * fused_residuals(fused, x)
+
+
 def _fused_stream(maps: Any, x: jax.Array, exp: Callable[[jax.Array], jax.Array]) -> jax.Array:
   h = _affine(maps['embed'], x)
   z = nn.relu(_affine(maps['squeeze'], x))
@@ -193,22 +239,26 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.dot(a, b, precision=_PRECISION)
 
 
-def rollout(fused: Any, windows: jax.Array, steps: tuple[int, ...]) -> jax.Array:
+def rollout(
+  fused: Any, windows: jax.Array, steps: tuple[int, ...], of_leaf: jax.Array | None = None
+) -> jax.Array:
   """Predicts several steps ahead by sliding the window over its own predictions.
 
   Args:
     fused: `fuse` of the parameters of one KNOWN.
     windows: `[S, N]`, oldest stage first.
     steps: the steps asked for, ascending, each at least 1.
+    of_leaf: as of `fused_steps`; the units stay those of the real window.
 
   Returns:
     The predicted weights, `[len(steps), N]`.
   """
 
   def step(windows: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-    predicted = windows[-1] + fused_residuals(fused, windows)
+    predicted = windows[-1] + fused_steps(fused, windows, of_leaf)
     return jnp.concatenate([windows[1:], predicted[None]]), predicted
 
   # A loop: many steps ahead would take long to compile one by one.
-  _, path = jax.lax.scan(step, trees.vary_alike(windows, fused), length=max(steps))
+  start = trees.vary_alike(windows, fused, of_leaf)
+  _, path = jax.lax.scan(step, start, length=max(steps))
   return path[jnp.asarray(steps) - 1]

@@ -47,7 +47,8 @@ class _Network(Predictor):
             f'theta[{kind!r}] has {path!r} of shape {result.get(path)}; expected {shape}, as '
             'load_known gives it.'
           )
-    if kinds and (network := network_of({kind: theta[kind] for kind in kinds})) != self.network:
+    network = network_of({kind: theta[kind] for kind in kinds}) if kinds else self.network
+    if not self.accepts(network):
       raise UserError(
         f'theta holds parameters of {network!r}; the predictor takes those of {self.network!r}.'
       )
@@ -58,10 +59,19 @@ class _Network(Predictor):
 
 @dataclasses.dataclass(frozen=True)
 class Known(_Network, Elementwise):
-  """The paper's network on every scalar weight, sliding over its own predictions: `known.KNOWN`."""
+  """The paper's network on every scalar weight, sliding over its own predictions: `known.KNOWN`.
+
+  With parameters for weights in units of their leaf it is `KnownScaled`.
+  """
 
   network = 'known'
   saturates = True
+
+  def accepts(self, network: str) -> bool:
+    return network in ('known', 'known_scaled')
+
+  def for_theta(self, theta: Any) -> Predictor:
+    return KnownScaled() if network_of(theta) == 'known_scaled' else Known()
 
   def stages(self, steps: int, params: Any) -> int:
     return known.history_length(params)
@@ -70,9 +80,21 @@ class Known(_Network, Elementwise):
     return known.fuse(params)
 
   def predict(
-    self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...]
+    self, history: jax.Array, params: Any, rate: float, steps: tuple[int, ...], *of_leaf: jax.Array
   ) -> jax.Array:
-    return known.rollout(params, history, steps)
+    return known.rollout(params, history, steps, *of_leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownScaled(Known):
+  """`Known` on weights in units of their leaf."""
+
+  # Its steps end at a multiple of the leaf's own, where nothing is wrong.
+  saturates = False
+  needs_moments = True
+
+  def of_leaf(self, moments: jax.Array, params: Any) -> jax.Array:
+    return known.units(moments)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from know_jax.errors import UserError, os_errors, unknown_name
 from know_jax.io import hdf5
 from know_jax.io.files import write_atomic
 from know_jax.io.sealed import read_sealed
-from know_jax.predictors import known_leaf
+from know_jax.predictors import known, known_leaf
 from know_jax.predictors.known import HISTORY_LENGTH
 
 FORMAT = 'know_jax.known/1'
@@ -143,13 +143,15 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 
 def network_of(theta: Mapping[str, Any]) -> str:
-  """Whose parameters these are: 'known', the paper's network, or 'known_leaf'.
+  """Whose parameters these are: 'known', the paper's network, 'known_scaled' or 'known_leaf'.
 
   Raises:
     UserError: kinds of leaf have parameters of different networks.
   """
   result = {
-    kind: 'known_leaf' if known_leaf.is_conditioned(params) else 'known'
+    kind: 'known_leaf'
+    if known_leaf.is_conditioned(params)
+    else ('known_scaled' if known.is_scaled(params) else 'known')
     for kind, params in theta.items()
   }
   if len(set(result.values())) != 1:
@@ -257,7 +259,9 @@ def parameter_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   if any(path.startswith('step/') for path in params):
     shape = tuple(params.get('step/bias', ()))
     return known_leaf.parameter_shapes(max(shape[0], 2) if shape else HISTORY_LENGTH)
-  return paper_shapes((*params.get('weights/embed/kernel', ()), HISTORY_LENGTH)[0])
+  shapes = paper_shapes((*params.get('weights/embed/kernel', ()), HISTORY_LENGTH)[0])
+  # In units of the leaf there is a constant beside the paper's parameters.
+  return shapes | {'bound': ()} if 'bound' in params else shapes
 
 
 def paper_shapes(history_length: int) -> dict[str, tuple[int, ...]]:

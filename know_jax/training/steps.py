@@ -19,6 +19,7 @@ import numpy as np
 
 from know_jax.data.base import Source, checked_batch
 from know_jax.models.adapters import Model
+from know_jax.system.machine import processors
 from know_jax.tasks.base import AXIS, Task
 from know_jax.training.state import Recipe, TrainState, optimizer
 
@@ -164,9 +165,11 @@ def microbatches(batch_size: int) -> tuple[int, ...]:
   such. Parts of two sizes do not stand at the same operation at the same time, so that both cores
   find work more often. Smaller parts cost more than they save, as do more of them, which take
   longer to compile; a convolution takes up to 1.4 times as long if its images are no multiple of
-  4, so that the rest is a part of its own. Where there are other devices, they have the cores.
+  4, so that the rest is a part of its own. Where there are other devices, they have the cores; on
+  one core parts are only more to compile.
   """
-  if jax.default_backend() != 'cpu' or jax.local_device_count() > 1 or batch_size < 32:
+  cpu = jax.default_backend() == 'cpu' and jax.local_device_count() == 1
+  if not cpu or processors() == 1 or batch_size < 32:
     return (batch_size,)
   large = max(16, 8 * round(batch_size / 64))
   small = 16 if batch_size < 128 else large // 2

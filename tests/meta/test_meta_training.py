@@ -78,7 +78,7 @@ def tiny_config(architecture: str = 'conditioned') -> ConfigDict:
   return config
 
 
-@pytest.fixture(scope='module', params=['conditioned', 'paper'])
+@pytest.fixture(scope='module', params=['conditioned', 'scaled', 'paper'])
 def trained(request, synthetic_runs, tmp_path_factory):
   workdir = tmp_path_factory.mktemp(request.param)
   config = tiny_config(request.param)
@@ -226,6 +226,29 @@ def test_the_paper_loss_is_the_mean_absolute_error_of_the_plain_module_and_its_p
   np.testing.assert_allclose(found, expected + known.penalty(params), rtol=1e-5)
 
 
+def test_the_scaled_loss_is_the_error_of_the_formula_over_that_of_copying_and_the_penalty():
+  params = references.random_theta()['conv'] | {'bound': np.float32(3.0)}
+  windows = sample_windows([synthetic_run(n) for n in range(2)], 50, seed=0)
+  double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  ratios = []
+  for run in range(2):
+    w = windows.weights['conv'][run].astype(np.float64)
+    g = windows.moments['conv'][windows.leaves['conv'][run]].astype(np.float64)
+    movement = np.sqrt(np.diagonal(g, axis1=1, axis2=2)[:, :-1].mean(1))[:, None]
+    newest, older = w[:, -2:-1], w[:, :-1]
+    x = np.clip((older - newest) / movement, -3, 3) + newest / np.sqrt(g[:, -1:, -1])
+    step = 2 * movement[:, 0] * references.known_residual(double, x)
+    ratios.append(np.abs(w[:, -2] + step - w[:, -1]).mean() / np.abs(w[:, -2] - w[:, -1]).mean())
+  found = meta_training.batch_loss('scaled', params, batch_of(windows, 'conv'))
+  np.testing.assert_allclose(found, np.mean(ratios) + known.penalty(params), rtol=1e-4)
+
+
+def test_the_bound_of_a_scaled_network_is_a_constant(synthetic_runs, tmp_path):
+  meta_training.run(tiny_config('scaled'), synthetic_runs, tmp_path)
+  theta = load_known(tmp_path / 'known.safetensors')
+  assert {params['bound'].item() for params in theta.values()} == {8.0}
+
+
 def test_the_conditioned_loss_is_the_error_over_that_of_copying_averaged_over_runs():
   params = references.random_conditioned_theta()['fc']
   windows = sample_windows([synthetic_run(n) for n in range(3)], 50, seed=0)
@@ -281,7 +304,7 @@ def test_least_squares_against_numpy_and_what_it_must_find():
 # --- the real loop, shrunk ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('architecture', ['conditioned', 'paper'])
+@pytest.mark.parametrize('architecture', ['conditioned', 'scaled', 'paper'])
 def test_training_learns_what_there_is_to_learn(synthetic_runs, tmp_path, architecture):
   config = tiny_config(architecture)
   config.steps, config.validate_every, config.lr = 300, 50, 5e-3
@@ -293,7 +316,7 @@ def test_training_learns_what_there_is_to_learn(synthetic_runs, tmp_path, archit
 def test_the_files_written_load_and_say_where_they_come_from(trained, synthetic_runs):
   workdir, record, config = trained
   theta, card = load_known(workdir / 'known.safetensors'), read_card(workdir / 'known.safetensors')
-  size = 9425 if config.architecture == 'paper' else 1798
+  size = {'paper': 9425, 'scaled': 9425 + 1, 'conditioned': 1798}[config.architecture]
   assert card['parameters'] == dict.fromkeys(KINDS, size)
   assert sum(x.size for x in jax.tree.leaves(theta)) == 3 * size
   assert card['training']['config']['seed'] == 0

@@ -23,7 +23,8 @@ from know_jax.fields import read_config
 from know_jax.kinds import KINDS
 from know_jax.nowcast import file_job, from_files
 from know_jax.predictors import known
-from know_jax.predictors.base import Elementwise
+from know_jax.predictors.base import WholeLeaf
+from know_jax.predictors.networks import KnownScaled
 from know_jax.predictors.registry import REGISTRY, resolve
 from know_jax.study.arms import ArmFields, arms_of
 
@@ -80,6 +81,34 @@ class Damped(know_jax.Linear):
     return jnp.stack([jnp.array([0.0, -1.0, 0.0]) * share * n for n in steps])
 
 
+@dataclasses.dataclass(frozen=True)
+class Capped(know_jax.Elementwise):
+  """The last movement once more, at most the leaf's root mean square of it."""
+
+  needs_moments = True
+
+  def stages(self, steps, params):
+    return 2
+
+  def of_leaf(self, moments, params):
+    return jnp.sqrt(jnp.diagonal(moments)[:1])
+
+  def predict(self, history, params, rate, steps, of_leaf):
+    (most,) = of_leaf
+    move = jnp.clip(history[-1] - history[-2], -most, most)
+    return jnp.stack([history[-1] + n * move for n in steps])
+
+
+class Scaled(KnownScaled):
+  """KNOWN in units of the leaf, with untrained parameters of its own."""
+
+  def default_theta(self):
+    return known.init_scaled_theta(jax.random.key(0))
+
+  def trained_range(self, kind):
+    return None
+
+
 # Name -> predictor. Whether half a leaf gives half the prediction, the predictor tells.
 ROWS: dict[str, Any] = {
   **{name: name for name in REGISTRY},
@@ -87,6 +116,8 @@ ROWS: dict[str, Any] = {
   'elementwise of a user': Median(),
   'whole leaf of a user': Centred(),
   'moments of a user': Damped(),
+  'elementwise with moments of a user': Capped(),
+  'known in units of the leaf': Scaled(),
   'without history of a user': know_jax.history_free(Median()),
 }
 EVERY = pytest.mark.parametrize('row', ROWS)
@@ -168,7 +199,7 @@ def test_half_a_leaf_gives_half_the_prediction(row, seed, cut):
     know_jax.predict(h, 2, predictor=ROWS[row], on_bad='ignore')['a']['kernel']
     for h in (history, half)
   )
-  if isinstance(predictor, Elementwise) or not getattr(predictor, 'needs_moments', True):
+  if not (predictor.needs_moments or isinstance(predictor, WholeLeaf)):
     np.testing.assert_allclose(whole[:cut], part, rtol=1e-6, atol=1e-7)
 
 

@@ -33,6 +33,7 @@ from know_jax.predictors.known import KNOWN
 
 EVERY = pytest.mark.parametrize('name', PREDICTORS)
 THETA = references.random_theta()
+SCALED = {kind: {**params, 'bound': np.float32(2.0)} for kind, params in THETA.items()}
 CONDITIONED = references.random_conditioned_theta()
 OF_THE_WHOLE_LEAF = ('tsv', 'known_leaf')
 COORDINATE_WISE = [name for name in PREDICTORS if name not in OF_THE_WHOLE_LEAF]
@@ -531,13 +532,65 @@ def test_blocks_give_what_the_plain_module_gives(small_blocks):
   assert_close(jax.jit(lambda h: know_jax.predict(h, 2, theta=THETA))(history), expected)
 
 
+def scaled_known(history, steps):
+  """KNOWN in units of the leaf by the formula in float64."""
+  kinds = kinds_.leaf_kinds(history[-1])
+  stages = [trees.named_leaves(stage) for stage in history]
+  found = []
+  for path in stages[-1]:
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), SCALED[kinds[path]])
+    leaf = np.stack([stage[path] for stage in stages]).astype(np.float64)
+    found.append(references.known_scaled(leaf, steps, params=params).astype(np.float32))
+  return jax.tree.unflatten(jax.tree.structure(history[-1]), found)
+
+
+def test_blocks_in_units_of_their_leaves_give_what_the_formula_gives(small_blocks):
+  history = make_history(shapes=BLOCKS)
+  # Each leaf has a unit of its own.
+  for stage in history:
+    for i, layer in enumerate(stage.values()):
+      layer.update({name: leaf * np.float32(1 + i) for name, leaf in layer.items()})
+  expected = scaled_known(history, 2)
+  assert_close(know_jax.predict(history, 2, theta=SCALED), expected, atol=1e-5)
+  assert chunks._row_program()._cache_size() == 1
+  found = jax.jit(lambda h: know_jax.predict(h, 2, theta=SCALED))(history)
+  assert_close(found, expected, atol=1e-5)
+  stacked = know_jax.predict(Trajectory.from_sequence(history), 2, theta=SCALED)
+  assert_close(stacked, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_shards_in_units_of_their_leaves_give_what_the_formula_gives(form):
+  history, shardings = sharded_history(*FORMS[form])
+  found = know_jax.predict(history, theta=SCALED)
+  assert_close(found, scaled_known(make_history(), 1), atol=1e-5)
+  assert_sharded(found, shardings)
+
+
+def test_in_units_of_their_leaves_under_vmap_and_grad(small_blocks):
+  histories = [make_history(shapes=SPILLING, seed=seed) for seed in range(2)]
+  batch = jax.tree.map(lambda *leaves: np.stack(leaves), *histories)
+  found = jax.vmap(lambda h: know_jax.predict(h, theta=SCALED))(batch)
+  for i, history in enumerate(histories):
+    assert_close(jax.tree.map(operator.itemgetter(i), found), scaled_known(history, 1), atol=1e-5)
+
+  def loss(newest):
+    stages = [*histories[0][:-1], {'a': {'kernel': newest}}]
+    return know_jax.predict(stages, theta=SCALED)['a']['kernel'].sum()
+
+  with jax.enable_x64(True):
+    histories = [jax.tree.map(lambda leaf: leaf.astype(np.float64), histories[0])]
+    newest = jnp.asarray(histories[0][-1]['a']['kernel'])
+    jax.test_util.check_grads(loss, (newest,), 1, modes=['rev'], eps=1e-6)
+
+
 @pytest.mark.parametrize('name', ['known', 'magmax'])
 def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, name):
   """So that a first call does not take the memory of both at a time."""
   rows, given_back, sizes = [], [], []
   monkeypatch.setattr(chunks, '_compiled', set())
-  new_row, program = chunks._new_row, chunks._row_program()
-  monkeypatch.setattr(chunks, '_new_row', lambda *a: rows.append(None) or new_row(*a))
+  new_rows, program = chunks._new_rows, chunks._row_program()
+  monkeypatch.setattr(chunks, '_new_rows', lambda *a: rows.append(None) or new_rows(*a))
   monkeypatch.setattr(chunks, 'processors', lambda: 3)
   monkeypatch.setattr(chunks, 'give_back_memory', lambda: given_back.append(len(rows)))
   in_threads = chunks._in_threads

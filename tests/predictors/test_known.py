@@ -1,5 +1,6 @@
 """KNOWN against the authors' Keras outputs, and against a NumPy float64 copy of the formula."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import scipy.stats
 
 import know_jax
 from know_jax import kinds, trees
-from know_jax.predictors import known
+from know_jax.predictors import known, parameters
 from know_jax.predictors.known import KNOWN
 
 KERAS_NAMES = {'conv': 'Conv', 'fc': 'FC', 'bias': 'Bias'}
@@ -122,6 +123,97 @@ def test_rollout_slides_the_window_over_its_own_predictions(theta):
   params = in_float64(theta['bias'])
   expected = [references.known(histories.astype(float), n, params=params) for n in (1, 3, 4)]
   np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=3e-6)
+
+
+# --- in units of the leaf -------------------------------------------------------------------------
+
+
+def scaled(theta, bound=1.5):
+  """Parameters in units of the leaf; a low bound, so that it cuts some weights off."""
+  return {kind: {**params, 'bound': np.float32(bound)} for kind, params in theta.items()}
+
+
+LEAVES = {'conv': (3, 3, 2, 8), 'fc': (16, 4), 'bias': (24,)}
+PATHS = {'conv': ('stem', 'kernel'), 'fc': ('head', 'kernel'), 'bias': ('head', 'bias')}
+
+
+def moving(seed=0):
+  """Kind -> `[5, ...]`, every leaf with a scale of its own."""
+  rng = np.random.default_rng(seed)
+  result = {}
+  for (kind, shape), scale in zip(LEAVES.items(), (3e-3, 0.2, 40.0), strict=True):
+    moves = scale * 0.1 * rng.normal(size=(5, *shape))
+    result[kind] = (scale * rng.normal(size=shape) + moves.cumsum(axis=0)).astype(np.float32)
+  return result
+
+
+def nested(leaves):
+  result = {}
+  for kind, leaf in leaves.items():
+    layer, name = PATHS[kind]
+    result.setdefault(layer, {})[name] = leaf
+  return result
+
+
+def predict_scaled(leaves, theta, steps=1, **options):
+  stages = [nested({kind: leaf[t] for kind, leaf in leaves.items()}) for t in range(5)]
+  found = know_jax.predict(stages, steps, theta=theta, **options)
+  return {kind: np.asarray(found[layer][name]) for kind, (layer, name) in PATHS.items()}
+
+
+@pytest.mark.parametrize('steps', [1, 3])
+def test_in_units_of_the_leaf_it_is_the_formula_in_float64(theta, steps):
+  leaves = moving()
+  found = predict_scaled(leaves, scaled(theta), steps)
+  for kind, leaf in leaves.items():
+    params, history = in_float64(scaled(theta)[kind]), leaf.astype(np.float64)
+    expected = references.known_scaled(history, steps, params=params)
+    assert np.abs(expected - history[-1]).max() > 0.1 * history.std()
+    np.testing.assert_allclose(found[kind], expected, rtol=0, atol=1e-5 * history.std())
+    # The bound makes a difference.
+    far = references.known_scaled(history, steps, params={**params, 'bound': 100.0})
+    assert np.abs(far - expected).max() > 1e-2 * history.std()
+
+
+@pytest.mark.parametrize('factor', [2.0**-20, 2.0**12])
+def test_in_units_of_the_leaf_scaling_the_weights_scales_the_prediction(theta, factor):
+  leaves = moving()
+  found = predict_scaled({kind: factor * leaf for kind, leaf in leaves.items()}, scaled(theta))
+  for kind, leaf in predict_scaled(leaves, scaled(theta)).items():
+    np.testing.assert_allclose(found[kind], factor * leaf, rtol=1e-6)
+
+
+def test_in_units_of_the_leaf_what_never_moved_stays(theta):
+  leaves = moving()
+  leaves['fc'][:] = leaves['fc'][0]
+  leaves['bias'][:] = 0.0
+  found = predict_scaled(leaves, scaled(theta), 2)
+  assert found['fc'].tobytes() == leaves['fc'][-1].tobytes()
+  assert not found['bias'].any()
+  # Nor does anything without its history.
+  free = predict_scaled(leaves, scaled(theta), 2, predictor='known_history_free')
+  assert all(free[kind].tobytes() == leaf[-1].tobytes() for kind, leaf in leaves.items())
+
+
+def test_in_units_of_the_leaf_gradients_are_finite_where_nothing_moved(theta):
+  leaves = {kind: jnp.zeros((5, *shape)) for kind, shape in LEAVES.items()}
+
+  @jax.jit
+  def total(leaves):
+    stages = [nested({kind: leaf[t] for kind, leaf in leaves.items()}) for t in range(5)]
+    return sum(x.sum() for x in jax.tree.leaves(know_jax.predict(stages, theta=scaled(theta))))
+
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(total)(leaves)))
+
+
+def test_in_units_of_the_leaf_parameters_are_saved_and_read(theta, tmp_path):
+  path = tmp_path / 'known.safetensors'
+  parameters.save_known(path, scaled(theta), {})
+  found = know_jax.load_known(path)
+  chex.assert_trees_all_equal(found, scaled(theta))
+  assert all(known.is_scaled(params) for params in found.values())
+  fresh = known.init_scaled_theta(jax.random.key(0))
+  assert {trees.num_weights(params) for params in fresh.values()} == {9425 + 1}
 
 
 # Of the two initialisers each is Keras' formula for the bound of a uniform distribution.
