@@ -68,10 +68,10 @@ class Known(_Network, Elementwise):
   saturates = True
 
   def accepts(self, network: str) -> bool:
-    return network in ('known', 'known_scaled')
+    return network in _ELEMENTWISE
 
   def for_theta(self, theta: Any) -> Predictor:
-    return KnownScaled() if network_of(theta) == 'known_scaled' else Known()
+    return _ELEMENTWISE[network_of(theta)]()
 
   def stages(self, steps: int, params: Any) -> int:
     return known.history_length(params)
@@ -95,6 +95,9 @@ class KnownScaled(Known):
 
   def of_leaf(self, moments: jax.Array, params: Any) -> jax.Array:
     return known.units(moments)
+
+
+_ELEMENTWISE = {'known': Known, 'known_scaled': KnownScaled}
 
 
 @dataclasses.dataclass(frozen=True)
