@@ -308,6 +308,9 @@ def _columns(
         trees.check_containers(stages[-1], stage, names=names)
     for path, column in columns.items():
       leaf, struct = result[path], structs[path]
+      if _is_plain(leaf) and leaf.shape == struct.shape and leaf.dtype == struct.dtype:
+        column.append(leaf)  # The rest takes as long as many a small leaf.
+        continue
       if not trees.is_array(leaf) or (tuple(leaf.shape), trees.dtype_of(leaf)) != (
         struct.shape,
         struct.dtype,
@@ -317,6 +320,11 @@ def _columns(
         )
       column.append(_usable(leaf))
   return {path: tuple(column) for path, column in columns.items()}
+
+
+def _is_plain(array: Any) -> bool:
+  """Whether it is an array of NumPy alone, in this machine's order of bytes."""
+  return type(array) is np.ndarray and array.dtype.isnative
 
 
 def _usable(array: Any) -> Any:
@@ -410,7 +418,9 @@ def _surely_finite(leaves: list[Any]) -> bool:
   """Whether all leaves lie on this host and are finite: one reading of them, by all processors."""
   parts = []
   for leaf in leaves:
-    arrays = [_on_host(array) for array in jax.tree.leaves(leaf)]
+    arrays = leaf
+    if not (isinstance(leaf, tuple) and all(map(_is_plain, leaf))):
+      arrays = [_on_host(array) for array in jax.tree.leaves(leaf)]
     if not all(isinstance(array, np.ndarray) for array in arrays):
       return False
     flat = [array.reshape(-1) for array in arrays]
