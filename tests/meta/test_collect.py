@@ -132,6 +132,22 @@ def test_a_run_is_kept_as_the_forgetting_run_made_it(collected, tmp_path):
   }
 
 
+def test_what_accuracy_is_measured_on_moves_no_weight(collected, tmp_path):
+  config = tiny_config()
+  config.runs, config.test_split = 1, 'train'
+  collect.run(config, tmp_path)
+  (run,) = collect.read_runs(tmp_path)
+  expected = next(collect.read_runs(collected[0]))
+  assert (run.about['config']['test_split'], expected.about['config']['test_split']) == (
+    'train',
+    'test',
+  )
+  for path, leaf in expected.weights.items():
+    np.testing.assert_array_equal(run.weights[path], leaf, err_msg=path)
+  accuracies = [[stage['test_accuracy'] for stage in r.about['stages']] for r in (run, expected)]
+  assert accuracies[0] != accuracies[1]
+
+
 @pytest.mark.parametrize(
   ('losses', 'flat'), [((2.0, 0.6, 0.5), True), ((2.0, 0.7, 0.5), False), ((1.0, 0.4, 0.5), True)]
 )

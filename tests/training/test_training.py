@@ -149,13 +149,18 @@ def test_the_parts_of_a_batch(monkeypatch, batch_size, parts):
   whole = (batch_size,)
   assert steps.microbatches(batch_size) == whole  # Eight devices have the processors.
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(steps, 'processors', lambda: 2)
   assert steps.microbatches(batch_size) == parts
+  monkeypatch.setattr(steps, 'processors', lambda: 1)
+  assert steps.microbatches(batch_size) == whole
+  monkeypatch.setattr(steps, 'processors', lambda: 2)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   assert steps.microbatches(batch_size) == whole
 
 
 def test_the_parts_of_any_batch_are_all_of_it_and_not_many(monkeypatch):
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(steps, 'processors', lambda: 2)
   for batch_size in range(1, 2000):
     *parts, last = steps.microbatches(batch_size)
     assert sum(parts) + last == batch_size
