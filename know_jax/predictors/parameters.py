@@ -295,6 +295,8 @@ def _check_theta(tensors: Mapping[str, np.ndarray], where: str) -> None:
       )
     if not np.isfinite(leaf).all():
       raise UserError(f'{where}: tensor {name!r} holds NaN or infinity.')
+    if name.endswith('/bound') and not leaf > 0:
+      raise UserError(f'{where}: tensor {name!r} is {leaf}; expected a positive number of units.')
 
 
 def _nest(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import references
 import scipy.stats
 
 import know_jax
-from know_jax import kinds, trees
+from know_jax import UserError, kinds, trees
 from know_jax.predictors import known, parameters
 from know_jax.predictors.known import KNOWN
 
@@ -214,6 +214,18 @@ def test_in_units_of_the_leaf_parameters_are_saved_and_read(theta, tmp_path):
   assert all(known.is_scaled(params) for params in found.values())
   fresh = known.init_scaled_theta(jax.random.key(0))
   assert {trees.num_weights(params) for params in fresh.values()} == {9425 + 1}
+
+
+@pytest.mark.parametrize('bound', [0.0, -1.0])
+def test_a_bound_that_is_none_is_refused(theta, tmp_path, bound):
+  with pytest.raises(UserError, match=f"'conv/bound' is {bound}; expected a positive"):
+    parameters.save_known(tmp_path / 'known.safetensors', scaled(theta, bound), {})
+
+
+def test_kinds_of_which_some_are_in_units_of_their_leaf_are_refused(theta):
+  mixed = {**theta, 'fc': scaled(theta)['fc']}
+  with pytest.raises(UserError, match=r"different networks: .*'fc': 'known_scaled'"):
+    predict_scaled(moving(), mixed)
 
 
 # Of the two initialisers each is Keras' formula for the bound of a uniform distribution.
