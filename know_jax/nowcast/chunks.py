@@ -19,7 +19,7 @@ import numpy as np
 
 from know_jax.nowcast import health as health_
 from know_jax.nowcast import linear
-from know_jax.nowcast.compiled import leaf_coefficients, leaf_facts, predict_blocks
+from know_jax.nowcast.compiled import leaf_coefficients, predict_blocks, tell_leaves
 from know_jax.nowcast.compiled import predict_leaves as predict_whole
 from know_jax.nowcast.job import Job
 from know_jax.nowcast.linear import Parts, Seen
@@ -136,7 +136,8 @@ def predict(
       seen = (_whole(i, piece, theta, job, steps) for i, piece in enumerate(group))
     elif isinstance(job.predictor, Elementwise):
       parts = list(_rows(sizes, threads))
-      seen = _elementwise(group, params, count, width, job, steps, parts, threads, given)
+      told = None if given is None else given[0].astype(width, copy=False)
+      seen = _elementwise(group, params, count, width, job, steps, parts, threads, told)
     else:
       rows, far = given or (np.asarray(job.coefficients(params, count, steps), np.float64), 0.0)
       facts.outside[members] = far
@@ -186,7 +187,7 @@ def from_moments(
     filled = np.zeros((_LEAVES, count, count), width)
     filled[: len(part)] = part
     if isinstance(job.predictor, Elementwise):
-      result.append([np.asarray(leaf_facts(job.predictor, params, filled))[: len(part)]])
+      result.append([np.asarray(tell_leaves(job.predictor, params, filled))[: len(part)]])
       continue
     rows, outside = leaf_coefficients(job.predictor, params, filled, job.rate, steps)
     result.append([np.asarray(rows, np.float64)[: len(part)], np.asarray(outside)[: len(part)]])
@@ -220,11 +221,10 @@ def _elementwise(
   steps: tuple[int, ...],
   parts: Sequence[Parts],
   threads: int,
-  given: tuple[np.ndarray, ...] | None,
+  told: np.ndarray | None,
 ) -> Iterator[list[Seen]]:
-  """Predicts pieces of one kind in rows, by several threads."""
-  told = None if given is None else given[0].astype(width, copy=False)
-  facts_count = None if told is None else told.shape[1]
+  """Predicts pieces of one kind in rows, by several threads; they are told `[pieces, F]`."""
+  count_told = None if told is None else told.shape[1]
   saturates = job.predictor.saturates and job.is_watched
   # Residuals are the changes from step to step.
   taken = tuple(range(1, max(steps) + 1)) if saturates else steps
@@ -271,11 +271,11 @@ def _elementwise(
     return [(indices, facts)]
 
   if parts:
-    _compile_row(count, facts_count, width, params, job, taken)
+    _compile_row(count, count_told, width, params, job, taken)
   # Taken once and not by every row: threads keep most of the memory that they once had.
   spare: queue.SimpleQueue[tuple[np.ndarray, np.ndarray | None]] = queue.SimpleQueue()
   for _ in range(min(threads, len(parts))):
-    spare.put(_new_rows(count, facts_count, width))
+    spare.put(_new_rows(count, count_told, width))
 
   def in_spare_row(of_row: Parts) -> list[Seen]:
     rows = spare.get()
@@ -313,7 +313,7 @@ def _residuals(newest: np.ndarray, predicted: np.ndarray, starts: np.ndarray) ->
   return np.maximum.accumulate(np.stack(result, -1), axis=1)
 
 
-def _new_rows(count: int, facts: int | None, dtype: Any) -> tuple[np.ndarray, np.ndarray | None]:
+def _new_rows(count: int, told: int | None, dtype: Any) -> tuple[np.ndarray, np.ndarray | None]:
   """Room for so many stages of a row of weights, and for what the weights are told."""
 
   def row(length: int) -> np.ndarray:
@@ -321,7 +321,7 @@ def _new_rows(count: int, facts: int | None, dtype: Any) -> tuple[np.ndarray, np
     result.fill(0)
     return result
 
-  return row(count), None if facts is None else row(facts)
+  return row(count), None if told is None else row(told)
 
 
 _compiled: set[tuple[Any, ...]] = set()
@@ -329,7 +329,7 @@ _compiled: set[tuple[Any, ...]] = set()
 
 
 def _compile_row(
-  count: int, facts: int | None, dtype: Any, params: Any, job: Job, steps: tuple[int, ...]
+  count: int, told: int | None, dtype: Any, params: Any, job: Job, steps: tuple[int, ...]
 ) -> None:
   """Compiles `_row_program`, where it is not, before threads take rows.
 
@@ -337,10 +337,10 @@ def _compile_row(
   freed.
   """
   static = (job.predictor, steps, job.rate)
-  program = (ROW, count, facts, np.dtype(dtype), jax.tree.structure(params), *static)
+  program = (ROW, count, told, np.dtype(dtype), jax.tree.structure(params), *static)
   if program in _compiled:
     return
-  row, of_leaf = _new_rows(count, facts, dtype)
+  row, of_leaf = _new_rows(count, told, dtype)
   jax.block_until_ready(_row_program()(*static, row, np.int32(0), params, of_leaf))
   give_back_memory()
   _compiled.add(program)

@@ -135,7 +135,7 @@ def leaf_coefficients(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def leaf_facts(predictor: Elementwise, params: Any, moments: jax.Array) -> jax.Array:
+def tell_leaves(predictor: Elementwise, params: Any, moments: jax.Array) -> jax.Array:
   """What the weights of many leaves are told of them: moments `[L, S, S]` -> `[L, F]`."""
   return jax.vmap(lambda g: jnp.asarray(predictor.of_leaf(g, params)))(moments)
 
@@ -231,8 +231,8 @@ def _elementwise(
     of_leaf: dict[int, Any] = dict.fromkeys(members)
     if job.predictor.needs_moments:
       moments = [_moments(windows[i], job.shardings[i]) for i in members]
-      facts = leaf_facts(job.predictor, params, jnp.stack(moments))
-      of_leaf = {i: row[:, None] for i, row in zip(members, facts, strict=True)}
+      told = tell_leaves(job.predictor, params, jnp.stack(moments))
+      of_leaf = {i: row[:, None] for i, row in zip(members, told, strict=True)}
     small = []
     for i, window in windows.items():
       if kind in ranges:
@@ -245,8 +245,8 @@ def _elementwise(
       else:
         result[i], residuals[i] = run(params, window, steps, of_leaf=of_leaf[i])
     for batch in grouped([(i, math.prod(windows[i][0].shape)) for i in small], BATCH):
-      flat, facts = [windows[i] for i in batch], [of_leaf[i] for i in batch]
-      joined = _batch(run, params, flat, steps, job.predictor.saturates, facts)
+      flat, told = [windows[i] for i in batch], [of_leaf[i] for i in batch]
+      joined = _batch(run, params, flat, steps, job.predictor.saturates, told)
       for i, parts in zip(batch, joined, strict=True):
         result[i], residuals[i] = parts
   return result, residuals, outside

@@ -309,7 +309,7 @@ def _columns(
     for path, column in columns.items():
       leaf, struct = result[path], structs[path]
       if _is_plain(leaf) and leaf.shape == struct.shape and leaf.dtype == struct.dtype:
-        column.append(leaf)  # The rest takes as long as many a small leaf.
+        column.append(leaf)  # Of a small leaf, the rest would take most of the time.
         continue
       if not trees.is_array(leaf) or (tuple(leaf.shape), trees.dtype_of(leaf)) != (
         struct.shape,

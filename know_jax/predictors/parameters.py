@@ -148,12 +148,12 @@ def network_of(theta: Mapping[str, Any]) -> str:
   Raises:
     UserError: kinds of leaf have parameters of different networks.
   """
-  result = {
-    kind: 'known_leaf'
-    if known_leaf.is_conditioned(params)
-    else ('known_scaled' if known.is_scaled(params) else 'known')
-    for kind, params in theta.items()
-  }
+  result = dict.fromkeys(theta, 'known')
+  for kind, params in theta.items():
+    if known_leaf.is_conditioned(params):
+      result[kind] = 'known_leaf'
+    elif known.is_scaled(params):
+      result[kind] = 'known_scaled'
   if len(set(result.values())) != 1:
     raise UserError(f'theta has parameters of different networks: {result}; expected one for all.')
   return next(iter(result.values()))
