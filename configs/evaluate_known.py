@@ -19,5 +19,6 @@ HERE = Path(__file__).parent
 def get_config() -> ConfigDict:
   config = evaluation.default_config()
   config.known_leaf = runpy.run_path(str(HERE / 'meta_train.py'))['get_config']()
-  config.known = runpy.run_path(str(HERE / 'meta_train_paper.py'))['get_config']()
+  config.known = runpy.run_path(str(HERE / 'meta_train_scaled.py'))['get_config']()
+  config.known_raw = runpy.run_path(str(HERE / 'meta_train_paper.py'))['get_config']()
   return config

@@ -50,8 +50,12 @@ from know_jax.training.batch_norm import BATCH_NORM_POLICIES, has_batch_norm, se
 from know_jax.training.steps import Data
 
 KIND = 'evaluate_known'
+RECIPES = ('known_leaf', 'known', 'known_raw')
+"""Fields of `Config` that say how to train what is shipped, and the paper's KNOWN beside it."""
+
 TRAINED = (
-  'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'least_squares'
+  'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'known_raw',
+  'least_squares',
 )  # fmt: skip
 """Arms that are fitted on the meta-dataset, anew for every split."""
 
@@ -63,9 +67,10 @@ RECALIBRATION = {'num_batches': 10, 'batch_size': 128}
 class Config:
   """Every config field of the benchmark."""
 
-  # The two recipes; their seed and shares must agree, as they decide the test runs.
+  # The recipes; their seed and shares must agree, as they decide the test runs.
   known_leaf: meta_training.Config = meta_training.Config()  # noqa: RUF009  (it is frozen)
-  known: meta_training.Config = meta_training.Config(architecture='paper')  # noqa: RUF009
+  known: meta_training.Config = meta_training.Config(architecture='scaled')  # noqa: RUF009
+  known_raw: meta_training.Config = meta_training.Config(architecture='paper')  # noqa: RUF009
   # Beside the trained ones; each with its default options.
   predictors: tuple[str, ...] = ('task_vector', 'linear_fit', 'log_fit', 'average', 'shrink')
   splits: tuple[str, ...] = tuple(SPLITS)
@@ -78,19 +83,21 @@ class Config:
   resamples: int = 10000
 
   def __post_init__(self) -> None:
-    for name, recipe in (('known_leaf', self.known_leaf), ('known', self.known)):
+    recipes = {name: getattr(self, name) for name in RECIPES}
+    for name, recipe in recipes.items():
       if recipe.leave_out:
         raise UserError(
           f"{name}.leave_out is {recipe.leave_out!r}; expected '': the splits say what is left out."
         )
-    if self.known.architecture != 'paper':
-      raise UserError(f"known.architecture is {self.known.architecture!r}; expected 'paper'.")
+    for name, architectures in (('known', ('paper', 'scaled')), ('known_raw', ('paper',))):
+      if (architecture := recipes[name].architecture) not in architectures:
+        expected = ' or '.join(map(repr, architectures))
+        raise UserError(f'{name}.architecture is {architecture!r}; expected {expected}.')
     for name in ('seed', 'validation_share', 'test_share'):
-      values = [getattr(recipe, name) for recipe in (self.known_leaf, self.known)]
-      if values[0] != values[1]:
+      values = {recipe: getattr(config, name) for recipe, config in recipes.items()}
+      if len(set(values.values())) > 1:
         raise UserError(
-          f'known_leaf.{name} is {values[0]} and known.{name} {values[1]}; expected the same, as '
-          'it decides the test runs.'
+          f'{name} of the recipes is {values}; expected the same, as it decides the test runs.'
         )
     for name in self.predictors:
       resolve(name)
@@ -148,7 +155,7 @@ def run(
       too small, or the workdir belongs to another config.
   """
   config = read_config(Config, config)
-  for recipe in (config.known_leaf, config.known):
+  for recipe in (getattr(config, name) for name in RECIPES):
     loop.check_batch_size(recipe.batch_size, recipe.batch_size, 'a batch')
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
   official_theta = None if official is None else load_known(official)
@@ -193,7 +200,7 @@ def run(
   write_atomic(workdir / 'report.md', text.encode())
   cards = {
     recipe: read_card(workdir / 'training' / recipe / 'all' / 'known.safetensors')
-    for recipe in ('known_leaf', 'known')
+    for recipe in RECIPES
     if 'run' in config.splits
   }
   if cards:
@@ -225,9 +232,9 @@ def split_groups(config: Config, abouts: Mapping[int, Mapping[str, Any]]) -> lis
 def trained_arms(config: Config, data: Path, folder: Path, left_out: str) -> list[Arm]:
   """The arms fitted without a family or data set; trains what is not trained yet."""
   thetas = {}
-  for name, recipe in (('known_leaf', config.known_leaf), ('known', config.known)):
+  for name in RECIPES:
     path = folder / name / (left_out or 'all')
-    meta_training.run(_without(recipe, left_out), data, path)
+    meta_training.run(_without(getattr(config, name), left_out), data, path)
     thetas[name] = load_known(path / 'known.safetensors')
   fitted = read_sealed(folder / 'known_leaf' / (left_out or 'all') / 'least_squares.json', 'fit')
   return [
@@ -235,6 +242,7 @@ def trained_arms(config: Config, data: Path, folder: Path, left_out: str) -> lis
     Arm('known_leaf_history_free', 'known_leaf_history_free', {'theta': thetas['known_leaf']}),
     Arm('known', 'known', {'theta': thetas['known']}),
     Arm('known_history_free', 'known_history_free', {'theta': thetas['known']}),
+    Arm('known_raw', 'known', {'theta': thetas['known_raw']}),
     Arm('least_squares', 'least_squares', {'coefficients': fitted['coefficients']}),
   ]
 

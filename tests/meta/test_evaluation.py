@@ -27,7 +27,7 @@ ARMS = [
 
 def tiny_config() -> ConfigDict:
   config = evaluation.default_config()
-  for name in ('known_leaf', 'known'):
+  for name in evaluation.RECIPES:
     config[name].weights_per_run = 64
     config[name].batch_size = 64
     config[name].steps = 4
@@ -89,8 +89,8 @@ def test_every_split_reports_the_same_runs_and_never_trained_on_them(
       assert not (run.number in seen and left_out in meta_training.group_names(run.about))
   arms = {row['arm'] for row in rows}
   assert arms == {
-    'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'least_squares',
-    'task_vector', 'shrink', 'known_official',
+    'known_leaf', 'known_leaf_history_free', 'known', 'known_history_free', 'known_raw',
+    'least_squares', 'task_vector', 'shrink', 'known_official',
   }  # fmt: skip
   # The table is of the rows.
   values = [
@@ -174,12 +174,13 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
     ({'predictors': ('task_vektor',)}, "Did you mean 'task_vector'"),
     ({'splits': ('families',)}, "Did you mean 'family'"),
     ({'known.leave_out': 'cnn'}, 'known.leave_out'),
-    ({'known.architecture': 'conditioned'}, 'known.architecture'),
-    ({'known.seed': 3}, 'known_leaf.seed is 0 and known.seed 3'),
+    ({'known.architecture': 'conditioned'}, "known.architecture is 'conditioned'"),
+    ({'known_raw.architecture': 'scaled'}, "known_raw.architecture is 'scaled'"),
+    ({'known.seed': 3}, "seed of the recipes is {'known_leaf': 0, 'known': 3, 'known_raw': 0}"),
     ({'resamples': 0}, 'resamples is 0'),
     ({'predictors': ('known_leaf',)}, "the arm 'known_leaf' is there 2 times"),
     ({'known.test_share': 0.9}, 'validation_share and test_share are 0.34 and 0.9'),
-    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known' or 'known_leaf'"),
+    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known'"),
     ({'batch_norm': ('rest',)}, "Did you mean 'reset'"),
   ],
 )
