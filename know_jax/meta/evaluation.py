@@ -332,6 +332,7 @@ def score_all(
       key = str(run.number)
       done = journal.get(key) or journal.add(key, rows=score_networks(run, arms, policies))
       result += done['rows']
+      jax.clear_caches()  # As in `collect`: each run has another network.
       bar.update(1)
   return result
 
