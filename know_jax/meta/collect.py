@@ -261,8 +261,8 @@ def _make(config: Config, output: Path, number: int) -> None:
   else:
     _pack(path, about, workdir, record)
   shutil.rmtree(workdir)
-  # The next run's network is another. Programs of the last ones would stay, some 1,500 memory maps a
-  # run, until Linux gives no more (65,530 a process) and compiling ends with a segmentation fault.
+  # The next run's network is another. Programs of the last ones would stay, some 1,500 memory maps
+  # a run, until Linux gives no more (65,530 a process) and the compiler dies of it.
   jax.clear_caches()
 
 

@@ -34,13 +34,7 @@ from know_jax.io.sealed import write_sealed
 from know_jax.jsonable import digest
 from know_jax.kinds import KINDS
 from know_jax.meta import mat
-from know_jax.meta.windows import (
-  Windows,
-  fit_least_squares,
-  range_of,
-  sample_windows,
-  split_runs,
-)
+from know_jax.meta.windows import Windows, fit_least_squares, sample_windows, split_runs
 from know_jax.predictors import known, known_leaf
 from know_jax.predictors.parameters import save_known
 from know_jax.report.plots import plot_learning_curves
@@ -229,8 +223,6 @@ def run(
     'validation_error': {kind: float(best[kind]['ratio']) for kind in KINDS},
     'step': {kind: int(best[kind]['step']) for kind in KINDS},
   }
-  if config.architecture == 'paper':  # It sees raw weights: which were ordinary ones?
-    card['range'] = range_of(train)
   thetas = {kind: best[kind]['theta'] for kind in KINDS}
   save_known(workdir / 'known.safetensors', thetas, card)
   write_sealed(workdir / 'least_squares.json', {'coefficients': coefficients})

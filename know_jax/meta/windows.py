@@ -169,12 +169,3 @@ def fit_least_squares(windows: Windows) -> dict[str, list[float]]:
       normal, right = normal + scale * (v @ v.T), right + scale * (v @ move)
     result[kind] = np.linalg.lstsq(normal, right, rcond=None)[0].tolist()
   return result
-
-
-def range_of(windows: Windows) -> dict[str, dict[str, float]]:
-  """By kind, the largest weight, and difference between stages, of what was trained on."""
-  result = {}
-  for kind, weights in windows.weights.items():
-    largest = {'weight': weights, 'difference': np.diff(weights, axis=-1)}
-    result[kind] = {name: float(np.abs(values).max()) for name, values in largest.items()}
-  return result

@@ -229,7 +229,6 @@ def _elementwise(
   # Residuals are the changes from step to step.
   taken = tuple(range(1, max(steps) + 1)) if saturates else steps
   asked = [taken.index(n) for n in steps]
-  limits = dict(job.ranges).get(group[0].leaf.kind) if job.is_watched else None
   program = functools.partial(_row_program(), job.predictor, taken, job.rate)
 
   def run_row(row: np.ndarray, of_leaf: np.ndarray | None, of_row: Parts) -> list[Seen]:
@@ -262,12 +261,6 @@ def _elementwise(
           facts.movement[:, step] = largest_by(stored - newest, starts)
       if saturates:
         facts.residual = _residuals(newest, predicted, starts)[:, asked]
-      if limits is not None:
-        weights = [largest_by(stage, starts) for stage in values]
-        moves = [largest_by(b - a, starts) for a, b in itertools.pairwise(values)]
-        facts.outside = np.max(
-          [w / limits[0] for w in weights] + [m / limits[1] for m in moves], axis=0
-        )
     return [(indices, facts)]
 
   if parts:

@@ -4,7 +4,6 @@ Weights stay on their devices: what is summed over devices are the moments of a 
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -221,8 +220,6 @@ def _elementwise(
   """Sharded leaves shard by shard, large ones in place, small ones together."""
   result: list[Any] = [None] * len(leaves)
   residuals: list[Any] = [jnp.zeros(len(steps))] * len(leaves)
-  outside: list[Any] = [jnp.zeros(())] * len(leaves)
-  ranges = dict(job.ranges)
   for kind in dict.fromkeys(info.kind for info in job.leaves):
     members = [i for i, info in enumerate(job.leaves) if info.kind == kind]
     params, count = job.window(kind, theta, _length(leaves[0]), steps)
@@ -235,8 +232,6 @@ def _elementwise(
       of_leaf = {i: row[:, None] for i, row in zip(members, told, strict=True)}
     small = []
     for i, window in windows.items():
-      if kind in ranges:
-        outside[i] = _outside(window, ranges[kind])
       sharding = job.shardings[i]
       if sharding is not None:
         result[i], residuals[i] = _sharded(run, params, window, steps, sharding, of_leaf[i])
@@ -249,15 +244,7 @@ def _elementwise(
       joined = _batch(run, params, flat, steps, job.predictor.saturates, told)
       for i, parts in zip(batch, joined, strict=True):
         result[i], residuals[i] = parts
-  return result, residuals, outside
-
-
-def _outside(window: Any, limits: tuple[float, float]) -> jax.Array:
-  """How many times the largest weight or difference of a window is what the parameters saw."""
-  stages = _in_float32(jax.lax.stop_gradient(window))
-  weights = [jnp.abs(stage).max(initial=0.0) / limits[0] for stage in stages]
-  moves = [jnp.abs(b - a).max(initial=0.0) / limits[1] for a, b in itertools.pairwise(stages)]
-  return functools.reduce(jnp.maximum, weights + moves)
+  return result, residuals, [jnp.zeros(())] * len(leaves)
 
 
 def predict_blocks(

@@ -140,7 +140,7 @@ def _open_run(
   history: list[dict[str, Any]],
 ) -> _Run:
   kinds = {kind for kind in job.kinds.values() if kind != kinds_.KEEP}
-  made, theta, ranges = checked_theta(
+  made, theta = checked_theta(
     predictor, job.predictors[predictor], job.theta.get(predictor), kinds, job.steps
   )
   about = {
@@ -165,7 +165,7 @@ def _open_run(
   folders = [folder / str(n) for n in range(1, job.steps + 1)]
   for step in folders:
     step.mkdir(exist_ok=True)
-  engine = EngineJob(predictor, made, (), (), job.rate, job.on_bad, ranges)
+  engine = EngineJob(predictor, made, (), (), job.rate, job.on_bad)
   return _Run(
     engine, theta, folders, {shard.name: shard for shard in shards},
     {**about, 'history': history}, record,

@@ -45,10 +45,9 @@ _SHOWN = 5  # Leaves named in one message.
 class OutsideWarning(PredictionWarning):
   """Leaves unlike any that KNOWN was trained on.
 
-  For KNOWN conditioned on the leaf: something in the leaf's context (`conditioned.context`, which
+  For KNOWN conditioned on the leaf: something in the leaf's context (`known_leaf.context`, which
   includes the sampling rate) is more than four standard deviations of the meta-dataset from its
-  mean; beyond three it is cut off. For the shipped `known`: a weight, or its difference from
-  one stage to the next, is larger than any that it was trained on.
+  mean; beyond three it is cut off.
   """
 
 

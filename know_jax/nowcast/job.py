@@ -36,8 +36,6 @@ class Job:
   shardings: tuple[NamedSharding | None, ...]  # Theirs, None where they lie on one device.
   rate: float  # r.
   on_bad: str  # What becomes of bad leaves, a choice of `health.ON_BAD`.
-  # Kind -> the largest weight and difference that the parameters saw, where it is known.
-  ranges: tuple[tuple[str, tuple[float, float]], ...] = ()
 
   @property
   def is_watched(self) -> bool:

@@ -148,7 +148,7 @@ def plan_of(
     raise UserError(f'rate is {rate!r}; expected a Python number in (0, 1).')
   history = read_history(params_history, kinds, stacked)
   result = set(history.kinds)
-  made, theta, ranges = checked_theta(name, made, theta, result, steps)
+  made, theta = checked_theta(name, made, theta, result, steps)
   check_length(name, made, steps, history.length, theta, result)
   check_finite(history)
   job = Job(
@@ -158,15 +158,14 @@ def plan_of(
     shardings=tuple(map(_sharding, history.leaves)),
     rate=float(rate),
     on_bad=on_bad,
-    ranges=ranges,
   )
   return Plan(history, job, theta)
 
 
 def checked_theta(
   name: str, predictor: Any, theta: Any, kinds: set[str], steps: int
-) -> tuple[Any, Any, tuple[tuple[str, tuple[float, float]], ...]]:
-  """The predictor that runs, its parameters, and if they are its own the range they saw by kind.
+) -> tuple[Any, Any]:
+  """The predictor that runs, and its parameters.
 
   Args:
     name: of the predictor.
@@ -181,18 +180,13 @@ def checked_theta(
   if not predictor.takes_theta:
     if theta is not None:
       raise UserError(f'theta is for the predictors that run KNOWN; {name!r} takes none.')
-    return predictor, None, ()
-  own = {kind: predictor.trained_range(kind) for kind in sorted(kinds) if theta is None and steps}
+    return predictor, None
   if steps:
     theta = predictor.default_theta() if theta is None else theta
     predictor.check_theta(theta, kinds)
     if kinds:
       predictor = predictor.for_theta({kind: theta[kind] for kind in kinds})
-  return (
-    predictor,
-    theta,
-    tuple((kind, limits) for kind, limits in own.items() if limits is not None),
-  )
+  return predictor, theta
 
 
 def check_length(

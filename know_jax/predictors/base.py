@@ -106,10 +106,6 @@ class Predictor:
     """The predictor that these parameters are for, where they decide on more than numbers."""
     return self
 
-  def trained_range(self, kind: str) -> tuple[float, float] | None:
-    """The largest weight and difference that the default parameters saw, if that is known."""
-    return None
-
 
 class Linear(Predictor):
   """Predicts a leaf by one linear combination of its stages."""

@@ -18,7 +18,6 @@ from know_jax.predictors.parameters import (
   load_known,
   network_of,
   parameter_shapes,
-  trained_range,
 )
 
 
@@ -52,9 +51,6 @@ class _Network(Predictor):
       raise UserError(
         f'theta holds parameters of {network!r}; the predictor takes those of {self.network!r}.'
       )
-
-  def trained_range(self, kind: str) -> tuple[float, float] | None:
-    return trained_range(self.network).get(kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The weights of KNOWN: those shipped, a safetensors file, or the authors' Keras files.
 
-Shipped are `known`, the paper's network (`known.py`), `known_leaf`, a linear step conditioned on
-the leaf (`known_leaf.py`), and the coefficients of `least_squares`, all trained on the same
-meta-dataset.
+Shipped are `known`, the paper's network in units of the leaf (`known.py`), `known_leaf`, a linear
+step conditioned on the leaf (`known_leaf.py`), and the coefficients of `least_squares`, all trained
+on the same meta-dataset.
 """
 
 import functools
@@ -95,21 +95,6 @@ def least_squares_coefficients() -> dict[str, tuple[float, ...]]:
   """The shipped coefficients of `least_squares`: kind -> those of d_0 .. d_3 and of theta^0."""
   result = read_sealed(LEAST_SQUARES, 'coefficients')['coefficients']
   return {kind: tuple(result[kind]) for kind in kinds.KINDS}
-
-
-@functools.cache
-def trained_range(name: str) -> dict[str, tuple[float, float]]:
-  """What shipped weights were trained on: kind -> the largest weight and the largest difference.
-
-  Args:
-    name: as `shipped` of `load_known`.
-
-  Returns:
-    The differences are those from one stage to the next. Empty for parameters that see no raw
-    weights.
-  """
-  result = read_card(SHIPPED[name]).get('range', {})
-  return {kind: (entry['weight'], entry['difference']) for kind, entry in result.items()}
 
 
 def save_known(path: str | Path, theta: Mapping[str, Any], card: Mapping[str, Any]) -> None:

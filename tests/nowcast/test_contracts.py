@@ -24,7 +24,7 @@ from know_jax.kinds import KINDS
 from know_jax.nowcast import file_job, from_files
 from know_jax.predictors import known
 from know_jax.predictors.base import WholeLeaf
-from know_jax.predictors.networks import KnownScaled
+from know_jax.predictors.networks import Known
 from know_jax.predictors.registry import REGISTRY, resolve
 from know_jax.study.arms import ArmFields, arms_of
 
@@ -99,14 +99,11 @@ class Capped(know_jax.Elementwise):
     return jnp.stack([history[-1] + n * move for n in steps])
 
 
-class Scaled(KnownScaled):
-  """KNOWN in units of the leaf, with untrained parameters of its own."""
+class Unscaled(Known):
+  """KNOWN on the weights as they are, with untrained parameters of its own."""
 
   def default_theta(self):
-    return known.init_scaled_theta(jax.random.key(0))
-
-  def trained_range(self, kind):
-    return None
+    return known.init_theta(jax.random.key(0))
 
 
 # Name -> predictor. Whether half a leaf gives half the prediction, the predictor tells.
@@ -117,7 +114,7 @@ ROWS: dict[str, Any] = {
   'whole leaf of a user': Centred(),
   'moments of a user': Damped(),
   'elementwise with moments of a user': Capped(),
-  'known in units of the leaf': Scaled(),
+  'known on the weights as they are': Unscaled(),
   'without history of a user': know_jax.history_free(Median()),
 }
 EVERY = pytest.mark.parametrize('row', ROWS)
@@ -177,7 +174,9 @@ def test_memory_compiled_and_files_agree_and_what_never_moved_is_left_alone(row,
     assert (still == history[-1]['still/kernel'].tobytes()) is keeps
   assert (np.asarray(result['still/kernel']).tobytes() == still) is True
   moved = [(np.asarray(result[p]) != history[-1][p]).any() for p in ('conv/kernel', 'head/kernel')]
-  assert any(moved) is (row not in ('persistence', 'without history of a user'))
+  # In units of a leaf that has not moved, no step is all that KNOWN can take.
+  unmoved = ('persistence', 'without history of a user', 'known_history_free')
+  assert any(moved) is (row not in unmoved)
 
 
 @EVERY
@@ -193,6 +192,8 @@ def test_no_step_gives_the_newest_bits(row):
 @hypothesis.settings(max_examples=3, deadline=None)
 def test_half_a_leaf_gives_half_the_prediction(row, seed, cut):
   predictor = resolve(ROWS[row])[1]
+  if predictor.takes_theta:
+    predictor = predictor.for_theta(predictor.default_theta())
   history = [{'a': {'kernel': stage['head/kernel']}} for stage in make_history(seed)]
   half = [{'a': {'kernel': stage['a']['kernel'][:cut]}} for stage in history]
   whole, part = (
@@ -228,13 +229,20 @@ def test_shrink_and_its_wrapper_shrink_what_never_moved():
     np.testing.assert_allclose(found, 0.94**2, rtol=1e-6)
 
 
-def test_known_is_the_module_mapped_over_every_weight():
-  history, theta = make_history(), know_jax.load_known()
-  result = know_jax.predict(history)
+@pytest.mark.parametrize('shipped', [True, False])
+def test_known_is_the_module_mapped_over_every_weight(shipped):
+  history = make_history()
+  theta = know_jax.load_known() if shipped else known.init_theta(jax.random.key(0))
+  result = know_jax.predict(history, theta=None if shipped else theta)
   for path, kind in (('conv/kernel', 'conv'), ('head/kernel', 'fc'), ('head/bias', 'bias')):
     windows = np.stack([stage[path].ravel() for stage in history], axis=1)
-    residual = jax.vmap(lambda w, k=kind: known.KNOWN().apply({'params': theta[k]}, w))(windows)
-    expected = windows[:, -1] + np.asarray(residual)
+    seen, size, newest = windows, 1.0, windows[:, -1:]
+    if shipped:  # Those are for weights in units of their leaf.
+      moved = np.sqrt((np.diff(windows, axis=1) ** 2).mean())
+      bounded = np.clip((windows - newest) / moved, -8, 8)
+      seen, size = bounded + newest / np.sqrt((newest**2).mean()), 2 * moved
+    residual = jax.vmap(lambda w, k=kind: known.KNOWN().apply({'params': theta[k]}, w))(seen)
+    expected = windows[:, -1] + size * np.asarray(residual)
     np.testing.assert_allclose(np.ravel(result[path]), expected, rtol=0, atol=1e-6, err_msg=path)
 
 

@@ -18,7 +18,7 @@ from know_jax.nowcast import chunks, compiled
 from know_jax.nowcast import health as health_
 from know_jax.nowcast.health import OutsideWarning
 from know_jax.nowcast.plan import plan_of
-from know_jax.predictors import known, known_leaf, parameters
+from know_jax.predictors import known, known_leaf
 
 THETA = known.init_theta(jax.random.key(0))
 pytestmark = pytest.mark.filterwarnings('error')
@@ -275,26 +275,6 @@ def test_what_the_meta_dataset_holds_is_not_told():
   assert known_leaf.outside(shifted, moments, 0.5) == pytest.approx(4.5 / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize('way', WAYS)
-def test_weights_larger_than_any_of_the_meta_dataset_are_told(way):
-  weight, difference = parameters.trained_range('known')['fc']
-  inside = [np.full((2, 2), 0.9 * weight, np.float32)] * 5
-  large = [np.full((2, 2), (1.5 - 1e-4 * t) * weight, np.float32) for t in reversed(range(5))]
-  moving = [np.full((2, 2), t % 2 * 1.2 * difference, np.float32) for t in range(5)]
-  leaves = {'in/kernel': inside, 'large/kernel': large, 'moving/kernel': moving}
-  history = history_of(**leaves)
-  _, (warning,) = caught(WAYS[way], history, predictor='known')
-  assert warning.category is OutsideWarning
-  message = str(warning.message)
-  assert message.startswith('known: 2 of 3 leaves lie outside the meta-dataset')
-  assert "'large/kernel' (fc), 1.5 times the limit; 'moving/kernel' (fc), 1.2 times" in message
-  # Parameters of others come without a range, and copies are meant to be unlike any history.
-  for options in ({'predictor': 'known', 'theta': know_jax.load_known()},
-                  {'predictor': 'known_history_free'}):  # fmt: skip
-    _, told = caught(WAYS[way], history, **options)
-    assert not told
-
-
 def test_the_report_names_five_and_counts_the_rest():
   health = np.zeros((7, 1, health_.FIELDS))
   health[:, 0, 0] = math.inf
@@ -331,10 +311,9 @@ def test_health_on_the_host_and_on_the_device_agree():
   history = history_of(**{'a/kernel': ramp(0.3, (4, 5)), 'b/kernel': ramp(2.0, (3, 3, 2, 2))})
   plan = plan_of(history, 2, 'known', theta, 0.5, None, 'keep', {})
   leaves = plan.history.leaves
-  job = plan.job.__class__(**{**plan.job.__dict__, 'ranges': (('fc', (1.0, 1.0)),)})
   with jax.ensure_compile_time_eval():
-    _, on_host = chunks.predict_leaves(leaves, theta, job, (1, 2))
-  _, on_device = compiled.predict_leaves(leaves, theta, job, (1, 2))
+    _, on_host = chunks.predict_leaves(leaves, theta, plan.job, (1, 2))
+  _, on_device = compiled.predict_leaves(leaves, theta, plan.job, (1, 2))
   # The scale of the host is that of the newest stage where older ones make no difference.
   compared = [0, 1, 3]
   np.testing.assert_allclose(on_host[..., compared], on_device[..., compared], 1e-4, 1e-6)

@@ -118,7 +118,7 @@ def test_theta_conditioned_on_the_leaf_comes_back_too(history_length, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('name', 'init'), [('known_leaf', known_leaf.init_theta), ('known', known.init_theta)]
+  ('name', 'init'), [('known_leaf', known_leaf.init_theta), ('known', known.init_scaled_theta)]
 )
 def test_the_package_ships_weights_with_a_card(name, init):
   theta = load_known(shipped=name)
