@@ -20,7 +20,6 @@ from know_jax.benchmark.timing import Times, goal, race, rates, speedups, spread
 from know_jax.errors import PredictionWarning
 from know_jax.nowcast import api, file_job, from_files
 from know_jax.predictors import known
-from know_jax.predictors.parameters import load_known
 from know_jax.trees import named_leaves
 
 OURS, LEAF = 'known', 'known_leaf'
@@ -44,7 +43,8 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   apart = max(network['difference'][OURS] for network in networks)
   return {
     'note': 'One step ahead for every weight of a network. `known` and `known_leaf` check what '
-    'they predict, as by default; the others do not. *plain vmap* is the Flax module under '
+    'they predict, as by default; the others do not. `known` has, as the rivals, untrained '
+    'parameters for weights as they are. *plain vmap* is the Flax module under '
     f'`jax.vmap` and `jax.jit`, leaf by leaf, at most {settings.plain_chunk:,} weights at a time. '
     '*Keras* is the functional model rebuilt from its description, with the same weights; '
     '`predict` is called once for each kind of leaf with the fastest of several batch sizes. '
@@ -76,14 +76,15 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
 def _network(target: Target, settings: Settings, show: bool) -> dict[str, Any]:
   history = of_network(target)
   weights, leaves = num_predicted(history)
-  theta, placed = load_known(), jax.device_put(history)
+  # On weights as they are, as Keras' are; values make no difference to speed.
+  theta, placed = known.init_theta(jax.random.key(0)), jax.device_put(history)
   plain = plain_vmap(theta, settings.plain_chunk)
   matrix = jnp.asarray(
     np.random.default_rng(0).standard_normal((settings.product,) * 2), jnp.float32
   )
   square = jax.jit(lambda x: jnp.dot(x, x, precision=jax.lax.Precision.HIGHEST))
   contestants: dict[str, Callable[[], Any]] = {
-    OURS: lambda: api.predict(placed, predictor=OURS),
+    OURS: lambda: api.predict(placed, predictor=OURS, theta=theta),
     LEAF: lambda: api.predict(placed, predictor=LEAF, rate=0.5),
     PLAIN: lambda: plain(placed),
     PRODUCT: lambda: square(matrix),

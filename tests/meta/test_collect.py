@@ -245,7 +245,7 @@ def test_the_flag_may_be_written_either_way(tmp_path, flag):
     flag,
   ]
   listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-  assert len(listing.splitlines()) == 127 and 'mobilenetv2' in listing
+  assert len(listing.splitlines()) == 307 and 'mobilenetv2' in listing
   assert not (tmp_path / 'none').exists()
 
 
