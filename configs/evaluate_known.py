@@ -1,7 +1,7 @@
 """The retrodiction benchmark of the shipped weights, on three splits.
 
 Command:   python bin/evaluate_known.py --data=D --workdir=W --config=configs/evaluate_known.py
-Hardware:  2 CPU cores, about 35 minutes
+Hardware:  2 CPU cores, about an hour and a half
 Result:    know_jax/weights/known.md
 Paper:     section 4.1; the paper has no such test
 """

@@ -1,7 +1,7 @@
 """The shipped `known_leaf`: KNOWN conditioned on the leaf.
 
 Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train.py
-Hardware:  1 CPU core, 25 seconds
+Hardware:  1 CPU core, 2 minutes
 Result:    error on validation runs: know_jax/weights/known.md
 Paper:     section 4.1, with another network and loss
 """

@@ -1,7 +1,7 @@
 """The paper's network and recipe: the `known_raw` of the benchmark, which is not shipped.
 
 Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_paper.py
-Hardware:  1 CPU core, 50 seconds
+Hardware:  1 CPU core, 3 minutes
 Result:    error on validation runs: know_jax/weights/known.md
 Paper:     section 4.1
 """

@@ -1,7 +1,7 @@
 """The shipped `known`: the paper's network on weights in units of their leaf.
 
 Command:   python bin/meta_train.py --data=D --workdir=W --config=configs/meta_train_scaled.py
-Hardware:  1 CPU core, about 2 minutes
+Hardware:  1 CPU core, 3 minutes
 Result:    error on validation runs: know_jax/weights/known.md
 Paper:     section 4.1, with other inputs and loss
 """
