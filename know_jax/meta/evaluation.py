@@ -83,7 +83,7 @@ class Config:
   resamples: int = 10000
 
   def __post_init__(self) -> None:
-    recipes = {name: getattr(self, name) for name in RECIPES}
+    recipes = self.recipes
     for name, recipe in recipes.items():
       if recipe.leave_out:
         raise UserError(
@@ -112,6 +112,11 @@ class Config:
         if name not in known:
           raise unknown_name(what, name, known)
     check_least(self, 1, 'resamples')
+
+  @property
+  def recipes(self) -> dict[str, meta_training.Config]:
+    """The recipes by their names."""
+    return {name: getattr(self, name) for name in RECIPES}
 
 
 def default_config() -> ConfigDict:
@@ -155,7 +160,7 @@ def run(
       too small, or the workdir belongs to another config.
   """
   config = read_config(Config, config)
-  for recipe in (getattr(config, name) for name in RECIPES):
+  for recipe in config.recipes.values():
     loop.check_batch_size(recipe.batch_size, recipe.batch_size, 'a batch')
   data, workdir = Path(data).expanduser(), Path(workdir).expanduser()
   official_theta = None if official is None else load_known(official)
@@ -232,9 +237,9 @@ def split_groups(config: Config, abouts: Mapping[int, Mapping[str, Any]]) -> lis
 def trained_arms(config: Config, data: Path, folder: Path, left_out: str) -> list[Arm]:
   """The arms fitted without a family or data set; trains what is not trained yet."""
   thetas = {}
-  for name in RECIPES:
+  for name, recipe in config.recipes.items():
     path = folder / name / (left_out or 'all')
-    meta_training.run(_without(getattr(config, name), left_out), data, path)
+    meta_training.run(_without(recipe, left_out), data, path)
     thetas[name] = load_known(path / 'known.safetensors')
   fitted = read_sealed(folder / 'known_leaf' / (left_out or 'all') / 'least_squares.json', 'fit')
   return [

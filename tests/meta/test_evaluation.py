@@ -180,7 +180,7 @@ def test_predicted_networks_are_scored_on_their_own_test_set(tmp_path, monkeypat
     ({'resamples': 0}, 'resamples is 0'),
     ({'predictors': ('known_leaf',)}, "the arm 'known_leaf' is there 2 times"),
     ({'known.test_share': 0.9}, 'validation_share and test_share are 0.34 and 0.9'),
-    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known'"),
+    ({'networks': ('know',)}, "arm 'know'. Did you mean 'known' or 'known_raw' or 'known_leaf'"),
     ({'batch_norm': ('rest',)}, "Did you mean 'reset'"),
   ],
 )

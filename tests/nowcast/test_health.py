@@ -306,16 +306,20 @@ def test_what_is_bad(numbers, bad):
   assert health_.is_bad(jnp.array(numbers, jnp.float32)) == bad
 
 
-def test_health_on_the_host_and_on_the_device_agree():
+@pytest.mark.parametrize('predictor', ['known', 'known_leaf'])
+def test_health_on_the_host_and_on_the_device_agree(predictor):
   theta = references.random_theta()
+  if predictor == 'known_leaf':  # It alone knows how far outside of the meta-dataset a leaf is.
+    theta = know_jax.load_known(shipped=predictor)
   history = history_of(**{'a/kernel': ramp(0.3, (4, 5)), 'b/kernel': ramp(2.0, (3, 3, 2, 2))})
-  plan = plan_of(history, 2, 'known', theta, 0.5, None, 'keep', {})
+  plan = plan_of(history, 2, predictor, theta, 0.5, None, 'keep', {})
   leaves = plan.history.leaves
   with jax.ensure_compile_time_eval():
     _, on_host = chunks.predict_leaves(leaves, theta, plan.job, (1, 2))
   _, on_device = compiled.predict_leaves(leaves, theta, plan.job, (1, 2))
   # The scale of the host is that of the newest stage where older ones make no difference.
   compared = [0, 1, 3]
+  assert (on_host[..., 3] > 0).any() == (predictor == 'known_leaf')
   np.testing.assert_allclose(on_host[..., compared], on_device[..., compared], 1e-4, 1e-6)
   np.testing.assert_array_equal(health_.is_bad(on_host), health_.is_bad(on_device))
   assert kinds.leaf_kinds(history[-1])['a/kernel'] == 'fc'
