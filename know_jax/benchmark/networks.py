@@ -30,7 +30,7 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """Steps of every network of the settings, by `loop.fit`, and by PyTorch's own of the same."""
   body, goals, seconds = [], [], {}
   for target in settings.networks:
-    task = make_task(target, target.batch * settings.network_steps)
+    task = make_task(target, target.batch * target.steps)
     begin, fit = epoch_of(task, target.batch)
     options = {'batch_size': target.batch, 'lr': LR}
     contestants = {OURS: fit, **rivals(task, begin.state.variables, target.image, **options)}
@@ -43,7 +43,8 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     rate, faster = rates(times, task.train.size), speedups(times, OURS)
     for which in times:
       body.append({
-        'network': name, '': which, 'batch': target.batch, 'images a second': rate[which],
+        'network': name, '': which, 'batch': target.batch, 'steps': target.steps,
+        'images a second': rate[which],
         'seconds to compile': round(compiled, 1) if which == OURS else None,
         'know_jax is faster by': faster.get(which),
       })  # fmt: skip
@@ -51,7 +52,7 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     goals.append(goal(f'a step of {name}, over the faster PyTorch', median, least=1))
     seconds[name] = {'compile': compiled, **times}
   return {
-    'note': f'Epochs of {settings.network_steps} steps, Adam, float32; know_jax also reads bytes, '
+    'note': 'Epochs of so many steps, Adam, float32; know_jax also reads bytes, '
     'and counts scores, in every step. PyTorch is given numbers ready for it, steps without '
     'torch.compile, and runs the networks of '
     "tests/tools/torch_networks.py, PVTv2 timm's where that is installed, in both orders of images "

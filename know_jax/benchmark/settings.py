@@ -18,9 +18,10 @@ class Target:
   repetitions: int = 1
   captions: bool = False  # Whether it is trained as the encoder of captions.
   batch: int = 32  # Images of a training step.
+  steps: int = 10  # Of an epoch that is timed; what it needs besides steps is in it.
 
 
-_CNN = Target('cnn', (28, 28, 1), repetitions=40)
+_CNN = Target('cnn', (28, 28, 1), repetitions=40, steps=100)
 _RESNET = Target('resnet18', (32, 32, 3), repetitions=15)
 _RESNET_BFLOAT16 = Target('resnet18', (32, 32, 3), {'dtype': 'bfloat16'})
 
@@ -64,16 +65,15 @@ class Settings:
   trained: Target = _CNN
   batch_size: int = 128
   train_steps: int = 40  # Of an epoch.
-  # Of which steps are timed, a few an epoch.
+  # Of which steps are timed.
   networks: tuple[Target, ...] = (
     _CNN,
-    Target('resnet_small', (32, 32, 3), repetitions=10),
-    Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10),
+    Target('resnet_small', (32, 32, 3), repetitions=10, steps=100),
+    Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10, steps=30),
     Target('pvt_v2_b0', (224, 224, 3), repetitions=3, batch=8),
     Target('deeplabv3plus', (64, 96, 3), _DEEPLAB, repetitions=10),
-    Target('resnet_small', (32, 32, 3), repetitions=10, captions=True),
+    Target('resnet_small', (32, 32, 3), repetitions=10, steps=50, captions=True),
   )
-  network_steps: int = 10
   gpu_anywhere: bool = False  # Whether what is for GPUs runs on any device, to see that it does.
   gpu_predicted: Target = _RESNET
   gpu_weights: int = 10**9  # Of the large model there, in bfloat16.
@@ -85,7 +85,7 @@ class Settings:
 
 FULL = Settings()
 
-_TINY = Target('cnn', (8, 8, 1), {'width': 2, 'convs': 1}, repetitions=3, batch=8)
+_TINY = Target('cnn', (8, 8, 1), {'width': 2, 'convs': 1}, repetitions=3, batch=8, steps=2)
 
 QUICK = Settings(
   predicted=(_TINY,),
@@ -106,7 +106,6 @@ QUICK = Settings(
   batch_size=16,
   train_steps=2,
   networks=(_TINY, dataclasses.replace(_TINY, captions=True)),
-  network_steps=2,
   gpu_anywhere=True,
   gpu_predicted=_TINY,
   gpu_weights=20_000,

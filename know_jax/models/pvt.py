@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from know_jax.errors import UserError
 from know_jax.models.common import Classifier, Family, Layers, gelu
@@ -94,9 +95,15 @@ class PVTv2(Classifier):
     for i, dim in enumerate(self.dims()):
       stage = f'stage{i + 1}'
       kernel, stride = (7, self.stem_stride) if i == 0 else (3, 2)
-      x = layers.conv(dim, kernel, f'{stage}_embed', stride=stride, padding=kernel // 2, bias=True)(
-        x
-      )
+      x = layers.conv(
+        dim,
+        kernel,
+        f'{stage}_embed',
+        stride=stride,
+        padding=kernel // 2,
+        bias=True,
+        by_patches=True,
+      )(x)
       x = layers.layer_norm(f'{stage}_embed_norm', _EMBED_EPSILON)(x)
       for j in range(self.depths[i]):
         x = Block(
@@ -113,6 +120,8 @@ class PVTv2(Classifier):
 
   pretrained_styles = ('timm', 'keras', 'know_jax')
   skippable = r'(params/)?head/|predictions/'
+  # What passes from layer to layer then stays in a core's cache.
+  pixels_at_once = 1 << 15
 
   @nn.nowrap
   def pretrained_name(self, style: str, layer: str) -> str:
@@ -201,8 +210,39 @@ class Block(nn.Module):
     by_head = (
       y.reshape(batch, -1, self.heads, channels // self.heads) for y in (query, key, value)
     )
-    y = jax.nn.dot_product_attention(*by_head)
+    y = attend(*by_head)
     return layers.dense(channels, 'out')(y.reshape(x.shape))
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """`jax.nn.dot_product_attention`; of few images on a CPU in half its time.
+
+  Args:
+    query: [B, N, heads, D].
+    key: [B, K, heads, D].
+    value: as `key`.
+
+  Returns:
+    As `query`.
+  """
+  batch, _, heads, _ = query.shape
+  if jax.default_backend() != 'cpu' or batch * heads > _APART:
+    return jax.nn.dot_product_attention(query, key, value)
+  by_image = (
+    jnp.stack([_attend(query[i, :, j], key[i, :, j], value[i, :, j]) for j in range(heads)], axis=1)
+    for i in range(batch)
+  )
+  return jnp.stack([*by_image])
+
+
+_APART = 8  # Matrices, from which on more to compile outweighs the gain.
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Attention of one head, [N, D] with [K, D]: the sums of a softmax go along columns."""
+  logits = lax.dot_general(key, query, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  shares = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=0)
+  return shares.astype(value.dtype).T @ value
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

@@ -110,26 +110,18 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if recipe.accumulate > 1:
       # One after the other, so that only one part's activations are kept.
-      shape = (recipe.accumulate, size // recipe.accumulate)
-      stacked = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch)
-      keys = jax.vmap(functools.partial(jax.random.fold_in, model_key))(jnp.arange(shape[0]))
-
-      def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
-
-      first = jax.tree.map(lambda x: x[0], (stacked, keys))
-      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, *first))
-      result, _ = jax.lax.scan(add, zeros, (stacked, keys))
+      result = _in_turn(gradient, state.params, batch, model_key, size // recipe.accumulate)
     else:
       # BatchNorm needs its whole batch.
-      sizes = (size,) if state.collections else microbatches(size)
+      at_once = None if state.collections else examples_at_once(model, batch)
+      sizes = (size,) if state.collections else microbatches(size, at_once)
       cuts = np.cumsum(sizes)[:-1]
       pieces = jax.tree.map(lambda x: jnp.split(x, cuts), batch)
       parts = jax.tree.transpose(
         jax.tree.structure(batch), jax.tree.structure([0] * len(sizes)), pieces
       )
       results = [
-        gradient(state.params, part, jax.random.fold_in(model_key, i))
+        _in_turn(gradient, state.params, part, jax.random.fold_in(model_key, i), at_once or size)
         for i, part in enumerate(parts)
       ]
       result = jax.tree.map(lambda *x: sum(x), *results)
@@ -152,12 +144,44 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
   return mapped(step, in_axes=(0, 0, 0, 0, None, None), donate_argnums=0)
 
 
+def _in_turn(
+  gradient: Callable[..., Any], params: Any, batch: Any, key: jax.Array, at_once: int
+) -> Any:
+  """The sum of `gradient(params, part, key)` over parts of so many examples, one after another."""
+  (size,) = {len(x) for x in jax.tree.leaves(batch)}
+  count, rest = divmod(size, at_once)
+  if count + bool(rest) == 1:
+    return gradient(params, batch, key)
+  together = jax.tree.map(lambda x: x[: size - rest].reshape(count, at_once, *x.shape[1:]), batch)
+  keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count + bool(rest)))
+
+  def add(total: Any, part: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+  if rest:
+    last = jax.tree.map(lambda x: x[size - rest :], batch)
+    first = gradient(params, last, keys[-1])
+  else:
+    one = jax.tree.map(lambda x: x[0], (together, keys))
+    first = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, *one))
+  return jax.lax.scan(add, first, (together, keys[:count]))[0]
+
+
 def _mean_over_devices(leaf: jax.Array) -> jax.Array:
   # Counts and flags change alike everywhere.
   return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
 
-def microbatches(batch_size: int) -> tuple[int, ...]:
+def examples_at_once(model: Model, batch: Any) -> int | None:
+  """How many examples of a batch a network does best to see at once on a CPU; None: all of them."""
+  pixels = getattr(getattr(model, 'module', None), 'pixels_at_once', None)
+  if pixels is None or jax.default_backend() != 'cpu':
+    return None
+  _, height, width, _ = batch['image'].shape
+  return max(1, pixels // (height * width))
+
+
+def microbatches(batch_size: int, at_once: int | None = None) -> tuple[int, ...]:
   """The sizes of the parts of one device's images whose gradients a step takes and adds.
 
   On a CPU most operations of a small network, convolutions above all, run on one core only, but
@@ -166,9 +190,13 @@ def microbatches(batch_size: int) -> tuple[int, ...]:
   find work more often. Smaller parts cost more than they save, as do more of them, which take
   longer to compile; a convolution takes up to 1.4 times as long if its images are no multiple of
   4, so that the rest is a part of its own. Where there are other devices, they have the cores; on
-  one core parts are only more to compile.
+  one core parts are only more to compile. What is taken `at_once`, one after another, needs no more
+  than a part for each core.
   """
   cpu = jax.default_backend() == 'cpu' and jax.local_device_count() == 1
+  if at_once is not None and cpu:
+    count = min(processors(), max(1, batch_size // at_once))
+    return tuple(len(part) for part in np.array_split(np.arange(batch_size), count))
   if not cpu or processors() == 1 or batch_size < 32:
     return (batch_size,)
   large = max(16, 8 * round(batch_size / 64))

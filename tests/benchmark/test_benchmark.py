@@ -116,7 +116,7 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   assert row['images a second'] == quartiles(images / ours)
 
   networks = found['sections']['networks']
-  images = QUICK.network_steps * QUICK.networks[0].batch
+  images = QUICK.networks[0].steps * QUICK.networks[0].batch
   rows = networks['tables']['']
   names = [row['network'] for row in rows if row[''] == 'know_jax']
   assert names == ['cnn', 'captions by cnn']

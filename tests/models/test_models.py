@@ -17,7 +17,16 @@ from jax.extend import core as jex_core
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import HEAD, MODELS, build_model, common, model_options
-from know_jax.models.common import DepthwiseConv, Layers, gelu, max_pool, patch_product, product
+from know_jax.models.common import (
+  DepthwiseConv,
+  LayerNorm,
+  Layers,
+  gelu,
+  max_pool,
+  overlapping_product,
+  patch_product,
+  product,
+)
 from know_jax.models.shufflenet import shuffle
 from know_jax.trees import leaf_paths, named_leaves, num_weights
 
@@ -463,6 +472,72 @@ def test_patch_product_equals_the_strided_convolution(size):
   got, expected = (both_ways(f, (x, kernel), cotangent) for f in (ours, reference))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('reach', 'step', 'pad'), [(7, 4, 3), (3, 2, 1), (3, 1, 0)])
+@pytest.mark.parametrize('size', [(8, 8), (7, 10), (5, 4)])
+def test_overlapping_product_equals_the_padded_convolution(size, reach, step, pad):
+  x, kernel = images((*size, 3)), images((reach, 3, 4), batch=reach, seed=1)
+  pads, dims = [(pad, pad)] * 2, ('NHWC', 'HWIO', 'NHWC')
+
+  def reference(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (step, step), pads, dimension_numbers=dims)
+
+  def ours(x, kernel):
+    return overlapping_product(x, kernel, (step, step), pads)
+
+  rows, columns = ((side + 2 * pad - reach) // step + 1 for side in size)
+  cotangent = images((rows, columns, 4), seed=2)
+  got, expected = (both_ways(f, (x, kernel), cotangent) for f in (ours, reference))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('backend', 'left'), [('cpu', 0), ('gpu', 1)])
+def test_a_convolution_by_patches_is_one_on_a_cpu_alone(monkeypatch, backend, left):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  layers = Layers(jnp.float32, None, train=False)
+  conv = layers.conv(4, 3, 'embed', stride=2, padding=1, bias=True, by_patches=True)
+  x = images((8, 8, 3))
+  variables = conv.init(KEY, x)
+  jaxpr = jax.make_jaxpr(lambda x: conv.apply(variables, x))(x).jaxpr
+  names = [eqn.primitive.name for eqn in equations(jaxpr)]
+  assert names.count('conv_general_dilated') == left and names.count('dot_general') == 1 - left
+  plain = layers.conv(4, 3, 'embed', stride=2, padding=1, bias=True)
+  np.testing.assert_allclose(conv.apply(variables, x), plain.apply(variables, x), atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize(('dtype', 'bound'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_a_layer_norm_is_flaxs(monkeypatch, backend, dtype, bound):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  x, cotangent = images((3, 4, 6)).astype(dtype), images((3, 4, 6), seed=1).astype(dtype)
+  params = {'scale': images((6,), seed=2)[0], 'bias': images((6,), seed=3)[0]}
+
+  def of(layer):
+    def function(x, params):
+      return layer.apply({'params': params}, x)
+
+    return function
+
+  layers = LayerNorm(1e-5, dtype), nn.LayerNorm(1e-5, dtype=dtype)
+  got, expected = (both_ways(of(layer), (x, params), cotangent) for layer in layers)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=bound, atol=4 * bound)
+
+
+def test_a_layer_norm_is_differentiated_forwards_twice_and_under_vmap():
+  def with_scale(make):
+    return lambda x, scale: make.apply({'params': {'scale': scale[0], 'bias': scale[1]}}, x)
+
+  x, scale = images((4, 6)), images((6,), batch=2, seed=1)
+  along = images((4, 6), seed=2), images((6,), batch=2, seed=3)
+  got, expected = (
+    every_way(with_scale(layer), x, scale, along)
+    for layer in (LayerNorm(1e-5, jnp.float32), nn.LayerNorm(1e-5))
+  )
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), got, expected)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import HEAD, build_model, convert_state_dict, model_options, to_state_dict
 from know_jax.models.common import Layers
-from know_jax.models.pvt import Block, adaptive_average_pool
+from know_jax.models.pvt import Block, adaptive_average_pool, attend
 from know_jax.trees import named_leaves, num_weights
 
 TINY = {
@@ -234,7 +234,25 @@ def test_leaves_have_their_kinds():
   }
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
+@pytest.mark.parametrize(('dtype', 'bound'), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize(('images', 'heads', 'apart'), [(2, 3, True), (4, 3, False)])
+def test_attention_is_jaxs(images, heads, apart, dtype, bound):
+  rng = np.random.default_rng(0)
+  shapes = [(images, n, heads, 5) for n in (12, 7, 7, 12)]
+  *arrays, cotangent = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+  found = [jax.vjp(f, *arrays) for f in (attend, jax.nn.dot_product_attention)]
+  (got, slope), (want, plain_slope) = found
+  for a, b in zip((got, *slope(cotangent)), (want, *plain_slope(cotangent)), strict=True):
+    assert a.dtype == dtype
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=bound, atol=bound)
+  products = str(jax.make_jaxpr(attend)(*arrays)).count('dot_general[')
+  assert (products == 2 * images * heads) == apart
+
+
+# On a CPU the embeddings' convolutions are products too.
+@pytest.mark.parametrize(('backend', 'convolutions_left'), [('cpu', 0), ('gpu', 4)])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(monkeypatch, backend, convolutions_left):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   model, variables = shapes('pvt_v2', **TINY, dtype='bfloat16')
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
   x = jnp.zeros((2, 64, 64, 3))
@@ -242,8 +260,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
   convolutions = [line for line in jaxpr.splitlines() if 'conv_general_dilated[' in line]
   # Those of Dense and of the reductions give maps [B, H, W, C]; attention's scores are float32.
   products = re.findall(r':(\w+)\[(?:\d+,){3}\d+\] = dot_general\[', jaxpr)
-  assert len(convolutions) == 4 and all(':bf16[' in line for line in convolutions)
-  assert len(products) >= 20 and set(products) == {'bf16'}
+  assert len(convolutions) == convolutions_left
+  assert all(':bf16[' in line for line in convolutions)
+  assert len(products) >= 24 - convolutions_left and set(products) == {'bf16'}
   out = jax.eval_shape(lambda v: model.apply(v, x, train=False), variables)
   assert (out.shape, out.dtype) == ((2, 10), jnp.float32)
 

@@ -27,6 +27,7 @@ from know_jax.errors import UserError
 from know_jax.fields import read_config
 from know_jax.forgetting import Config, default_config, recipe_of
 from know_jax.models import build_model
+from know_jax.models.adapters import linen
 from know_jax.system.signals import Terminated
 from know_jax.tasks import classification
 from know_jax.tasks.base import AXIS
@@ -193,10 +194,10 @@ def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
     )  # fmt: skip
     return state, metrics
 
-  monkeypatch.setattr(steps, 'microbatches', lambda batch_size: (40, 24))
+  monkeypatch.setattr(steps, 'microbatches', lambda batch_size, at_once: (40, 24))
   state, metrics = trained()
   assert seen == parts
-  monkeypatch.setattr(steps, 'microbatches', lambda batch_size: (batch_size,))
+  monkeypatch.setattr(steps, 'microbatches', lambda batch_size, at_once: (batch_size,))
   steps._train_step.cache_clear()
   whole, expected = trained()
   assert seen == [64]
@@ -204,6 +205,51 @@ def test_the_parts_of_a_batch_give_the_steps_of_the_whole(
   assert_close(state, whole, rtol=1e-4, atol=1e-6)
   for epoch in (1, 2, 3):
     assert metrics[epoch] == pytest.approx(expected[epoch], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('processors', 'batch_size', 'at_once', 'parts'),
+  [(2, 8, 3, (4, 4)), (2, 9, 3, (5, 4)), (2, 5, 3, (5,)), (2, 2, 1, (1, 1)), (1, 8, 3, (8,))],
+)
+def test_each_processor_has_a_part_of_what_is_taken_in_turn(
+  monkeypatch, processors, batch_size, at_once, parts
+):
+  assert steps.microbatches(batch_size, at_once) == (batch_size,)
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+  monkeypatch.setattr(steps, 'processors', lambda: processors)
+  assert steps.microbatches(batch_size, at_once) == parts
+
+
+def test_how_many_images_are_taken_at_once(monkeypatch):
+  batch = {'image': np.zeros((8, 64, 32, 3))}
+  pvt = linen(build_model('pvt_v2_b0', num_classes=5))
+  assert pvt.module.pixels_at_once == 1 << 15
+  assert steps.examples_at_once(pvt, batch) == 16
+  assert steps.examples_at_once(pvt, {'image': np.zeros((8, 224, 224, 3))}) == 1
+  assert steps.examples_at_once(linen(build_model('cnn', num_classes=5)), batch) is None
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert steps.examples_at_once(pvt, batch) is None
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('at_once', [1, 3, 5])
+def test_images_taken_in_turn_give_the_steps_of_the_whole(
+  monkeypatch, request, digits, devices, at_once
+):
+  if devices == 1:
+    request.getfixturevalue('one_device')
+    monkeypatch.setattr(steps, 'processors', lambda: 2)
+  task = task_of(build_model('cnn', num_classes=5, width=2, convs=1, axis_name=AXIS), *digits)
+  variables = jax.device_get(task.init(jax.random.key(0)))
+  whole, metrics = fit(variables, task)
+  steps._train_step.cache_clear()
+  # At most so many of a device's images, 8 x 8 each.
+  monkeypatch.setattr(type(task.model.module), 'pixels_at_once', at_once * 64)
+  state, same = fit(variables, task)
+  steps._train_step.cache_clear()
+  assert_close(state, whole, rtol=1e-4, atol=1e-6)
+  for epoch in (1, 2):
+    assert same[epoch] == pytest.approx(metrics[epoch], rel=1e-5)
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adam', 'adamw'])
