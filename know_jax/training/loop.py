@@ -100,6 +100,7 @@ def fit(
   def step() -> None:
     nonlocal state
     arrays, index = data.at(course.batch())
+    steps.keep_near(course.pending)
     state, sums = step_fn(state, arrays, data.prepare, index, course.rate(), course.example_key)
     course.count(sums)
     if (epoch := course.ended_epoch()) in show_after:
@@ -194,6 +195,7 @@ class Course:
   Attributes:
     done: steps done.
     total: steps of the whole training.
+    pending: what steps of the unfinished epoch gave that is not added up yet.
     example_key: decides what happens to examples.
   """
 
@@ -217,7 +219,7 @@ class Course:
     self._lr, self._rates = lr, learning_rates(schedule, lr, self.total)
     self._order_key, self.example_key = jax.random.split(key)
     self._indices, self._batch_size, self._on_epoch = indices, batch_size, on_epoch
-    self._metrics, self._sums, self._pending = task.metrics, start.sums, list[Any]()
+    self._metrics, self._sums, self.pending = task.metrics, start.sums, list[Any]()
     self._batches: Any = None
 
   def batch(self) -> np.ndarray:
@@ -248,12 +250,12 @@ class Course:
     Raises:
       DivergedError: the loss of the epoch is not finite.
     """
-    self._pending.append(sums)
+    self.pending.append(sums)
     self.done += 1
     if (epoch := self.ended_epoch()) < 0:
       return
     metrics = self._metrics(self.sums())
-    self._sums, self._pending = {}, []
+    self._sums, self.pending = {}, []
     if not np.isfinite(metrics['loss']):
       raise DivergedError(
         f'the loss is {metrics["loss"]} in epoch {epoch} at learning rate {self._lr}; expected a '
@@ -264,8 +266,8 @@ class Course:
   def sums(self) -> dict[str, Any]:
     """The task's sums over the examples of the unfinished epoch; `{}` if it has not begun."""
     # One step after the other, so that a resumed sum has the same bits.
-    rows = jax.device_get([_first(sums) for sums in self._pending])
-    self._sums, self._pending = _added(self._sums, rows), []
+    rows = jax.device_get([_first(sums) for sums in self.pending])
+    self._sums, self.pending = _added(self._sums, rows), []
     return self._sums
 
 
@@ -324,9 +326,10 @@ def evaluate(
   batch = per_device * devices
   padded = np.arange(-(-len(indices) // batch) * batch, dtype=np.int32)
   replicated = replicate(variables)
-  step_fn, rows = steps.eval_step(task), []
+  step_fn, rows = steps.eval_step(task), list[Any]()
   for index in here(padded.reshape(-1, devices, per_device)):
     mask = (index < len(indices)).astype(np.float32)
     arrays, places = data.at(indices[np.where(index < len(indices), index, 0)])
+    steps.keep_near(rows)
     rows.append(_first(step_fn(replicated, arrays, data.prepare, places, mask)))
   return task.metrics(_added({}, jax.device_get(rows)))

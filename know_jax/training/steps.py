@@ -10,7 +10,7 @@ share one compilation.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -223,6 +223,16 @@ def _eval_step(model: Model, sums: Any) -> Callable[..., Any]:
     return jax.lax.psum(sums(outputs, batch, mask), AXIS)
 
   return mapped(step)
+
+
+def keep_near(given: Sequence[Any]) -> None:
+  """Waits, on a CPU with several devices, for the step before the last of those that gave this.
+
+  XLA has a thread for each core: with many steps under way, those of one device can take them all
+  and wait for another device that then has none, until XLA ends the process.
+  """
+  if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
+    jax.block_until_ready(given[-2:-1])
 
 
 def replicate(tree: Any) -> Any:

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -563,3 +566,63 @@ def test_a_batch_that_does_not_part_is_refused():
     recipe_of(read_config(Config, config))
   with pytest.raises(UserError, match='accumulate is 0; expected at least 1'):
     Recipe(accumulate=0)
+
+
+# -- several devices of one machine --------------------------------------------------------------
+
+_MANY_STEPS = """
+import jax, numpy as np
+from know_jax.data.base import Arrays
+from know_jax.models import build_model
+from know_jax.tasks import classification
+from know_jax.tasks.base import AXIS
+from know_jax.training import loop, steps
+from know_jax.training.state import Recipe
+
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (6400, 8, 8, 1)).astype(np.uint8)
+labels = rng.integers(0, 5, 6400).astype(np.int32)
+source = Arrays({'image': images, 'label': labels}, labels)
+network = build_model('cnn', num_classes=5, width=8, convs=2, axis_name=AXIS)
+task = classification.task(network, source, source)
+data, variables = steps.put_data(task)[0], task.init(jax.random.key(0))
+options = dict(recipe=Recipe('adam'), epochs=1, batch_size=32, lr=1e-3, schedule='constant')
+trained = loop.train(
+  task, jax.device_get(variables), data, np.arange(6400, dtype=np.int32), key=jax.random.key(1),
+  **options,
+)
+print(jax.local_device_count(), loop.evaluate(task, trained, data, batch_size=16)['loss'])
+"""
+
+
+def test_hundreds_of_steps_on_two_devices_of_a_cpu_come_to_an_end():
+  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '2', 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(
+    [sys.executable, '-c', _MANY_STEPS],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  devices, loss = done.stdout.split()
+  assert devices == '2' and np.isfinite(float(loss))
+
+
+def test_no_step_begins_before_the_one_before_the_last_has_ended(
+  monkeypatch, digits, variables, plain
+):
+  given, waited = [], []
+  step_fn = steps.train_step(plain, RECIPE)
+
+  def step(*arguments):
+    assert len(waited) == len(given) + 1
+    state, sums = step_fn(*arguments)
+    given.append(sums)
+    return state, sums
+
+  monkeypatch.setattr(steps, 'train_step', lambda *_: step)
+  monkeypatch.setattr(jax, 'block_until_ready', waited.append)
+  fit(variables, plain, epochs=1)
+  assert len(given) == 3
+  assert [[id(x) for x in one] for one in waited] == [[], [], [id(given[0])]]
