@@ -121,7 +121,7 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
         jax.tree.structure(batch), jax.tree.structure([0] * len(sizes)), pieces
       )
       results = [
-        _in_turn(gradient, state.params, part, jax.random.fold_in(model_key, i), at_once or size)
+        _in_turn(gradient, state.params, part, jax.random.fold_in(model_key, i), at_once)
         for i, part in enumerate(parts)
       ]
       result = jax.tree.map(lambda *x: sum(x), *results)
@@ -145,9 +145,11 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
 
 
 def _in_turn(
-  gradient: Callable[..., Any], params: Any, batch: Any, key: jax.Array, at_once: int
+  gradient: Callable[..., Any], params: Any, batch: Any, key: jax.Array, at_once: int | None
 ) -> Any:
   """The sum of `gradient(params, part, key)` over parts of so many examples, one after another."""
+  if at_once is None:
+    return gradient(params, batch, key)
   (size,) = {len(x) for x in jax.tree.leaves(batch)}
   count, rest = divmod(size, at_once)
   if count + bool(rest) == 1:
