@@ -228,11 +228,11 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   batch, _, heads, _ = query.shape
   if jax.default_backend() != 'cpu' or batch * heads > _APART:
     return jax.nn.dot_product_attention(query, key, value)
-  by_image = (
+  by_image = [
     jnp.stack([_attend(query[i, :, j], key[i, :, j], value[i, :, j]) for j in range(heads)], axis=1)
     for i in range(batch)
-  )
-  return jnp.stack([*by_image])
+  ]
+  return jnp.stack(by_image)
 
 
 _APART = 8  # Matrices, from which on more to compile outweighs the gain.
