@@ -4,7 +4,8 @@
     python bin/screen.py --workdir=W --report=docs/results/screen.md
 
 The config is that of a study; several studies may share W. The same command resumes after a kill.
---report writes a page from the rows in W, the journal rows.jsonl.
+--only tries some families of starts, `study.screen.FAMILIES`. --report writes a page from the rows
+in W, the journal rows.jsonl.
 """
 
 from pathlib import Path
@@ -19,12 +20,13 @@ from know_jax.study import screen
 cli.define_workdir()
 _CONFIG = cli.define_config(Path(__file__).parent.parent / 'configs' / 'study_smoke.py')
 _NAME = flags.DEFINE_string('name', 'study', 'Of the study, in rows.')
+_ONLY = flags.DEFINE_multi_string('only', [], 'A family to try; again for another; none: all.')
 _REPORT = flags.DEFINE_string('report', None, 'Only write a report, a Markdown file.')
 
 
 def main() -> None:
   if not _REPORT.value:
-    screen.run(_CONFIG.value, cli.workdir(), name=_NAME.value)
+    screen.run(_CONFIG.value, cli.workdir(), name=_NAME.value, only=_ONLY.value)
     return
   workdir = cli.workdir()
   command = f'python bin/screen.py --workdir={workdir} --report={_REPORT.value}'

@@ -57,6 +57,7 @@ class RecipeFields:
   lr: float = 1e-3
   schedule: str = 'cosine'
   optimizer: str = 'adam'
+  epsilon: float = Recipe.epsilon  # Of Adam.
   weight_decay: float = 0.0
   # Where memory is short: a batch in so many parts, one after the other (BatchNorm then sees a
   # part at a time); and activations computed anew for the gradient in place of being kept.
@@ -69,7 +70,10 @@ class RecipeFields:
 
   def recipe(self) -> Recipe:
     """The recipe of these fields; see also `recipe_of`."""
-    return Recipe(self.optimizer, self.weight_decay, accumulate=self.accumulate, remat=self.remat)
+    return Recipe(
+      self.optimizer, self.weight_decay, epsilon=self.epsilon, accumulate=self.accumulate,
+      remat=self.remat,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

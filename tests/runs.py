@@ -111,8 +111,8 @@ def gradients(model: nn.Module, params: Any, batch_stats: Any, images: Any, labe
 class NumPyOptimizer:
   """Adam (Kingma and Ba, 2015), AdamW (Loshchilov and Hutter, 2019) and momentum, in float64."""
 
-  def __init__(self, name: str, weight_decay: float):
-    self.name, self.weight_decay, self.steps = name, weight_decay, 0
+  def __init__(self, name: str, weight_decay: float, epsilon: float = 1e-7):
+    self.name, self.weight_decay, self.epsilon, self.steps = name, weight_decay, epsilon, 0
     self.m: dict[str, Any] = {}
     self.v: dict[str, Any] = {}
 
@@ -132,7 +132,7 @@ class NumPyOptimizer:
     self.m[path], self.v[path] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
     m_hat = self.m[path] / (1 - 0.9**self.steps)
     v_hat = self.v[path] / (1 - 0.999**self.steps)
-    step = m_hat / (np.sqrt(v_hat) + 1e-7)
+    step = m_hat / (np.sqrt(v_hat) + self.epsilon)
     if self.name == 'adamw':
       step = step + decay * p
     return p - lr * step

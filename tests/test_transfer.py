@@ -202,6 +202,23 @@ def test_the_warm_up_moves_head_and_normalisation_only(monkeypatch, copy):
     assert int(fine['start'].step) == 0
 
 
+@pytest.mark.parametrize('keep', [False, True])
+def test_fine_tuning_begins_a_new_optimiser_or_goes_on_with_that_of_the_warm_up(
+  monkeypatch, copy, keep
+):
+  calls = spy_on_fit(monkeypatch, train=True)
+  config = small_transfer(seeds=1, from_scratch=False, keep_optimizer=keep)
+  transfer.run(config, copy, ['shrink'])
+  for warm, fine in zip(calls[::2], calls[1::2], strict=True):
+    moments = trees.named_leaves(fine['start'].opt_state)
+    (count,) = {int(x) for path, x in moments.items() if path.endswith('count')}
+    assert count == (int(warm['end'].step) if keep else 0)
+    for path, leaf in moments.items():
+      if path.endswith('kernel'):
+        assert leaf.any() == (keep and 'head' in path), path
+    assert int(fine['start'].step) == 0
+
+
 # -- running on ----------------------------------------------------------------------------------
 
 

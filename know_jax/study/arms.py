@@ -21,7 +21,10 @@ from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 MAIN = 'main'
 """The group of `config.arms`; those of `config.ablations` name their own."""
 
-TRAINED = ('incremental', 'extra')
+LARGER = 'larger'
+"""Trained as Theta^0 was, on r^-n times its data: the truth of what predictions stand for."""
+
+TRAINED = ('incremental', 'extra', LARGER)
 """Arms that are trained on the source task: see `know_jax.study.sources`."""
 
 UNPREDICTED = ('scratch', *TRAINED)
@@ -86,7 +89,8 @@ def default_arms() -> tuple[Any, ...]:
     'scratch',
     'persistence',
     {'predictor': 'persistence', 'batch_norm': 'reset'},
-    *TRAINED,
+    'incremental',
+    'extra',
     *predictors,
     *shrink_sweep(STRENGTHS),
   )
@@ -145,7 +149,8 @@ class ArmFields:
   # S, and the farthest step that is predicted.
   history: int = 5
   steps: int = 3
-  # Names of predictors, 'scratch', 'incremental', 'extra', or dicts: see `Arm`.
+  # Names of predictors, 'scratch', 'incremental', 'extra', 'larger' (at amounts of which the data
+  # set has r^-n times as many examples), or dicts: see `Arm`.
   arms: tuple[Any, ...] = dataclasses.field(default_factory=default_arms)
   # Dicts with a group each; at the first amount only.
   ablations: tuple[Any, ...] = ()
@@ -242,9 +247,10 @@ def _arms(entry: Mapping[str, Any], config: ArmFields) -> list[Arm]:
     if kind not in KINDS:
       raise unknown_name('kind', kind, KINDS)
   if predictor in UNPREDICTED:
-    if extra := sorted(_OF_PREDICTORS & set(entry)):
+    refused = _OF_PREDICTORS - {'steps'} if predictor == LARGER else _OF_PREDICTORS
+    if extra := sorted(refused & set(entry)):
       raise UserError(f'arm {predictor!r} has {extra[0]}, which only predictors take.')
-    steps: Sequence[int] = (0,)
+    steps: Sequence[int] = entry.get('steps', (1,)) if predictor == LARGER else (0,)
   else:
     steps = _steps(arm, entry.get('steps'), config.steps)
   name = entry.get('name') or _name(arm, config)

@@ -17,7 +17,7 @@ from know_jax.errors import UserError
 from know_jax.fields import Given, config_dict, editable, read_config
 from know_jax.jsonable import digest
 from know_jax.predictors import parameters
-from know_jax.study.arms import MAIN, Arm, ArmFields, arms_of, theta_of
+from know_jax.study.arms import LARGER, MAIN, Arm, ArmFields, arms_of, theta_of
 from know_jax.study.sources import Source, source_config, weights_digest
 from know_jax.tasks import load_task
 from know_jax.training import batch_norm, loop
@@ -96,7 +96,11 @@ class Study:
     loop.check_batch_size(config.transfer.batch_size, len(smallest), 'the labelled subset')
     transfer.phases(self.target, config.transfer)
     forgetting.recipe_of(config.source)
-    examples = source.train.size
+    examples = self._examples = source.train.size
+    self._available = examples
+    if config.source.train_examples and any(arm.predictor == LARGER for arm in self.arms):
+      self._available = load_task(dataclasses.replace(config.source, train_examples=0)).train.size
+    self._check_larger()
     self._settings = {
       source: source_config(config.source, source, examples) for source in self.sources()
     }
@@ -128,13 +132,28 @@ class Study:
     return [source for source in result if self.arms_from(source)]
 
   def arms_from(self, source: Source) -> list[Arm]:
-    """The arms that start from a source run."""
+    """The arms that start from a source run; those of larger sets where there is so much data."""
     first = self.config.amounts[0]
     return [
       arm
       for arm in self.arms
       if arm.rate == source.rate and (arm.group == MAIN or source.amount == first)
+      if arm.predictor != LARGER or self._larger_size(arm, source.amount) <= self._available
     ]
+
+  def _larger_size(self, arm: Arm, amount: float) -> int:
+    return round(round(amount * self._examples) * arm.multiple)
+
+  def _check_larger(self) -> None:
+    """Checks that each arm of a larger set has one, at one amount at least."""
+    for arm in self.arms:
+      amounts = self.config.amounts if arm.group == MAIN else self.config.amounts[:1]
+      needed = self._larger_size(arm, min(amounts))
+      if arm.predictor == LARGER and needed > self._available:
+        raise UserError(
+          f'arm {arm.name!r} x{arm.multiple:.3g} needs {needed} training examples; expected at '
+          f'most {self._available}, all that {self.config.source.dataset} has.'
+        )
 
   def settings(self, source: Source) -> forgetting.Config:
     """The config of a source's forgetting run."""

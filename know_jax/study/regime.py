@@ -51,7 +51,6 @@ from know_jax.tasks import classification
 from know_jax.tasks.base import NetworkFields, Task
 from know_jax.training import loop
 from know_jax.training.batch_norm import apply_policy
-from know_jax.training.state import Recipe
 from know_jax.training.steps import Data, put_data
 from know_jax.user_loop import forget, nested_subsets
 
@@ -117,6 +116,7 @@ class Config:
   model: str = 'resnet18'
   width: int = 64
   dtype: str = 'bfloat16'
+  conv_init: str = 'he_normal'  # As in the authors' scripts.
   batch_size: int = 128
   optimizer: str = 'adam'
   epsilon: float = 1e-8  # As in the authors' scripts.
@@ -131,6 +131,7 @@ class Config:
   validation: int = 2500  # Of the target's training images, chosen among for tuned rates alone.
   warmup_epochs: int = 3  # Of head and BatchNorm; the authors: 10.
   warmup_lr: float = 1e-3
+  keep_optimizer: bool = False  # The authors' scripts may do so; these rows were made without.
   epochs: int = 25  # The authors: 100.
   lr: float = 4e-4
   rate: float = 0.5
@@ -142,14 +143,6 @@ class Config:
 def default_config() -> ConfigDict:
   """Every field of `--config`, with its default: see `Config`."""
   return editable(Config())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TargetFields(transfer.TargetFields):
-  epsilon: float = Config.epsilon
-
-  def recipe(self) -> Recipe:
-    return dataclasses.replace(super().recipe(), epsilon=self.epsilon)
 
 
 # --- starts ------------------------------------------------------------------------------------
@@ -229,7 +222,7 @@ class _Study:
 
   def __init__(self, config: Config, workdir: Path, theta: Any):
     self.config, self.workdir, self.theta = config, workdir, theta
-    self.transfer = read_config(_TargetFields, config, only=True)
+    self.transfer = read_config(transfer.TargetFields, config, only=True)
     self.journal_path = workdir / 'rows.jsonl'
     self.journal = Journal(self.journal_path)
     self.images, target, test = _data(config)
@@ -250,25 +243,15 @@ class _Study:
   def _task(self, images: Dataset, chosen: np.ndarray, test: Any) -> Task:
     of_network = read_config(NetworkFields, self.config, only=True)
     model = classification.network_of(of_network, images.num_classes)
-    return classification.task(
+    task = classification.task(
       model, part_of(images, chosen), test, augmentation=PAPER_AUGMENTATION
     )
+    return dataclasses.replace(task, conv_init=self.config.conv_init)
 
   def seconds(self, *, of_source: bool) -> float:
     """How long the last training of this sort took; 0 where there was none."""
     lines = read_lines(self.journal_path)
     return next((x['seconds'] for x in lines[::-1] if (x['arm'] == SOURCE) == of_source), 0.0)
-
-  def _fresh(self, task: Task, *names: str | int) -> Any:
-    """New variables: convolutions he-normal, as the authors'."""
-    key, draw = named_key(self.config.seed, *names), jax.nn.initializers.he_normal()
-    variables = jax.device_get(task.init(key))
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(variables['params']))))
-    params = jax.tree.map(
-      lambda leaf: np.asarray(draw(next(keys), leaf.shape)) if leaf.ndim == 4 else leaf,
-      variables['params'],
-    )
-    return {**variables, 'params': params}
 
   @functools.lru_cache(maxsize=1)  # noqa: B019 - one study a process.
   def _source(self, seed: int) -> tuple[Task, list[Any]]:
@@ -288,7 +271,7 @@ class _Study:
 
     subsets = nested_subsets(task.train.strata, config.rate, STAGES, seed)
     history = forget(
-      train, self._fresh(task, 'init', seed), subsets,
+      train, jax.device_get(task.init(named_key(config.seed, 'init', seed))), subsets,
       key=named_key(config.seed, 'source', seed), workdir=self.workdir / f'source-{seed}',
     )  # fmt: skip
     return task, list(jax.device_get(history))
@@ -312,7 +295,8 @@ class _Study:
     history = [stage['params'] for stage in stages]
     shape, lr = {'norm': 1.0, 'radial': 0.0}, config.lr
     if arm.start == 'scratch':
-      variables = self._fresh(self.target, 'scratch', seed)
+      key = named_key(self.config.seed, 'scratch', seed)
+      variables = jax.device_get(self.target.init(key))
       epochs = config.warmup_epochs + config.epochs
       config = dataclasses.replace(config, warmup_epochs=0, epochs=epochs)
     else:

@@ -8,6 +8,7 @@ nothing. A winner of this screening is a hypothesis, to be confirmed elsewhere.
 
 import collections
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -21,7 +22,7 @@ import numpy as np
 
 from know_jax import forgetting, transfer, trees
 from know_jax.data.base import part_of
-from know_jax.errors import PredictionWarning, UserError
+from know_jax.errors import PredictionWarning, UserError, unknown_name
 from know_jax.fields import Given, read_config
 from know_jax.io.journal import Journal, read_lines
 from know_jax.kinds import leaf_kinds
@@ -30,6 +31,7 @@ from know_jax.report.intervals import holm, paired_t_test, t_interval
 from know_jax.report.markdown import table
 from know_jax.seeds import named_key
 from know_jax.study.design import Config
+from know_jax.study.sources import larger_task
 from know_jax.tasks import load_task
 from know_jax.tasks.base import Task
 from know_jax.training import loop
@@ -44,6 +46,25 @@ NORMS = (1.0, 0.6, 0.35)
 STRENGTHS = (0.5, 1.0, 2.0)
 EXPONENTS = (0.35, 0.7, 1.2)
 NAIVE, SHRINK = 'naive', 'shrink'
+MORE_DATA, LONGER = 'twice the data in truth', 'the same data, twice the epochs'
+FAMILIES = (
+  NAIVE,
+  SHRINK,
+  'average of 3 stages',
+  'average of 4 half branches',
+  'average of the last epochs',
+  'scale by movement',
+  'scale by movement, permuted',
+  'scale by depth',
+  'shrink what the gradient shrinks',
+  'contrast, same - half',
+  'reversed forgetting, newest - half',
+  'known_leaf',
+  'log_fit',
+  MORE_DATA,
+  LONGER,
+)
+"""What can be tried."""
 _GOES_ON = 4
 _FIRST_TEST_SEED = 1000
 _VALIDATION = 500
@@ -63,7 +84,7 @@ def run(
       `transfer_seeds` count.
     workdir: of the journal; several studies may share it.
     name: of the study, in rows.
-    only: families to try; empty: all of `starts_of`.
+    only: names in `FAMILIES`; empty: all.
 
   Returns:
     All rows of the workdir: `study`, `source_seed`, `families` (name -> `strength`, `rate`,
@@ -78,130 +99,205 @@ def run(
       f'source.epochs is {config.source.epochs}; expected more than {2 * _LAST + 1}, for averages '
       'over the last and over the middle ones.'
     )
+  families = _families(config, only)
   workdir = Path(workdir).expanduser()
   workdir.mkdir(parents=True, exist_ok=True)
   journal = Journal(workdir / 'rows.jsonl')
   for seed in range(config.source_seeds):
     if journal.get(f'{name} {seed}') is None:
       began = time.monotonic()
-      row = _measure(config, seed, only)
+      row = _measure(config, seed, families)
       seconds = time.monotonic() - began
       journal.add(f'{name} {seed}', study=name, source_seed=seed, **row, seconds=seconds)
       print(f'{name}, source {seed}: {seconds:.0f} s', flush=True)
   return read_lines(workdir / 'rows.jsonl')
 
 
+def _families(config: Config, only: Sequence[str]) -> Sequence[str]:
+  """The families to try: `only`, or all that the data allow."""
+  for family in only:
+    if family not in FAMILIES:
+      raise unknown_name('family', family, FAMILIES)
+  if MORE_DATA in (only or FAMILIES):
+    source = _source(config, 0)
+    try:
+      larger_task(source, load_task(source), 1)
+    except UserError as error:
+      if only:
+        raise
+      print(f'without {MORE_DATA!r}: {error}', flush=True)
+      return [family for family in FAMILIES if family != MORE_DATA]
+  return only or FAMILIES
+
+
+def _source(config: Config, seed: int) -> forgetting.Config:
+  return forgetting.Config(**vars(config.source) | {'seed': seed, 'stages': 5})
+
+
 def _measure(config: Config, seed: int, only: Sequence[str]) -> dict[str, Any]:
-  source = forgetting.Config(**vars(config.source) | {'seed': seed, 'stages': 5})
+  source = _source(config, seed)
   task = load_task(source)
-  made = _train_source(task, source, seed)
+  made = Trained(task, source)
   target_config = dataclasses.replace(config.transfer, validation_examples=0)
   target = load_task(target_config, source)
   probe = _Probe(target, target_config, seed)
-  newest, kinds = made['stages'][-1], leaf_kinds(made['stages'][-1], task.kinds)
-  rng = np.random.default_rng(seed)
-  families = starts_of(made, kinds, probe.gradient(newest), rng, task, source)
+  kinds = leaf_kinds(made.stages[-1], task.kinds)
+  families = starts_of(made, kinds, probe.gradient, np.random.default_rng(seed), task, source)
   result = {}
-  for name, starts in families.items():
-    if only and name not in only:
+  for name, make in families.items():
+    if name not in only:
       continue
+    starts = make()
     result[name] = probe.best(starts, NAIVE_RATES if name == NAIVE else RATES)
     strength, rate = result[name]['strength'], result[name]['rate']
     tests = range(config.transfer_seeds)
     result[name]['test'] = [probe.tested(starts[strength], rate, test) for test in tests]
-  return {'families': result, 'as_is': as_they_are(made, kinds, task, source)}
+  return {'families': result, 'as_is': as_they_are(made.epochs, kinds, task, source)}
 
 
-def _train_source(task: Task, source: forgetting.Config, seed: int) -> dict[str, Any]:
-  """The stages, oldest first; branches from the newest weights; epochs of its training."""
-  data = put_data(task)[0]
-  subsets = forgetting.subsets_of(task, source)
-  epochs: dict[int, Any] = {}
+class Trained:
+  """What is trained on the source task, when it is first asked for."""
 
-  def train(variables: Any, subset: np.ndarray, stage: int, *names: Any, **options: Any) -> Any:
-    plan = forgetting.stage_plan(source, stage, len(subset))
+  def __init__(self, task: Task, source: forgetting.Config):
+    self._task, self._source = task, source
+    self._data = put_data(task)[0]
+    self._subsets = forgetting.subsets_of(task, source)
+    self._fresh = jax.device_get(task.init(named_key(source.seed, 'init')))
+    self.epochs: dict[int, Any] = {}  # Number -> variables after it, some of the first stage's.
+
+  @functools.cached_property
+  def stages(self) -> list[Any]:
+    """Oldest first."""
+    end, middle = self._source.epochs, self._source.epochs // 2
+    shown = {*range(end - _LAST + 1, end + 1), *range(middle - _LAST, middle + _LAST + 1)}
+
+    def keep(epoch: int, state: Any) -> None:
+      self.epochs[epoch] = state.variables
+
+    stages: list[Any] = []
+    for stage, subset in enumerate(self._subsets):
+      options: dict[str, Any] = {} if stage else {'show_after': shown, 'show': keep}
+      start = stages[-1] if stage else self._fresh
+      stages.append(self._train(start, subset, stage, 'train', stage, **options))
+    return stages[::-1]
+
+  @functools.cached_property
+  def halves(self) -> list[Any]:
+    """Branches from the newest weights, each on a random half of the data."""
+    rng, all_ = np.random.default_rng(self._source.seed), self._subsets[0]
+    halves = [np.sort(rng.permutation(all_)[: len(all_) // 2]) for _ in range(_BRANCHES)]
+    return [self._train(self.stages[-1], half, 1, 'half', i) for i, half in enumerate(halves)]
+
+  @functools.cached_property
+  def same(self) -> list[Any]:
+    """Branches from the newest weights on the data that they have seen."""
+    branches = range(_BRANCHES)
+    return [self._train(self.stages[-1], self._subsets[0], 1, 'same', i) for i in branches]
+
+  @functools.cached_property
+  def larger(self) -> Any:
+    """What the newest weights would be with twice the data (1 / r times): same start, epochs."""
+    task = larger_task(self._source, self._task, 1)
+    data, every = Data(task.train, task.prepare), np.arange(task.train.size, dtype=np.int32)
+    return self._train(self._fresh, every, 0, 'larger', data=data)
+
+  @functools.cached_property
+  def longer(self) -> Any:
+    """What they would be after the steps of `larger`, on the data that they have seen."""
+    return self._train(self._fresh, self._subsets[0], 0, 'longer', times=1 / self._source.rate)
+
+  def _train(
+    self, variables: Any, subset: np.ndarray, stage: int, *names: Any,
+    data: Data | None = None, times: float = 1.0, **options: Any,
+  ) -> Any:  # fmt: skip
+    """As a stage is trained, for so many times its epochs; `names` are of the key."""
+    source = self._source
+    epochs, lr = source.training_of(stage)
     return loop.train(
-      task, variables, data, subset, recipe=forgetting.recipe_of(source), epochs=plan['epochs'],
-      lr=plan['lr'], batch_size=source.batch_size, schedule=source.schedule,
-      key=named_key(seed, *names), **options,
+      self._task, variables, data or self._data, subset, recipe=forgetting.recipe_of(source),
+      epochs=round(times * epochs), lr=lr, batch_size=source.batch_size, schedule=source.schedule,
+      key=named_key(source.seed, *names), **options,
     )  # fmt: skip
-
-  def keep(epoch: int, state: Any) -> None:
-    epochs[epoch] = state.variables
-
-  end, middle = source.epochs, source.epochs // 2
-  shown = {*range(end - _LAST + 1, end + 1), *range(middle - _LAST, middle + _LAST + 1)}
-  fresh = jax.device_get(task.init(named_key(seed, 'init')))
-  stages = [train(fresh, subsets[0], 0, 'train', 0, show_after=shown, show=keep)]
-  for stage, subset in enumerate(subsets[1:], 1):
-    stages.append(train(stages[-1], subset, stage, 'train', stage))
-  rng = np.random.default_rng(seed)
-  halves, same = [], []
-  for branch in range(_BRANCHES):
-    half = np.sort(rng.permutation(subsets[0])[: len(subsets[0]) // 2])
-    halves.append(train(stages[0], half, 1, 'half', branch))
-    same.append(train(stages[0], subsets[0], 1, 'same', branch))
-  return {'stages': stages[::-1], 'halves': halves, 'same': same, 'epochs': epochs}
 
 
 def starts_of(
-  made: Mapping[str, Any],
+  made: Any,
   kinds: Mapping[str, str],
-  gradient: Leaves,
+  gradient: Callable[[Any], Leaves],
   rng: np.random.Generator,
   task: Task,
   source: forgetting.SourceFields,
-) -> dict[str, dict[str, Any]]:
-  """Family -> strength, in words -> variables."""
-  newest, before = made['stages'][-1], made['stages'][-2]
-  w, end = trees.named_leaves(newest), source.epochs
+) -> dict[str, Callable[[], dict[str, Any]]]:
+  """Family -> a function that makes its starts: strength, in words -> variables.
+
+  Args:
+    made: see `Trained`.
+    kinds: of the leaves.
+    gradient: of the loss on the target at some variables.
+    rng: permutes.
+    task: of the source.
+    source: what trained it.
+  """
+  newest, before = made.stages[-1], made.stages[-2]
+  w, old, end = trees.named_leaves(newest), trees.named_leaves(before), source.epochs
   kernels = [path for path, kind in kinds.items() if kind in ('conv', 'fc') and not task.head(path)]
   weights = [path for path, kind in kinds.items() if kind != 'keep' and not task.head(path)]
 
-  def with_(change: Callable[[str], Any], paths: Sequence[str] = kernels) -> Any:
-    leaves = [np.float32(change(p)) if p in paths else x for p, x in w.items()]
+  def with_(
+    change: Callable[[str], Any], paths: Sequence[str] = kernels, base: Leaves | None = None
+  ) -> Any:
+    base = w if base is None else base
+    leaves = [np.float32(change(p)) if p in paths else x for p, x in base.items()]
     return jax.tree.unflatten(jax.tree.structure(newest), leaves)
 
+  def scaled(variables: Any, scales: Sequence[float]) -> dict[str, Any]:
+    of = trees.named_leaves(variables)
+    return _each('scale', scales, lambda s: with_(lambda p: s * of[p], base=of))
+
   def at_norms(mean: Leaves) -> dict[str, Any]:
-    def scaled(path: str, norm: float) -> np.ndarray:
+    def of_norm(path: str, norm: float) -> np.ndarray:
       return mean[path] * (norm * np.linalg.norm(w[path]) / np.linalg.norm(mean[path]))
 
-    return _each('norm', NORMS, lambda n: with_(lambda p: scaled(p, n)))
+    return _each('norm', NORMS, lambda n: with_(lambda p: of_norm(p, n)))
 
   def by_leaf(amounts: np.ndarray) -> dict[str, Any]:
     shares = dict(zip(kernels, amounts / np.mean(amounts), strict=True))
     return _each('exponent', EXPONENTS, lambda a: with_(lambda p: w[p] * np.exp(-a * shares[p])))
 
-  def along(direction: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    return _each('times', STRENGTHS, lambda a: with_(lambda p: w[p] + a * direction(p), weights))
+  def along(end: Leaves, start: Leaves) -> dict[str, Any]:
+    moved = {p: end[p] - start[p] for p in weights}
+    return _each('times', STRENGTHS, lambda a: with_(lambda p: w[p] + a * moved[p], weights))
 
   def predicted(predictor: str) -> dict[str, Any]:
     about: dict[str, Any] = {'predictor': predictor, 'rate': source.rate, 'kinds': task.kinds}
     with warnings.catch_warnings():
       # What a start is worth is about to be measured.
       warnings.simplefilter('ignore', PredictionWarning)
-      return _each('steps', (1, 2, 3), lambda n: api.predict(made['stages'], n, **about))
+      return _each('steps', (1, 2, 3), lambda n: api.predict(made.stages, n, **about))
 
-  halves, same = (mean_of(made[kind]) for kind in ('halves', 'same'))
-  old = trees.named_leaves(before)
+  def downhill() -> dict[str, Any]:
+    g = gradient(newest)
+    shrinks = {p: w[p] * g[p] > 0 for p in kernels}
+    return _each('scale', SCALES, lambda s: with_(lambda p: w[p] * np.where(shrinks[p], s, 1.0)))
+
   moved = np.array([np.linalg.norm(w[p] - old[p]) / np.linalg.norm(w[p]) for p in kernels])
-  last = mean_of([made['epochs'][epoch] for epoch in range(end - _LAST + 1, end + 1)])
+  last = range(end - _LAST + 1, end + 1)
   return {
-    NAIVE: {'as it is': newest},
-    SHRINK: _each('scale', SCALES, lambda s: with_(lambda p: s * w[p])),
-    'average of 3 stages': at_norms(mean_of(made['stages'][-3:])),
-    'average of 4 half branches': at_norms(halves),
-    'average of the last epochs': at_norms(last),
-    'scale by movement': by_leaf(moved),
-    'scale by movement, permuted': by_leaf(rng.permutation(moved)),
-    'scale by depth': by_leaf(np.arange(1, len(kernels) + 1)),
-    'shrink what the gradient shrinks': _each(
-      'scale', SCALES, lambda s: with_(lambda p: w[p] * np.where(w[p] * gradient[p] > 0, s, 1.0))
-    ),
-    'contrast, same - half': along(lambda p: same[p] - halves[p]),
-    'reversed forgetting, newest - half': along(lambda p: w[p] - halves[p]),
-    'known_leaf': predicted('known_leaf'),
-    'log_fit': predicted('log_fit'),
+    NAIVE: lambda: {'as it is': newest},
+    SHRINK: lambda: scaled(newest, SCALES),
+    'average of 3 stages': lambda: at_norms(mean_of(made.stages[-3:])),
+    'average of 4 half branches': lambda: at_norms(mean_of(made.halves)),
+    'average of the last epochs': lambda: at_norms(mean_of([made.epochs[i] for i in last])),
+    'scale by movement': lambda: by_leaf(moved),
+    'scale by movement, permuted': lambda: by_leaf(rng.permutation(moved)),
+    'scale by depth': lambda: by_leaf(np.arange(1, len(kernels) + 1)),
+    'shrink what the gradient shrinks': downhill,
+    'contrast, same - half': lambda: along(mean_of(made.same), mean_of(made.halves)),
+    'reversed forgetting, newest - half': lambda: along(w, mean_of(made.halves)),
+    'known_leaf': lambda: predicted('known_leaf'),
+    'log_fit': lambda: predicted('log_fit'),
+    MORE_DATA: lambda: scaled(made.larger, NORMS),
+    LONGER: lambda: scaled(made.longer, NORMS),
   }
 
 
@@ -277,10 +373,10 @@ def _score(
 
 
 def as_they_are(
-  made: Mapping[str, Any], kinds: Mapping[str, str], task: Task, source: forgetting.Config
+  epochs: Mapping[int, Any], kinds: Mapping[str, str], task: Task, source: forgetting.Config
 ) -> dict[str, float]:
   """Test scores on the source task at half its training, extrapolated and not; no transfer."""
-  middle, epochs = source.epochs // 2, made['epochs']
+  middle = source.epochs // 2
   now, old = (trees.named_leaves(epochs[epoch]) for epoch in (middle, middle - _LAST))
   tested = put_data(task)[1]
   images = task.prepared(forgetting.subsets_of(task, source)[0][:512])

@@ -13,14 +13,16 @@ import numpy as np
 
 from know_jax import forgetting, trees
 from know_jax import kinds as kinds_
+from know_jax.errors import UserError
 from know_jax.fields import read_config
 from know_jax.io import checkpoints
 from know_jax.nowcast import api
 from know_jax.runs.workdir import finished_record, restore_stage
 from know_jax.seeds import named_key
-from know_jax.study.arms import Arm, can_predict, theta_of
+from know_jax.study.arms import LARGER, Arm, can_predict, theta_of
 from know_jax.study.parts import HISTORIES, PARTS
 from know_jax.tasks import load_task
+from know_jax.tasks.base import Task
 from know_jax.training import loop
 from know_jax.training.batch_norm import settled
 from know_jax.training.steps import Data, put_data
@@ -51,6 +53,30 @@ def source_config(
   if source.amount == 1:
     return full
   return dataclasses.replace(full, train_examples=round(source.amount * examples))
+
+
+def larger_task(settings: forgetting.Config, task: Task, step: int) -> Task:
+  """The task of a forgetting run with r^-step times the training examples.
+
+  Those of the run are among them, and images are prepared as in the run: only the data differ.
+
+  Args:
+    settings: of the run.
+    task: what they name.
+    step: n of r^-n.
+
+  Raises:
+    UserError: there are not as many examples.
+  """
+  examples = round(task.train.size * settings.rate**-step)
+  about = f'{LARGER} x{settings.rate**-step:.3g} needs {examples} training examples'
+  try:
+    larger = load_task(dataclasses.replace(settings, train_examples=examples))
+  except UserError as error:
+    raise UserError(f'{about}: {error}') from error
+  if larger.train.size != examples:
+    raise UserError(f'{about}; {task.name} gives {larger.train.size}.')
+  return dataclasses.replace(larger, prepare=task.prepare)
 
 
 class Run:
@@ -85,6 +111,8 @@ class Run:
       return self._kept(f'incremental-{arm.history}', self._incremental, arm.history)
     if arm.predictor == 'extra':
       return self._kept(f'extra-{arm.history}', self._extra, arm.history)
+    if arm.predictor == LARGER:
+      return self._kept(f'{LARGER}-{arm.step}', self._larger, arm.step)
     began = time.monotonic()
     variables = jax.device_get(self._predict(arm, self.stages[-arm.history :]))
     seconds = time.monotonic() - began
@@ -94,11 +122,11 @@ class Run:
     variables = settled(arm.batch_norm, self._task, variables, num_batches=batches, batch_size=size)
     return jax.device_get(variables), seconds
 
-  def _kept(self, name: str, train: Callable[[int], Any], history: int) -> tuple[Any, float]:
+  def _kept(self, name: str, train: Callable[[int], Any], number: int) -> tuple[Any, float]:
     path = self.workdir / name
     if not checkpoints.exists(path):
       began = time.monotonic()
-      variables = train(history)
+      variables = train(number)
       metadata = {'seconds': time.monotonic() - began}
       checkpoints.save(path, variables, metadata=metadata, overwrite=True)
     return checkpoints.restore(path), checkpoints.read_metadata(path)['seconds']
@@ -127,10 +155,22 @@ class Run:
     lr = forgetting.stage_plan(self.settings, 1, examples)['lr']
     return self._fit(self.stages[-1], indices, 1, lr, 'extra')
 
-  def _fit(self, variables: Any, indices: Any, epochs: int, lr: float, *names: str | int) -> Any:
+  def _larger(self, step: int) -> Any:
+    """Trains as Theta^0 was, from the same start, on r^-step times the data."""
+    larger = larger_task(self.settings, self._task, step)
+    variables = larger.init(named_key(self.settings.seed, 'init'))
+    epochs, lr = self.settings.training_of(0)
+    indices = np.arange(larger.train.size, dtype=np.int32)
+    data = Data(larger.train, larger.prepare)
+    return self._fit(variables, indices, epochs, lr, LARGER, step, data=data)
+
+  def _fit(
+    self, variables: Any, indices: Any, epochs: int, lr: float, *names: str | int,
+    data: Data | None = None,
+  ) -> Any:  # fmt: skip
     config = self.settings
     return loop.train(
-      self._task, variables, self._data[0], indices, recipe=forgetting.recipe_of(config),
+      self._task, variables, data or self._data[0], indices, recipe=forgetting.recipe_of(config),
       epochs=epochs, batch_size=config.batch_size, lr=lr, schedule=config.schedule,
       key=named_key(config.seed, *names),
     )  # fmt: skip

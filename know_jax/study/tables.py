@@ -29,6 +29,7 @@ _LABELS = {
   'persistence': 'persistence (naive)',
   'incremental': 'incremental pre-training',
   'extra': 'extra training of equal compute',
+  'larger': 'trained on so much data',
 }
 _PREDICTORS = ('known', 'known_leaf')
 

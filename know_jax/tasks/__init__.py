@@ -3,6 +3,7 @@
 A module of this folder is a task by its name; its `load(config, network)` makes the `Task`.
 """
 
+import dataclasses
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -33,10 +34,12 @@ def load_task(config: Any, network: Any = None) -> Task:
     UserError: there is no such task, it is none, or one of its fields does not fit.
   """
   given = config_dict(config)
-  task = _loader(given['task'])(given, given if network is None else config_dict(network))
+  of_network = given if network is None else config_dict(network)
+  task = _loader(given['task'])(given, of_network)
   if not isinstance(task, Task):
     raise UserError(f'task {given["task"]!r} gave {type(task)}; expected a know_jax Task.')
-  return task
+  conv_init = of_network.get('conv_init')
+  return task if conv_init is None else dataclasses.replace(task, conv_init=conv_init)
 
 
 def _loader(name: str) -> Callable[..., Any]:

@@ -15,8 +15,8 @@ import numpy as np
 
 from know_jax.data.augmentation import Augmentation
 from know_jax.data.base import Batch, Source, checked_batch
-from know_jax.errors import UserError
-from know_jax.kinds import Rules
+from know_jax.errors import UserError, unknown_name
+from know_jax.kinds import Rules, leaf_kinds
 from know_jax.models.adapters import Model, Variables
 
 T = TypeVar('T')
@@ -87,6 +87,13 @@ class DrawnFields(DataFields):
   seed: int = 0
 
 
+CONV_INITS = {
+  name: getattr(jax.nn.initializers, name)
+  for name in ('glorot_uniform', 'glorot_normal', 'he_uniform', 'he_normal', 'lecun_normal')
+}
+"""Initialisers of convolution kernels. Ours start Glorot-uniform, the authors' he-normal."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkFields:
   """The config fields that name a network."""
@@ -97,6 +104,8 @@ class NetworkFields:
   model: str
   width: int | None = None
   model_options: str = ''
+  # How convolution kernels start, a name in `CONV_INITS`; None: as the network has it.
+  conv_init: str | None = None
   dtype: str = 'float32'
   head: str = 'head'
 
@@ -141,6 +150,7 @@ class Task:
       that they have in the classifier itself; a transfer may start from one. '': none.
     name: what the data are, for messages.
     about: JSON data for the record of a run, such as the names of classes.
+    conv_init: how convolution kernels start, a name in `CONV_INITS`; None: as the network has it.
     at_a_time: how many examples a device takes at a time in evaluation.
   """
 
@@ -157,6 +167,7 @@ class Task:
   encoder: str = ''
   name: str = 'the task'
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  conv_init: str | None = None
   at_a_time: int = 512
 
   def __post_init__(self) -> None:
@@ -172,6 +183,8 @@ class Task:
           f'the strata of {field} have shape {np.shape(source.strata)}; expected [{source.size}], '
           'one for each example.'
         )
+    if self.conv_init is not None and self.conv_init not in CONV_INITS:
+      raise unknown_name('conv_init', self.conv_init, CONV_INITS)
     try:
       hash(self.model)
     except TypeError as error:
@@ -187,7 +200,16 @@ class Task:
       raise UserError(
         f"the variables of the network are {type(variables)}; expected 'params' in a dict."
       )
-    return variables
+    if self.conv_init is None:
+      return variables
+    draw = CONV_INITS[self.conv_init]()
+    leaves, treedef = jax.tree.flatten(variables['params'])
+    kinds = leaf_kinds({'params': variables['params']}, self.kinds).values()
+    drawn = [
+      draw(key, leaf.shape, leaf.dtype) if kind == 'conv' else leaf
+      for key, leaf, kind in zip(jax.random.split(key, len(leaves)), leaves, kinds, strict=True)
+    ]
+    return {**variables, 'params': jax.tree.unflatten(treedef, drawn)}
 
   def prepared(self, indices: np.ndarray) -> Batch:
     """Training examples as the network is given them in evaluation."""

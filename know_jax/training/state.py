@@ -63,7 +63,7 @@ class Recipe:
   def __post_init__(self) -> None:
     if self.optimizer not in OPTIMIZERS:
       raise unknown_name('optimizer', self.optimizer, OPTIMIZERS)
-    check_least(self, 0, 'weight_decay')
+    check_least(self, 0, 'weight_decay', 'epsilon')
     check_least(self, 1, 'accumulate')
 
 
@@ -84,6 +84,24 @@ def create_state(variables: Any, recipe: Recipe) -> TrainState:
     collections={name: value for name, value in variables.items() if name != 'params'},
     opt_state=optimizer(recipe).init(params),
   )
+
+
+def continued(state: TrainState, recipe: Recipe, after: TrainState) -> TrainState:
+  """A state at step 0 with the optimiser of another training: its counters and its moments.
+
+  Args:
+    state: a fresh state, nothing of which is frozen.
+    recipe: of the other training, with the same optimiser; what it froze begins without moments.
+    after: the state that it ended in.
+  """
+  trained = after.opt_state
+  if recipe.frozen:
+    trained = trained.inner_states['moving'].inner_state
+  # What was frozen has no leaves there.
+  found = dict(jax.tree_util.tree_flatten_with_path(trained)[0])
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(state.opt_state)
+  opt_state = jax.tree.unflatten(treedef, [found.get(path, leaf) for path, leaf in leaves])
+  return dataclasses.replace(state, opt_state=opt_state)
 
 
 def to_tree(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The screening of starts: what each start is, the real loop shrunk, a page recomputed by SciPy."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ from numpy.testing import assert_allclose
 from know_jax import trees
 from know_jax.data.digits import load_digits
 from know_jax.errors import UserError
+from know_jax.fields import read_config
 from know_jax.forgetting import SourceFields
 from know_jax.kinds import leaf_kinds
-from know_jax.study import design, screen
+from know_jax.seeds import named_key
+from know_jax.study import design, screen, sources
 from know_jax.tasks import load_task
+from know_jax.training import loop
 
 PATHS = ('params/conv/kernel', 'params/dense/kernel', 'params/head/kernel')
 
@@ -31,25 +36,28 @@ def weights(rng):
 def made():
   rng = np.random.default_rng(0)
   one = lambda: jax.tree.map(np.float32, weights(rng))  # noqa: E731
-  return {
-    'stages': [one() for _ in range(5)],
-    'halves': [one() for _ in range(4)],
-    'same': [one() for _ in range(4)],
-    'epochs': {epoch: one() for epoch in range(1, 13)},
-  }
+  return types.SimpleNamespace(
+    stages=[one() for _ in range(5)],
+    halves=[one() for _ in range(4)],
+    same=[one() for _ in range(4)],
+    epochs={epoch: one() for epoch in range(1, 13)},
+    larger=one(),
+    longer=one(),
+  )
 
 
 @pytest.fixture(scope='module')
 def starts(made):
-  kinds = leaf_kinds(made['stages'][-1])
+  kinds = leaf_kinds(made.stages[-1])
   gradient = trees.named_leaves(jax.tree.map(np.float32, weights(np.random.default_rng(1))))
   task = load_task({**design.default_config().source.to_dict(), 'dataset': 'digits'})
   found = screen.starts_of(
-    made, kinds, gradient, np.random.default_rng(0), task, SourceFields(epochs=12)
+    made, kinds, lambda at: gradient, np.random.default_rng(0), task, SourceFields(epochs=12)
   )
+  assert tuple(found) == screen.FAMILIES
   return {
-    name: {words: trees.named_leaves(tree) for words, tree in family.items()}
-    for name, family in found.items()
+    name: {words: trees.named_leaves(tree) for words, tree in make().items()}
+    for name, make in found.items()
   }, gradient
 
 
@@ -58,10 +66,10 @@ def norm(x):
 
 
 def test_every_family_has_three_candidates_or_is_naive_and_leaves_the_head(made, starts):
-  newest = trees.named_leaves(made['stages'][-1])
+  newest = trees.named_leaves(made.stages[-1])
   for name, family in starts[0].items():
     assert len(family) == (1 if name == screen.NAIVE else 3)
-    if name not in ('known_leaf', 'log_fit'):
+    if name not in ('known_leaf', 'log_fit', screen.MORE_DATA, screen.LONGER):
       for leaves in family.values():
         assert_allclose(leaves['params/head/kernel'], newest['params/head/kernel'])
   assert len(screen.NAIVE_RATES) == 3 * len(screen.RATES)
@@ -69,11 +77,11 @@ def test_every_family_has_three_candidates_or_is_naive_and_leaves_the_head(made,
 
 @pytest.mark.parametrize('name', ['stages', 'half branches', 'the last epochs'])
 def test_averages_point_where_means_point_at_the_norms_asked_for(made, starts, name):
-  family, newest = starts[0], trees.named_leaves(made['stages'][-1])
+  family, newest = starts[0], trees.named_leaves(made.stages[-1])
   of = {
-    'stages': made['stages'][2:],
-    'half branches': made['halves'],
-    'the last epochs': [made['epochs'][epoch] for epoch in (8, 9, 10, 11, 12)],
+    'stages': made.stages[2:],
+    'half branches': made.halves,
+    'the last epochs': [made.epochs[epoch] for epoch in (8, 9, 10, 11, 12)],
   }[name]
   (full,) = [n for n in family if n.startswith('average') and n.endswith(name)]
   for path in PATHS[:2]:
@@ -87,7 +95,7 @@ def test_averages_point_where_means_point_at_the_norms_asked_for(made, starts, n
 
 def test_scales_of_leaves_keep_their_mean_exponent_and_follow_movement(made, starts):
   families = starts[0]
-  newest, before = (trees.named_leaves(made['stages'][i]) for i in (-1, -2))
+  newest, before = (trees.named_leaves(made.stages[i]) for i in (-1, -2))
   moved = [norm(newest[p] - before[p]) / norm(newest[p]) for p in PATHS[:2]]
   for name in ('scale by movement', 'scale by movement, permuted', 'scale by depth'):
     for exponent in screen.EXPONENTS:
@@ -100,12 +108,23 @@ def test_scales_of_leaves_keep_their_mean_exponent_and_follow_movement(made, sta
         assert_allclose(logs[1] / logs[0], 2, rtol=1e-4)
 
 
+@pytest.mark.parametrize('name', [screen.MORE_DATA, screen.LONGER])
+def test_what_more_data_or_epochs_would_give_is_tried_as_it_is_and_with_smaller_kernels(
+  made, starts, name
+):
+  truth = trees.named_leaves({screen.MORE_DATA: made.larger, screen.LONGER: made.longer}[name])
+  for scale in (1, 0.6, 0.35):
+    leaves = starts[0][name][f'scale {scale:g}']
+    for path, leaf in truth.items():
+      assert_allclose(leaves[path], leaf * (scale if path in PATHS[:2] else 1), rtol=1e-6)
+
+
 def test_directions_and_what_the_gradient_shrinks(made, starts):
   families, gradient = starts
-  newest = trees.named_leaves(made['stages'][-1])
+  newest = trees.named_leaves(made.stages[-1])
   half, same = (
-    sum(np.float64(w['params']['conv']['bias']) for w in made[kind]) / 4
-    for kind in ('halves', 'same')
+    sum(np.float64(w['params']['conv']['bias']) for w in kind) / 4
+    for kind in (made.halves, made.same)
   )
   path = 'params/conv/bias'
   contrast = families['contrast, same - half']['times 2'][path]
@@ -156,6 +175,46 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   screen.run(small(), tmp_path, name='digits', only=only)
   assert (tmp_path / 'rows.jsonl').read_bytes() == before
   assert len(judged) == 36
+
+
+def test_twice_the_data_hold_the_data_and_are_trained_for_twice_the_steps(monkeypatch):
+  config = small()
+  config.source.update(train_examples=200, batch_size=8)
+  source = screen._source(read_config(design.Config, config), 3)
+  task = load_task(source)
+  larger = sources.larger_task(source, task, 1)
+  images = [{x.tobytes() for x in t.train.arrays['image']} for t in (task, larger)]
+  assert (task.train.size, larger.train.size) == (200, 400)
+  assert images[0] < images[1]
+  assert_allclose(larger.prepare.mean, task.prepare.mean)
+
+  trained = []
+
+  def watched(task, start, data, indices, *, epochs, lr, **options):
+    trained.append((data.size, len(indices), epochs, lr))
+    return start
+
+  monkeypatch.setattr(loop, 'train', watched)
+  made = screen.Trained(task, source)
+  fresh = jax.device_get(task.init(named_key(3, 'init')))
+  for variables in (made.stages[-1], made.larger, made.longer):  # All from one start.
+    jax.tree.map(np.testing.assert_array_equal, variables, fresh)
+  lr = source.lr
+  assert trained[0] == (200, 200, 12, lr)
+  assert trained[5:] == [(400, 400, 12, lr), (200, 200, 24, lr)]
+
+
+def test_families_are_those_asked_for_that_the_data_allow(capsys, tmp_path):
+  config = read_config(design.Config, small())
+  assert list(screen._families(config, [])) == [
+    name for name in screen.FAMILIES if name != screen.MORE_DATA
+  ]
+  assert 'larger x2 needs' in capsys.readouterr().out
+  with pytest.raises(UserError, match=r'larger x2 needs .* training examples'):
+    screen.run(config, tmp_path / 'none', name='x', only=[screen.MORE_DATA])
+  with pytest.raises(UserError, match=r"'shrinks'\. Did you mean 'shrink'"):
+    screen.run(config, tmp_path / 'none', name='x', only=['shrinks'])
+  assert not (tmp_path / 'none').exists()
 
 
 def test_too_short_a_training_is_refused_before_it_begins(tmp_path):

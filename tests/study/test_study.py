@@ -246,6 +246,61 @@ def test_arms_of_a_pair_share_head_labels_and_order(monkeypatch, copy, theta):
   assert (len(heads), len(labels), len(orders)) == (4, 4, 8)
 
 
+def with_larger(theta, examples, *steps):
+  config = small_study(theta, history=2, steps=1, ablations=(), transfer_seeds=1, curve_epochs=())
+  config.source.update(train_examples=examples, stages=2)
+  config.arms = ('persistence', {'predictor': 'larger', 'steps': steps} if steps else 'larger')
+  config.update(amounts=(1.0, 0.5), source_seeds=1)
+  return config
+
+
+def test_the_arm_of_a_larger_set_is_trained_on_it_from_the_same_start(theta, tmp_path):
+  config = with_larger(theta, 200)
+  runner.run(config, tmp_path, show_progress=False)
+  rows = [row for row in read(tmp_path) if row['arm'] == 'larger']
+  assert [(row['amount'], row['step'], row['multiple']) for row in rows] == [
+    (1, 1, 2.5),
+    (0.5, 1, 2.5),
+  ]
+  assert all(0 < row['accuracy'] < 1 and math.isnan(row['retrodiction']) for row in rows)
+  assert rows[0]['weights'] != rows[1]['weights']
+  timings = [row['task'] for row in read_timings(tmp_path)]
+  assert timings.count('larger') == 2
+  # By hand: images, start, epochs and rate of the pre-training, its mean image.
+  study = design.Study(config)
+  source = next(s for s in study.sources() if s.amount == 0.5)
+  settings = study.settings(source)
+  few, many = (load_task(dataclasses.replace(settings, train_examples=n)) for n in (100, 250))
+  images = [{x.tobytes() for x in task.train.arrays['image']} for task in (few, many)]
+  assert images[0] < images[1]
+  many = dataclasses.replace(many, prepare=few.prepare)
+  recipe = study_sources.forgetting.recipe_of(settings)
+  expected = loop.train(
+    many, many.init(seeds.named_key(0, 'init')), put_data(many)[0], np.arange(250, dtype=np.int32),
+    recipe=recipe, epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr,
+    schedule=settings.schedule, key=seeds.named_key(0, 'larger', 1),
+  )  # fmt: skip
+  found, _ = study_sources.Run(tmp_path / 'sources' / source.name).start(arm_of(study, 'larger'))
+  assert_same_bits(found, jax.device_get(expected))
+
+
+def test_larger_sets_are_where_there_are_as_many_examples(theta):
+  study = design.Study(with_larger(theta, 400, 1))
+  assert [(c.source.amount, c.arm.name) for c in study.cells()] == [
+    (1.0, 'persistence'),
+    (0.5, 'persistence'),
+    (0.5, 'larger'),
+  ]
+  assert [s.amount for s in study.sources()] == [1.0, 0.5]
+  with pytest.raises(
+    UserError, match=r"arm 'larger' x6\.25 needs 1250 training examples; .* 7\d\d"
+  ):
+    design.Study(with_larger(theta, 400, 1, 2))
+  with pytest.raises(UserError, match=r'larger x2\.5 needs 1800 training examples'):
+    settings = read_config(study_sources.forgetting.Config, small_config(train_examples=720))
+    study_sources.larger_task(settings, load_task(settings), 1)
+
+
 def test_seeds_of_different_sources_differ():
   pairs = itertools.product(range(40), range(1000))
   assert len({design.combined_seed(*pair) for pair in pairs}) == 40_000

@@ -420,6 +420,36 @@ def test_a_config_sets_options_of_networks(model, options):
   assert classification.network_of(config, 3) == expected
 
 
+def test_a_config_sets_how_convolutions_start():
+  """He et al., 2015, truncated at two standard deviations, as Keras' he_normal."""
+  config = small_config(model='cnn', width=32, image_size=(8, 8))
+  usual = load_task(config_dict(config)).init(jax.random.key(0))
+  config.conv_init = 'he_normal'
+  task = load_task(config_dict(config))
+  found = trees.named_leaves(task.init(jax.random.key(0)))
+  kernels = 0
+  for path, before in trees.named_leaves(usual).items():
+    leaf = np.asarray(found[path])
+    if leaf.ndim == 4:
+      kernels += 1
+      deviation = np.sqrt(2 / np.prod(leaf.shape[:3]))
+      if leaf.size > 1000:
+        assert leaf.std() == pytest.approx(deviation, rel=0.1)
+      assert np.abs(leaf).max() < 2 * deviation / 0.8796 + 1e-6
+      assert (leaf != before).any()
+    else:
+      np.testing.assert_array_equal(leaf, before)
+  assert kernels > 1
+  shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, usual)
+  # A transfer has the network of its source, fresh ones included.
+  target = load_task(config_dict(small_config(model='cnn', width=32)), config_dict(config))
+  assert target.conv_init == 'he_normal'
+  config.conv_init = 'he'
+  with pytest.raises(UserError, match="unknown conv_init 'he'"):
+    load_task(config_dict(config))
+
+
 def test_networks_of_the_users_take_options_too():
   options = {'width': 4, 'model_options': "kind='wide'"}
   config = NetworkFields(model=f'{__name__}:own_network', **options)

@@ -39,8 +39,10 @@ from know_jax.training.state import (
   Checkpoint,
   DivergedError,
   Recipe,
+  continued,
   create_state,
   learning_rates,
+  optimizer,
 )
 from know_jax.training.steps import put_data
 
@@ -253,6 +255,43 @@ def test_images_taken_in_turn_give_the_steps_of_the_whole(
   assert_close(state, whole, rtol=1e-4, atol=1e-6)
   for epoch in (1, 2):
     assert same[epoch] == pytest.approx(metrics[epoch], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('name', 'epsilon'), [('adam', 1e-7), ('adam', 0.3), ('adamw', 1e-7), ('sgd', 0)]
+)
+def test_an_optimiser_that_goes_on_keeps_its_counter_and_moments(name, epsilon):
+  """As one that saw some weights only at first: Keras' Adam, compiled twice, by its formulas."""
+  rng = np.random.default_rng(0)
+  params = {
+    'body': {'kernel': rng.normal(size=(3, 2))},
+    'head': {'kernel': rng.normal(size=(2, 4))},
+  }
+  reference = NumPyOptimizer(name, 0.05, epsilon)
+  recipe = Recipe(name, weight_decay=0.05, epsilon=epsilon)
+  warm = dataclasses.replace(recipe, frozen=frozenset({'body/kernel'}))
+  expected = trees.named_leaves(params)
+  state = create_state({'params': params}, warm)
+  for recipe_now, steps_of in ((warm, 6), (recipe, 30)):
+    if recipe_now is recipe:
+      state = continued(create_state({'params': state.params}, recipe), warm, state)
+      assert int(state.step) == 0
+    for _ in range(steps_of):
+      grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+      updates, opt_state = optimizer(recipe_now).update(grads, state.opt_state, state.params)
+      moved = jax.tree.map(lambda p, u: p - 0.01 * u, state.params, updates)
+      state = dataclasses.replace(state, params=moved, opt_state=opt_state)
+      moving = {p: x for p, x in expected.items() if recipe_now is recipe or p != 'body/kernel'}
+      expected |= reference.update(moving, trees.named_leaves(grads), 0.01)
+  for path, leaf in trees.named_leaves(state.params).items():
+    np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-5)
+
+
+def test_a_config_sets_epsilon():
+  assert recipe_of(read_config(Config, {})).epsilon == 1e-7
+  assert recipe_of(read_config(Config, {'epsilon': 1e-8})).epsilon == 1e-8
+  with pytest.raises(UserError, match=r'epsilon is -0\.1; expected at least 0'):
+    read_config(Config, {'epsilon': -0.1})
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adam', 'adamw'])
