@@ -75,7 +75,7 @@ class TargetFields(forgetting.RecipeFields, DataFields):
   lr: float = 4e-4
   # Whether fine-tuning keeps the optimiser of the warm-up, its step counter and moments, as Keras
   # does where one Adam is compiled twice. What was frozen then begins without moments and without
-  # bias correction: its first steps are up to 6.5 times as long.
+  # bias correction: its first steps are up to 6.6 times as long.
   keep_optimizer: bool = False
 
   def __post_init__(self) -> None:
@@ -337,7 +337,7 @@ def train_one(
   config: TargetFields,
   seed: int,
   curve_epochs: Sequence[int] = (),
-  also: Mapping[str, Data] | None = None,
+  also: Mapping[str, Any] | None = None,
   on_trained: Callable[[Any], None] = lambda variables: None,
 ) -> dict[str, Any]:
   """One transfer: new head, warm-up, fine-tuning, test.
@@ -350,7 +350,7 @@ def train_one(
     config: its fields.
     seed: decides head, order and augmentation.
     curve_epochs: fine-tuning epochs to test after as well; 0 is after the warm-up.
-    also: name -> data on which the trained network's score is told too.
+    also: name -> data, or which training examples, on which its score is told too.
     on_trained: called with the trained variables.
 
   Returns:
@@ -392,12 +392,12 @@ def train_one(
   if not curve or curve[-1][0] < config.epochs:
     metrics.update(loop.evaluate(task, variables, data[1]))
   on_trained(variables)
-  others = {
-    name: loop.evaluate(task, variables, other)[task.score] for name, other in (also or {}).items()
-  }
+  others = dict(also or {})
   if kept := config.validation_examples:
-    indices = validation_subset(task, kept, seed)
-    others['validation'] = loop.evaluate(task, variables, data[0], indices=indices)[task.score]
+    others['validation'] = validation_subset(task, kept, seed)
+  for name, other in others.items():
+    of, indices = (data[0], other) if isinstance(other, np.ndarray) else (other, None)
+    others[name] = loop.evaluate(task, variables, of, indices=indices)[task.score]
   return {**metrics, **others, 'seconds': time.monotonic() - began, 'curve': curve}
 
 

@@ -136,7 +136,8 @@ def linear(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   return {
     'note': f'One step ahead for {weights:,} float32 weights in memory, {STAGES} stages; GB are of '
     f'stages read and prediction written. *{COPY}* is one core copying an array, which reads and '
-    'writes as many bytes in all.',
+    'writes as many bytes in all. What needs moments reads all stages twice: at the speed of the '
+    f'copy that is a share of {(STAGES + 1) / (2 * STAGES + 1):.2f}.',
     'seconds': times,
     'tables': {'': [
       {'': name, 'GB a second': speed[name], 'share of the copy': ratio.get(name)}

@@ -6,6 +6,7 @@ from typing import Any
 
 from know_jax import kinds as kinds_
 from know_jax import trees
+from know_jax.nowcast.history import check_finite
 from know_jax.nowcast.plan import check_steps, plan_of
 from know_jax.predictors.registry import REGISTRY
 from know_jax.trajectory import Trajectory
@@ -70,13 +71,15 @@ def predict(
 
   Raises:
     UserError: before anything is computed, if the history is too short for the step, its stages
-      differ, it holds NaN or infinity (not checked under a transformation, nor in kept leaves),
-      leaves have no kind or lie on other devices than the rest, or a name or option is unknown;
-      afterwards, if a prediction is bad and `on_bad` is 'raise'.
+      differ, it holds NaN or infinity (not checked under a transformation, nor in kept leaves; seen
+      while they are combined by linear predictors), leaves have no kind or lie on other devices
+      than the rest, or a name or option is unknown; afterwards, if a prediction is bad and `on_bad`
+      is 'raise'.
   """
   steps = check_steps(steps, least=0)
   plan = plan_of(params_history, steps, predictor, theta, rate, kinds, on_bad, options, stacked)
   if steps == 0:
+    check_finite(plan.history)
     return plan.history.newest()
   return plan.history.rebuild(plan.run((steps,), times=False))
 

@@ -44,8 +44,11 @@ LEAST_ROW = 8192
 
 def predict_leaves(
   leaves: list[Any], theta: Any, job: Job, steps: tuple[int, ...]
-) -> tuple[list[np.ndarray], np.ndarray | None]:
-  """What `compiled.predict_leaves` computes, by NumPy and by rows; the leaves are finite."""
+) -> tuple[list[np.ndarray] | None, np.ndarray | None]:
+  """What `compiled.predict_leaves` computes, by NumPy and by rows.
+
+  No predictions where a leaf has NaN or infinity, which is seen on the way.
+  """
   views = [
     [np.asarray(stage) for stage in (leaf if isinstance(leaf, tuple) else np.asarray(leaf))]
     for leaf in leaves
@@ -55,7 +58,9 @@ def predict_leaves(
     Piece(info, [stage.reshape(-1) for stage in view], out.reshape(len(steps), -1))
     for view, info, out in zip(views, job.leaves, result, strict=True)
   ]
-  facts = predict(pieces, theta, job, steps, is_checked=True)
+  facts = predict(pieces, theta, job, steps)
+  if not facts.finite.all():
+    return None, None
   kept = np.broadcast_to(facts.still[:, None], facts.movement.shape)
   health = None
   if job.is_watched and leaves:
@@ -98,7 +103,6 @@ def predict(
   job: Job,
   steps: tuple[int, ...],
   of_leaves: tuple[np.ndarray, ...] | None = None,
-  is_checked: bool = False,
 ) -> Facts:
   """Fills the pieces with predictions.
 
@@ -109,7 +113,6 @@ def predict(
     steps: the steps that are asked for, ascending.
     of_leaves: what follows from the moments of the pieces' leaves, where those are known of all
       of them, as `from_moments` gives it.
-    is_checked: whether it is known that all stages are finite.
 
   Returns:
     What was seen of each piece.
@@ -127,10 +130,14 @@ def predict(
     threads = _threads(width)
     sizes = [piece.size for piece in group]
     given: tuple[np.ndarray, ...] | None = None
+    is_checked = False
     if of_leaves is not None:
       given = tuple(of[members] for of in of_leaves)
     elif job.predictor.needs_moments:
-      given = from_moments(moment_sums(group, count), sizes, kind, width, theta, job, steps)
+      sums = moment_sums(group, count)
+      # Sums of squares of all stages' differences and of the newest: then all stages are.
+      is_checked = count == len(group[0].stages) and bool(np.isfinite(sums).all())
+      given = from_moments(sums, sizes, kind, width, theta, job, steps)
     seen: Iterable[list[Seen]]
     if isinstance(job.predictor, WholeLeaf):
       seen = (_whole(i, piece, theta, job, steps) for i, piece in enumerate(group))
@@ -202,7 +209,7 @@ def moment_sums(group: Sequence[Piece], count: int) -> np.ndarray:
   """The second moments of pieces, summed over their weights: `[L, count, count]`, in float64."""
   threads = _threads(group[0].width)
   total = np.zeros((len(group), count, count))
-  calls = linear.shared_out(linear.cut([piece.size for piece in group], linear.MOMENTS), threads)
+  calls = linear.shared_out(linear.cut([piece.size for piece in group], linear.CHUNK), threads)
   for result in _in_threads(functools.partial(linear.moments, group, count), calls, threads):
     for i, of_part in result:
       total[i] += of_part

@@ -395,7 +395,11 @@ def _repeated(leaf: Any, times: int) -> Any:
 
 
 def check_finite(history: History) -> None:
-  """Raises where a leaf that is predicted has NaN or infinity; not for traced histories."""
+  """Raises where a leaf that is predicted has NaN or infinity; not for traced histories.
+
+  Raises:
+    UserError: the leaf, the stage and how many values are named.
+  """
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(history.leaves)):
     return
   if _surely_finite(history.leaves):

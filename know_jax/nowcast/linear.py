@@ -14,8 +14,9 @@ import numpy as np
 
 from know_jax.nowcast.pieces import Facts, Piece, largest_by
 
-CHUNK = 1 << 17
-"""Weights that NumPy takes at a time: with the stages' and the temporaries they fill a cache."""
+CHUNK = 1 << 18
+"""Weights that NumPy takes at a time: with the stages' and the temporaries they fill a cache. Of
+fewer, threads would wait for each other at every operation."""
 
 Parts = list[tuple[int, int, int, int]]
 """Of a chunk or a row: the place in it, the index of a leaf, and where in that it starts and stops.
@@ -24,9 +25,10 @@ Parts = list[tuple[int, int, int, int]]
 Seen = tuple[Any, Facts]
 """The indices of leaves, each once, and what was seen of them."""
 
-MOMENTS = 1 << 15
-"""Weights whose moments are summed in float32: more would cost digits. In files it divides
-`pieces.STRETCH`, so that a leaf has the same sums as in memory."""
+MOMENTS = 1 << 9
+"""Weights whose moments are summed in float32: more would cost digits, and NumPy lets other threads
+work beside `vecdot` only where a chunk has hundreds of them. It divides `CHUNK`, and that
+`pieces.STRETCH`, so that a leaf in files has the sums that it has in memory."""
 
 
 # --- chunks of leaves -----------------------------------------------------------------------------
@@ -75,28 +77,32 @@ def moments(
 ) -> list[tuple[int, np.ndarray]]:
   """The second moments of the parts of some chunks."""
   width = group[0].width
-  v = np.empty((count, MOMENTS), width)
+  v = np.empty((count, CHUNK), width)
   result = []
-  for parts in chunks:
-    gathered, size = _gathered(group, parts, -count)
-    # Differences of half precision are not exact in it.
-    stages = [stage.astype(width, copy=False) for stage in gathered]
-    for row, (older, newer) in zip(v, itertools.pairwise(stages), strict=False):
-      np.subtract(newer, older, out=row[:size])
-    v[-1, :size] = stages[-1]
-    for place, i, start, stop in parts:
-      result.append((i, _gram(v[:, place : place + stop - start])))
+  with np.errstate(over='ignore', invalid='ignore'):
+    for parts in chunks:
+      gathered, size = _gathered(group, parts, -count)
+      # Differences of half precision are not exact in it.
+      stages = [stage.astype(width, copy=False) for stage in gathered]
+      for row, (older, newer) in zip(v, itertools.pairwise(stages), strict=False):
+        np.subtract(newer, older, out=row[:size])
+      v[-1, :size] = stages[-1]
+      for place, i, start, stop in parts:
+        result.append((i, _gram(v[:, place : place + stop - start])))
   return result
 
 
 def _gram(v: np.ndarray) -> np.ndarray:
-  """V v^T of few long rows."""
-  if v.shape[1] < 2048:
-    return v @ v.T
-  result = np.empty((len(v), len(v)), v.dtype)
-  for i in range(len(v)):
-    for j in range(i + 1):
-      result[i, j] = result[j, i] = np.dot(v[i], v[j])
+  """V v^T of few long rows, in float64."""
+  whole = v.shape[1] - v.shape[1] % MOMENTS
+  rest = v[:, whole:]
+  result = (rest @ rest.T).astype(np.float64)
+  if whole:
+    blocks = v[:, :whole].reshape(len(v), -1, MOMENTS)
+    for i, row in enumerate(blocks):
+      sums = np.vecdot(blocks[: i + 1], row).sum(1, dtype=np.float64)
+      result[i, : i + 1] += sums
+      result[:i, i] += sums[:i]
   return result
 
 

@@ -17,7 +17,7 @@ from know_jax.nowcast import chunks, compiled
 from know_jax.nowcast import health as health_
 from know_jax.nowcast.history import History, check_finite, read_history
 from know_jax.nowcast.job import Job
-from know_jax.predictors.base import Leaf, WholeLeaf, max_steps
+from know_jax.predictors.base import Leaf, Linear, WholeLeaf, max_steps
 from know_jax.predictors.registry import resolve
 
 
@@ -54,14 +54,20 @@ class Plan:
       times: whether they are given on the first axis, `[len(steps), ...]`; else there is one step.
 
     Raises:
-      UserError: a prediction is bad and that is an error.
+      UserError: the history holds NaN or infinity, or a prediction is bad and that is an error.
     """
     predicted = self.history.leaves
+    # Linear predictors take little longer than a reading of their stages, and see it on the way.
+    if not (isinstance(self.job.predictor, Linear) and is_on_host(predicted, self.theta)):
+      check_finite(self.history)
     if not isinstance(self.job.predictor, WholeLeaf) and is_on_host(predicted, self.theta):
       # Now, also where the caller is traced and the history is a constant of the trace. Elsewhere
       # it would have every small operation compiled.
       with jax.core.eval_context() if is_traced() else contextlib.nullcontext():
         arrays, health = chunks.predict_leaves(predicted, self.theta, self.job, steps)
+        if arrays is None:
+          check_finite(self.history)
+        assert arrays is not None
         result = as_jax(arrays if times else [array[0] for array in arrays])
     else:
       _check_devices(predicted, self.job)
@@ -150,7 +156,6 @@ def plan_of(
   result = set(history.kinds)
   made, theta = checked_theta(name, made, theta, result, steps)
   check_length(name, made, steps, history.length, theta, result)
-  check_finite(history)
   job = Job(
     name=name,
     predictor=made,

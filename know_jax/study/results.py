@@ -48,6 +48,7 @@ COLUMNS: dict[str, type] = {
   'accuracy': float,  # The task's score: of segmentation the mIoU, of captions masked accuracy.
   'loss': float,
   'mean_accuracy': float,  # Of segmentation, over classes.
+  'training': float,  # The score on the labelled examples: low where a training was too short.
   'validation': float,  # The score on the training examples that were kept for it.
   # 'epoch:accuracy' for some epochs of fine-tuning; epoch 0 is after the warm-up. Empty but for
   # transfer seed 0.
@@ -55,7 +56,7 @@ COLUMNS: dict[str, type] = {
 }
 """Column of results.csv -> type; a row is one training. Rows come in the order of the config."""
 
-_LATER = ('mean_accuracy', 'validation')
+_LATER = ('mean_accuracy', 'training', 'validation')
 """Columns that files of earlier versions lack; they are read as empty."""
 
 TIMING_COLUMNS: dict[str, type] = {

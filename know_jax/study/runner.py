@@ -186,7 +186,7 @@ def _run_source(
         try:
           result = train_one(
             study.target, variables, target(), study.subsets[number], study.transfer_config(arm),
-            number, study.curve_epochs(seed),
+            number, study.curve_epochs(seed), {'training': study.subsets[number]},
           )  # fmt: skip
         except DivergedError:
           # One arm's failure is a result, and no reason to lose the others'.
@@ -266,7 +266,7 @@ def _row(
     'source_seed': source.seed, 'transfer_seed': seed, 'retrodiction': retrodiction.get('all'),
     'weights': (start['weights'] or '')[:12],
     'accuracy': result.get(study.target.score, math.nan), 'loss': result['loss'],
-    **{name: result.get(name) for name in ('mean_accuracy', 'validation')},
+    **{name: result.get(name) for name in ('mean_accuracy', 'training', 'validation')},
     'curve': curve_text(result['curve']),
   }  # fmt: skip
 

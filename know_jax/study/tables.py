@@ -111,11 +111,21 @@ def _by_step(lines: Sequence[Line], columns: Sequence[str] = ()) -> str:
 
 def accuracies(lines: Sequence[Line], amount: float) -> list[str]:
   """Accuracy after transfer of every main arm."""
-  return [
+  main = [line for line in lines if line.group == MAIN and line.amount == amount]
+  parts = [
     f'## Accuracy after transfer, {100 * amount:g} % of the source data',
-    _by_step([line for line in lines if line.group == MAIN and line.amount == amount]),
+    _by_step(main),
     'Mean ± standard deviation over all trainings.',
   ]
+  ends = {line.title: line.rows['training'].astype(float).mean() for line in main}
+  if fitted := {title: score for title, score in ends.items() if math.isfinite(score)}:
+    least = min(fitted, key=fitted.__getitem__)
+    naive = fitted.get(naive_line(lines, amount).title, math.nan)
+    parts.append(
+      f'On the labelled images themselves naive transfer ends at {100 * naive:.1f} %, and the arm '
+      f'that ends lowest there, {_label(least)}, at {100 * fitted[least]:.1f} %.'
+    )
+  return parts
 
 
 def _tested_table(lines: Sequence[Line], naive: Line, sweep_in: Sequence[Line] | None) -> str:

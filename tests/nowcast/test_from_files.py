@@ -51,7 +51,7 @@ SHAPES = {
 def narrow_slices(monkeypatch):
   """So that small leaves have several slices."""
   monkeypatch.setattr(pieces, 'STRETCH', 1 << 13)
-  monkeypatch.setattr(linear, 'MOMENTS', 1 << 13)  # It divides a stretch.
+  monkeypatch.setattr(linear, 'CHUNK', 1 << 13)  # It divides a stretch.
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +286,7 @@ from know_jax.io.weights import Sink
 from know_jax.nowcast import file_job, from_files, linear, pieces
 from know_jax.runs import cli
 from know_jax.system import compiled
-pieces.STRETCH = linear.MOMENTS = 1 << 13
+pieces.STRETCH = linear.CHUNK = 1 << 13
 write, writes = Sink.write, 0
 compiled.MIN_SECONDS = 0.0
 for line in sys.stdin:

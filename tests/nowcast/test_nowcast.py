@@ -879,7 +879,10 @@ def test_stages_that_differ_are_told_by_leaf_and_stage(nothing_runs):
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('form', ['list', 'stacked', 'device', 'half'])
-def test_what_is_not_finite_is_told_by_leaf_stage_and_count(form, value, nothing_runs):
+@pytest.mark.parametrize('name', ['linear_fit', 'known_leaf', 'known'])
+def test_what_is_not_finite_is_told_by_leaf_stage_and_count(name, form, value, request):
+  if name == 'known':  # Linear predictors see it while they combine the stages.
+    request.getfixturevalue('nothing_runs')
   history = make_history(dtype=jnp.bfloat16 if form == 'half' else np.float32)
   history[1]['head']['kernel'][2, :3] = value
   history[3]['head']['kernel'][0, 0] = value
@@ -888,7 +891,19 @@ def test_what_is_not_finite_is_told_by_leaf_stage_and_count(form, value, nothing
   message = (
     r"leaf 'head/kernel' has 3 of 64 values NaN or infinite at stage 1 of 5 \(0 is the oldest"
   )
-  fails(message, given, predictor='linear_fit')
+  fails(message, given, predictor=name)
+
+
+@pytest.mark.parametrize('on_bad', ['keep', 'ignore'])
+@pytest.mark.parametrize('name', ['persistence', 'task_vector', 'shrink', 'least_squares'])
+@pytest.mark.parametrize('stage', [0, 4])
+def test_what_is_not_finite_is_told_of_stages_that_are_not_used_too(name, stage, on_bad):
+  history = make_history()
+  history[stage]['conv']['bias'][1] = np.inf
+  message = f"leaf 'conv/bias' has 1 of 8 values NaN or infinite at stage {stage} of 5"
+  fails(message, history, predictor=name, on_bad=on_bad)
+  with pytest.raises(UserError, match=message):
+    know_jax.predict(history, 0, predictor=name)
 
 
 def test_what_is_not_finite_is_found_in_a_constant_of_a_trace(nothing_runs):

@@ -68,11 +68,12 @@ def norm(x):
 def test_every_family_has_three_candidates_or_is_naive_and_leaves_the_head(made, starts):
   newest = trees.named_leaves(made.stages[-1])
   for name, family in starts[0].items():
-    assert len(family) == (1 if name == screen.NAIVE else 3)
-    if name not in ('known_leaf', 'log_fit', screen.MORE_DATA, screen.LONGER):
+    one = (screen.NAIVE, screen.MORE_DATA, screen.LONGER)
+    assert len(family) == (1 if name in one else 3)
+    if name not in ('known_leaf', 'log_fit') and not name.startswith(one[1:]):
       for leaves in family.values():
         assert_allclose(leaves['params/head/kernel'], newest['params/head/kernel'])
-  assert len(screen.NAIVE_RATES) == 3 * len(screen.RATES)
+  assert len(screen.ONE_RATES) == 3 * len(screen.RATES)
 
 
 @pytest.mark.parametrize('name', ['stages', 'half branches', 'the last epochs'])
@@ -114,9 +115,10 @@ def test_what_more_data_or_epochs_would_give_is_tried_as_it_is_and_with_smaller_
 ):
   truth = trees.named_leaves({screen.MORE_DATA: made.larger, screen.LONGER: made.longer}[name])
   for scale in (1, 0.6, 0.35):
-    leaves = starts[0][name][f'scale {scale:g}']
+    leaves = starts[0][f'{name}, scaled'][f'scale {scale:g}']
     for path, leaf in truth.items():
       assert_allclose(leaves[path], leaf * (scale if path in PATHS[:2] else 1), rtol=1e-6)
+      assert_allclose(starts[0][name]['as it is'][path], leaf)
 
 
 def test_directions_and_what_the_gradient_shrinks(made, starts):
@@ -168,9 +170,9 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   each = [(100, 1, 0)] * 12 + [(100, 3, 0)] * 4 + [(tested, 3, 1000), (tested, 3, 2000)]
   assert judged == 2 * each
   assert all(0 < value <= 1 for value in row['as_is'].values())
-  assert row['families']['naive']['rates'] == list(screen.NAIVE_RATES)
+  assert row['families']['naive']['rates'] == list(screen.ONE_RATES)
   assert row['families']['shrink']['rates'] == list(screen.RATES)
-  assert row['families']['naive']['rate'] in screen.NAIVE_RATES
+  assert row['families']['naive']['rate'] in screen.ONE_RATES
   before = (tmp_path / 'rows.jsonl').read_bytes()
   screen.run(small(), tmp_path, name='digits', only=only)
   assert (tmp_path / 'rows.jsonl').read_bytes() == before
@@ -207,7 +209,7 @@ def test_twice_the_data_hold_the_data_and_are_trained_for_twice_the_steps(monkey
 def test_families_are_those_asked_for_that_the_data_allow(capsys, tmp_path):
   config = read_config(design.Config, small())
   assert list(screen._families(config, [])) == [
-    name for name in screen.FAMILIES if name != screen.MORE_DATA
+    name for name in screen.FAMILIES if not name.startswith(screen.MORE_DATA)
   ]
   assert 'larger x2 needs' in capsys.readouterr().out
   with pytest.raises(UserError, match=r'larger x2 needs .* training examples'):
@@ -256,7 +258,7 @@ def test_the_page_has_paired_intervals_and_holm():
   line = next(line for line in shown.splitlines() if line.startswith('| shrink'))
   assert line.split('|')[4].strip() == f'{adjusted[0]:.3f}'
   assert line.split('|')[-2].strip() == '2'  # naive is tried at a higher rate than 4
-  assert 'study: 3 from 1 to 9 (naive), 2 from 1 to 4 (all others).' in shown
+  assert 'study: 3 from 1 to 9 (naive and what has one start), 2 from 1 to 4 (all others).' in shown
   assert (
     next(line for line in shown.splitlines() if '| naive' in line).split('|')[-2].strip() == '0'
   )

@@ -205,6 +205,13 @@ def test_a_row_is_what_transfer_makes_of_the_weights(studied, study, source_run)
     if (r['arm'], r['step'], r['source_seed'], r['transfer_seed']) == ('task_vector', 1, 0, 1)
   ]
   assert (row['accuracy'], row['loss']) == (found['accuracy'], found['loss'])
+  assert 'training' not in found
+  ends = []
+  transfer.train_one(
+    study.target, {**newest, 'params': moved}, data, subset, config, 1, on_trained=ends.append
+  )
+  on_labelled = loop.evaluate(study.target, ends[0], data[0], indices=subset)
+  assert row['training'] == on_labelled['accuracy'] != row['accuracy']
 
 
 def test_learning_curves_are_those_of_shorter_trainings(study, source_run):
@@ -232,7 +239,7 @@ def test_arms_of_a_pair_share_head_labels_and_order(monkeypatch, copy, theta):
     return start.state
 
   monkeypatch.setattr(loop, 'fit', fit)
-  monkeypatch.setattr(loop, 'evaluate', lambda *_: {'accuracy': 0.5, 'loss': 1.0})
+  monkeypatch.setattr(loop, 'evaluate', lambda *_, **__: {'accuracy': 0.5, 'loss': 1.0})
   runner.run(small_study(theta), copy, show_progress=False)
   assert len(calls) == TRAININGS * 2  # Warm-up and fine-tuning.
   described = {}
@@ -973,6 +980,14 @@ def test_the_report_says_what_the_rows_say(studied, reported):
       values = list(accuracy.get((arm, step), {}).values())
       expected = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' if values else ''
       assert cell == expected
+  fitted = {
+    line: 100 * np.mean([r['training'] for r in rows if (r['group'], r['arm'], r['step']) == line])
+    for line in LINES
+    if line[0] == 'main'
+  }
+  ends = fitted['main', 'persistence', 0], min(fitted.values())
+  said = re.search(r'naive transfer ends at (\S+) %, and the arm .*, at (\S+) %', text)
+  assert said.groups() == tuple(f'{value:.1f}' for value in ends)
   # The paper's figures are of other networks.
   papers = [f'{row.p100} ± {row.sd100}' for row in tables.published(1).itertuples()]
   assert '92.40 ± 0.11' in papers and not [figure for figure in papers if figure in text]
