@@ -70,7 +70,7 @@ class Settings:
     _CNN,
     Target('resnet_small', (32, 32, 3), repetitions=10, steps=100),
     Target('pvt_v2', (64, 64, 3), _PVT, repetitions=10, steps=30),
-    Target('pvt_v2_b0', (224, 224, 3), repetitions=3, batch=8),
+    Target('pvt_v2_b0', (224, 224, 3), repetitions=3, batch=8, steps=30),
     Target('deeplabv3plus', (64, 96, 3), _DEEPLAB, repetitions=10),
     Target('resnet_small', (32, 32, 3), repetitions=10, steps=50, captions=True),
   )

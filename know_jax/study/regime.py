@@ -39,7 +39,7 @@ from know_jax.data.augmentation import PAPER_AUGMENTATION
 from know_jax.data.base import part_of
 from know_jax.data.sources import Dataset, load_dataset
 from know_jax.errors import UserError
-from know_jax.fields import Given, editable, read_config
+from know_jax.fields import Given, config_dict, editable, read_config
 from know_jax.forgetting import recipe_of
 from know_jax.io.journal import Journal, read_lines
 from know_jax.kinds import leaf_kinds
@@ -131,7 +131,7 @@ class Config:
   validation: int = 2500  # Of the target's training images, chosen among for tuned rates alone.
   warmup_epochs: int = 3  # Of head and BatchNorm; the authors: 10.
   warmup_lr: float = 1e-3
-  keep_optimizer: bool = False  # The authors' scripts may do so; these rows were made without.
+  keep_optimizer: bool = False  # The authors' scripts may do so.
   epochs: int = 25  # The authors: 100.
   lr: float = 4e-4
   rate: float = 0.5
@@ -286,6 +286,7 @@ class _Study:
     return self.journal.add(
       f'{seed}: {SOURCE}', source=seed, arm=SOURCE, accuracy=accuracies[0], held_out=accuracies,
       training=seen['accuracy'], seconds=time.monotonic() - began,
+      config=config_dict(self.config),
       device=jax.devices()[0].device_kind,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from know_jax.io.files import write_atomic
 from know_jax.io.journal import read_lines
 from know_jax.report import intervals
 from know_jax.report.markdown import table
-from know_jax.study.regime import ARMS, SOURCE, Arm
+from know_jax.study.regime import ARMS, SOURCE, STAGES, Arm, Config
 
 MATTERS = 0.3
 """Points; see `know_jax.study.regime`."""
@@ -152,17 +152,24 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
   )
   if edges:
     chosen += f' At the edge of its grid: {", ".join(edges)}.'
+  # The first study's rows came before configs were noted; it had the defaults, and data of its own.
+  config = Config(**sources[0].get('config', {}))
+  lossy = '' if 'config' in sources[0] else ' CIFAR-100 is a lossy copy (PSNR 38.5 dB).'
+  kept = 'kept' if config.keep_optimizer else 'begun anew'
   return '\n\n'.join(
     [
-      '# Rate, reset or trajectory: ResNet18 from CIFAR-100 to CIFAR-10',
-      "The authors' ResNet18 and their three networks, with their recipe, on a quarter of both "
-      'training sets (12,500 images each, with all their labels), 5 stages of 40 epochs, 3 epochs '
-      'of head and BatchNorm and 25 of everything (the authors: 200, 10 and 100), batch 128, Adam '
-      'with epsilon 1e-8, he-normal convolutions, computed in bfloat16 on one '
-      f"{sources[0]['device']}. BatchNorm is Flax's (epsilon 1e-5, momentum 0.9; Keras: 1e-3, "
-      '0.99). It is no reproduction of a number of the paper. CIFAR-100 is a lossy copy (PSNR '
-      f'38.5 dB). {len(rows) - len(sources)} transfers from {len(sources)} sources, one a source '
-      'and arm; arms with fewer sources came last, when time was short.',
+      f'# Rate, reset or trajectory: {config.model} from {config.source_dataset} to '
+      f'{config.target_dataset}',
+      "The authors' three networks and their recipe, on "
+      f'{config.source_examples:,} images of the source and {config.labels:,} of the target, with '
+      f'all their labels, {STAGES} stages of {config.source_epochs} epochs, {config.warmup_epochs} '
+      f'epochs of head and BatchNorm and {config.epochs} of everything (the authors: 50,000 images '
+      f'and 200, 10 and 100 epochs), batch {config.batch_size}, {config.optimizer} with epsilon '
+      f'{config.epsilon:g}, {kept} for everything, {config.conv_init} convolutions, computed in '
+      f"{config.dtype} on one {sources[0]['device']}. BatchNorm is Flax's (epsilon 1e-5, momentum "
+      f'0.9; Keras: 1e-3, 0.99). It is no reproduction of a number of the paper.{lossy} '
+      f'{len(rows) - len(sources)} transfers from {len(sources)} sources, one a source and arm; '
+      'arms with fewer sources came last, when time was short.',
       'The bounds stand in `know_jax/study/regime.py` and were committed before the first run. '
       'What they decide:',
       '\n'.join(f'- {sentence}' for sentence in (*verdicts(scores), chosen)),
@@ -172,7 +179,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
       'Holm over all these arms. Norm: of the convolution kernels at the start, over that of the '
       'newest weights. Scaled biases are a second run of official x8 in effect, because BatchNorm '
       'cancels biases: they show the noise of one training. Accuracy of the stages on held-out '
-      f'CIFAR-100 images, all data first: {held} %.',
+      f'source images, all data first: {held} %.',
       'Made by `python bin/regime.py --workdir=docs/results/resnet18 '
       '--report=docs/results/resnet18.md` from `docs/results/resnet18/rows.jsonl`.\n',
     ]

@@ -79,6 +79,7 @@ def test_a_run_learns_and_resumes(config, tmp_path, monkeypatch):
   first = regime.run(config, tmp_path)
   assert [row['arm'] for row in first] == [regime.SOURCE, few[0].name]
   assert len(first[0]['held_out']) == regime.STAGES
+  assert first[0]['config']['conv_init'] == 'he_normal' and first[0]['config']['epochs'] == 12
   assert first[1]['accuracy'] > 0.6 and first[1]['training'] > 0.6  # Chance: 0.33.
   monkeypatch.setattr(regime, 'ARMS', few)
   # No training is begun that would end too late, by the time that the last one took.
@@ -137,6 +138,15 @@ def test_bounds_decide(gains, expected):
   assert said[0].endswith(f'{expected[0]} matters.' if expected[0] == 'it' else 'no gain.')
   for sentence, answer in zip(said[1:], expected[1:], strict=True):
     assert sentence.split(': ')[1].startswith(answer)
+
+
+def test_a_page_tells_of_the_config_of_its_rows():
+  rows = read_lines(ROOT / 'docs' / 'results' / 'resnet18' / 'rows.jsonl')
+  own = {'epochs': 7, 'conv_init': 'glorot_uniform', 'keep_optimizer': True, 'epsilon': 1e-7}
+  told = [r | ({'config': own} if r['arm'] == regime.SOURCE else {}) for r in rows]
+  found = regime_report.page(told)
+  assert 'and 7 of everything' in found and 'glorot_uniform convolutions' in found
+  assert 'adam with epsilon 1e-07, kept for everything' in found and 'lossy' not in found
 
 
 def test_the_committed_page_is_that_of_the_committed_rows():
