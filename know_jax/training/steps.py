@@ -129,14 +129,18 @@ def _train_step(model: Model, loss: Any, sums: Any, recipe: Recipe) -> Callable[
     collections = jax.tree.map(
       lambda x: x / recipe.accumulate if jnp.issubdtype(x.dtype, jnp.inexact) else x, collections
     )
-    if weight is None:
-      grads = jax.lax.pmean(grads, AXIS)
-    else:
-      grads, weight = jax.lax.psum((grads, weight), AXIS)
-      # A batch in which nothing counts moves nothing.
-      grads = jax.tree.map(lambda g: (g / jnp.where(weight == 0, 1, weight)).astype(g.dtype), grads)
-    collections = jax.tree.map(_mean_over_devices, collections)
-    counted = jax.lax.psum(counted, AXIS)
+    # Counts and flags change alike everywhere.
+    changing, treedef = jax.tree.flatten(collections)
+    means = [i for i, x in enumerate(changing) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    told = grads, weight, [changing[i] for i in means], counted
+    grads, weight, summed, counted = sum_over_devices(told)
+    devices = jax.lax.axis_size(AXIS)
+    for i, x in zip(means, summed, strict=True):
+      changing[i] = x / devices
+    collections = jax.tree.unflatten(treedef, changing)
+    # A batch in which nothing counts moves nothing.
+    share = devices if weight is None else jnp.where(weight == 0, 1, weight)
+    grads = jax.tree.map(lambda g: (g / share).astype(g.dtype), grads)
     updates, opt_state = optimizer(recipe).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr.astype(p.dtype) * u, state.params, updates)
     return TrainState(state.step + 1, params, collections, opt_state), counted
@@ -169,9 +173,29 @@ def _in_turn(
   return jax.lax.scan(add, first, (together, keys[:count]))[0]
 
 
-def _mean_over_devices(leaf: jax.Array) -> jax.Array:
-  # Counts and flags change alike everywhere.
-  return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+_TOGETHER = 1 << 16
+"""Weights of a leaf, at most, that is copied to be added together with others."""
+
+
+def sum_over_devices(tree: Any) -> Any:
+  """The sum of every leaf over all devices.
+
+  At each sum the devices wait for each other. Other backends join sums by themselves; on a CPU,
+  where one takes as long as a small layer, small leaves are joined here.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  if jax.default_backend() != 'cpu' or jax.device_count() == 1:
+    return jax.lax.psum(tree, AXIS)
+  groups: dict[Any, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    groups.setdefault(leaf.dtype if leaf.size <= _TOGETHER else i, []).append(i)
+  for members in groups.values():
+    of_group = [leaves[i] for i in members]
+    total = jax.lax.psum(jnp.concatenate([leaf.ravel() for leaf in of_group]), AXIS)
+    parts = jnp.split(total, np.cumsum([leaf.size for leaf in of_group])[:-1])
+    for i, part, leaf in zip(members, parts, of_group, strict=True):
+      leaves[i] = part.reshape(leaf.shape)
+  return jax.tree.unflatten(treedef, leaves)
 
 
 def examples_at_once(model: Model, batch: Any) -> int | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import (
@@ -608,6 +609,38 @@ def test_a_batch_that_does_not_part_is_refused():
 
 
 # -- several devices of one machine --------------------------------------------------------------
+
+
+def test_sums_over_devices_are_those_of_each_leaf():
+  rng, n = np.random.default_rng(0), jax.local_device_count()
+  tree = {
+    'small': rng.normal(size=(n, 3, 2)).astype(np.float32),
+    'scalar': rng.normal(size=n).astype(np.float32),
+    'large': rng.normal(size=(n, 1 << 17)).astype(np.float32),
+    'half': np.ones((n, 5), jnp.bfloat16),
+    'count': np.arange(2 * n, dtype=np.int32).reshape(n, 2),
+    'none': None,
+    'empty': np.zeros((n, 0), np.float32),
+  }
+  found = jax.pmap(steps.sum_over_devices, axis_name=AXIS)(tree)
+  assert n > 1 and found['none'] is None
+  for name, leaf in tree.items():
+    if leaf is not None:
+      assert found[name].dtype == leaf.dtype and found[name].shape == leaf.shape
+      for of_device in np.asarray(found[name]):
+        np.testing.assert_allclose(of_device, leaf.sum(0, dtype=leaf.dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_waits_for_other_devices_once_for_all_that_is_small(plain, variables):
+  """Beside the statistics of BatchNorm, of one layer, forward and backward."""
+  data = put_data(plain)[0]
+  arrays, index = data.at(np.zeros((jax.local_device_count(), 4), np.int32))
+  state = steps.replicate(create_state(jax.device_get(variables), RECIPE))
+  arguments = (state, arrays, data.prepare, index, np.float32(0.1), jax.random.key(0))
+  text = steps.train_step(plain, RECIPE).lower(*arguments).as_text()
+  leaves = len(jax.tree.leaves((state.params, state.collections)))
+  assert 0 < text.count('stablehlo.all_reduce') <= 4 < leaves
+
 
 _MANY_STEPS = """
 import jax, numpy as np
