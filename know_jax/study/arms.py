@@ -15,7 +15,7 @@ from know_jax.kinds import KINDS
 from know_jax.nowcast import api
 from know_jax.predictors.parameters import load_known
 from know_jax.predictors.registry import REGISTRY, resolve
-from know_jax.study.parts import HISTORIES, PARTS
+from know_jax.study.parts import HISTORIES, PARTS, SCALED_BIASES
 from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 MAIN = 'main'
@@ -61,7 +61,7 @@ class Arm:
   # Times this the learning rate of fine-tuning: shrinking weights that BatchNorm follows does
   # little but raise it.
   lr_scale: float = 1.0
-  # Which part of the prediction is transferred, a name in `PARTS`; empty: all of it.
+  # Which part of the prediction is transferred, a name in `PARTS`, or `SCALED_BIASES`; empty: all.
   part: str = ''
   order: str = ''  # The order of the stages, a name in `HISTORIES`; empty: oldest first.
 
@@ -156,7 +156,7 @@ class ArmFields:
   ablations: tuple[Any, ...] = ()
   # A folder with the authors' .h5 files, for the arm 'known_official', whole and in parts.
   official: str | None = None
-  official_parts: tuple[str, ...] = tuple(PARTS)
+  official_parts: tuple[str, ...] = (*PARTS, SCALED_BIASES)
 
 
 def arms_of(config: ArmFields, *, batch_norm: bool) -> list[Arm]:
@@ -236,9 +236,15 @@ def _arms(entry: Mapping[str, Any], config: ArmFields) -> list[Arm]:
     'lr_scale': float(entry.get('lr_scale', 1.0)),
   }
   arm = Arm(step=0, **given)
-  for what, value, known in (('part', arm.part, PARTS), ('order', arm.order, HISTORIES)):
+  parts = (*PARTS, SCALED_BIASES)
+  for what, value, known in (('part', arm.part, parts), ('order', arm.order, HISTORIES)):
     if value and value not in known:
       raise unknown_name(f'{what} of an arm', value, known)
+  if arm.part == SCALED_BIASES and (predictor, arm.theta is None) != ('known', False):
+    raise UserError(
+      f"arm {predictor!r} has part {arm.part!r}; expected it of 'known' with theta, parameters for "
+      'weights as they are.'
+    )
   if arm.batch_norm not in BATCH_NORM_POLICIES:
     raise unknown_name('BatchNorm policy', arm.batch_norm, BATCH_NORM_POLICIES)
   if not 0 < arm.lr_scale < math.inf:

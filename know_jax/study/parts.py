@@ -69,6 +69,9 @@ PARTS: dict[str, Callable[[Any, Any], Any]] = {
 }
 """Name -> (newest weights, predicted weights) -> the weights that an arm transfers."""
 
+SCALED_BIASES = 'scaled biases'
+"""In place of a part: the prediction of `scaled_biases`, which KNOWN's parameters alone have."""
+
 HISTORIES: dict[str, Callable[[Sequence[Any]], list[Any]]] = {
   'reversed': lambda history: [*history[-2::-1], history[-1]],
   'rotated': lambda history: [history[-2], *history[:-2], history[-1]],

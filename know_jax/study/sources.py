@@ -20,7 +20,7 @@ from know_jax.nowcast import api
 from know_jax.runs.workdir import finished_record, restore_stage
 from know_jax.seeds import named_key
 from know_jax.study.arms import LARGER, Arm, can_predict, theta_of
-from know_jax.study.parts import HISTORIES, PARTS
+from know_jax.study.parts import HISTORIES, PARTS, SCALED_BIASES, scaled_biases
 from know_jax.tasks import load_task
 from know_jax.tasks.base import Task
 from know_jax.training import loop
@@ -184,6 +184,8 @@ class Run:
 
     if arm.order:
       history = HISTORIES[arm.order](history)
+    if arm.part == SCALED_BIASES:
+      return scaled_biases(history, arm.step, theta_of(arm.theta))
     predicted = api.predict(
       history,
       arm.step,

@@ -651,9 +651,34 @@ def test_the_authors_weights_are_an_arm_where_they_are_given(known_file):
   official = [(a.name, a.part, a.step) for a in found if a.theta == str(known_file)]
   assert official == [
     (f'known_official {part}'.strip(), part, n)
-    for part in ('', 'radial', 'tangential', 'norms')
+    for part in ('', 'radial', 'tangential', 'norms', 'scaled biases')
     for n in (1, 2, 3)
   ]
+
+
+def test_the_authors_biases_may_be_seen_in_scaled_units(study, source_run, known_file):
+  whole = dataclasses.replace(
+    arm_of(study, 'task_vector', 1), predictor='known', theta=str(known_file), history=5
+  )
+  plain, found = (
+    trees.named_leaves(source_run.start(arm)[0])
+    for arm in (whole, dataclasses.replace(whole, part=parts.SCALED_BIASES))
+  )
+  history = [jax.device_get(stage) for stage in source_run.stages[-5:]]
+  assert_same_bits(
+    found,
+    trees.named_leaves(parts.scaled_biases(history, 1, parameters.load_known(known_file))),
+  )
+  different = {path for path, leaf in found.items() if (leaf != plain[path]).any()}
+  kinds = kinds_.leaf_kinds(history[-1])
+  assert different and all(kinds[path] == 'bias' for path in different)
+
+
+def test_scaled_biases_are_of_known_with_parameters_for_weights_as_they_are(theta):
+  config = small_study(theta)
+  config.arms = ('persistence', {'predictor': 'task_vector', 'part': 'scaled biases'})
+  with pytest.raises(UserError, match=r"'task_vector' has part 'scaled biases'; expected it of"):
+    design.Study(config)
 
 
 def test_an_arm_may_transfer_a_part_of_its_prediction_or_read_another_order(study, source_run):
