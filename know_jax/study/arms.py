@@ -257,6 +257,8 @@ def _arms(entry: Mapping[str, Any], config: ArmFields) -> list[Arm]:
     if extra := sorted(refused & set(entry)):
       raise UserError(f'arm {predictor!r} has {extra[0]}, which only predictors take.')
     steps: Sequence[int] = entry.get('steps', (1,)) if predictor == LARGER else (0,)
+    if predictor == LARGER and not all(isinstance(n, int) and n >= 1 for n in steps):
+      raise UserError(f'arm {LARGER!r} has steps {steps}; expected whole numbers of at least 1.')
   else:
     steps = _steps(arm, entry.get('steps'), config.steps)
   name = entry.get('name') or _name(arm, config)

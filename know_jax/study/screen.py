@@ -48,24 +48,13 @@ EXPONENTS = (0.35, 0.7, 1.2)
 NAIVE, SHRINK = 'naive', 'shrink'
 MORE_DATA, LONGER = 'twice the data in truth', 'the same data for twice the epochs'
 FAMILIES = (
-  NAIVE,
-  SHRINK,
-  'average of 3 stages',
-  'average of 4 half branches',
-  'average of the last epochs',
-  'scale by movement',
-  'scale by movement, permuted',
-  'scale by depth',
-  'shrink what the gradient shrinks',
-  'contrast, same - half',
-  'reversed forgetting, newest - half',
-  'known_leaf',
-  'log_fit',
-  MORE_DATA,
-  f'{MORE_DATA}, scaled',
-  LONGER,
-  f'{LONGER}, scaled',
-)
+  NAIVE, SHRINK,
+  'average of 3 stages', 'average of 4 half branches', 'average of the last epochs',
+  'scale by movement', 'scale by movement, permuted', 'scale by depth',
+  'shrink what the gradient shrinks', 'contrast, same - half',
+  'reversed forgetting, newest - half', 'known_leaf', 'log_fit',
+  MORE_DATA, f'{MORE_DATA}, scaled', LONGER, f'{LONGER}, scaled',
+)  # fmt: skip
 """What can be tried."""
 _GOES_ON = 4
 _FIRST_TEST_SEED = 1000
@@ -106,7 +95,13 @@ def run(
   workdir.mkdir(parents=True, exist_ok=True)
   journal = Journal(workdir / 'rows.jsonl')
   for seed in range(config.source_seeds):
-    if journal.get(f'{name} {seed}') is None:
+    found = journal.get(f'{name} {seed}')
+    if found is not None and set(found['families']) != set(families):
+      raise UserError(
+        f'source {seed} of {name!r} in {workdir} has the families {", ".join(found["families"])}; '
+        f'expected {", ".join(families)}. Give another workdir or name, or the families found.'
+      )
+    if found is None:
       began = time.monotonic()
       row = _measure(config, seed, families)
       seconds = time.monotonic() - began

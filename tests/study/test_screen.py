@@ -177,6 +177,9 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   screen.run(small(), tmp_path, name='digits', only=only)
   assert (tmp_path / 'rows.jsonl').read_bytes() == before
   assert len(judged) == 36
+  with pytest.raises(UserError, match=r'has the families naive, shrink; expected naive\. Give'):
+    screen.run(small(), tmp_path, name='digits', only=[screen.NAIVE])
+  assert (tmp_path / 'rows.jsonl').read_bytes() == before
 
 
 def test_twice_the_data_hold_the_data_and_are_trained_for_twice_the_steps(monkeypatch):

@@ -303,6 +303,8 @@ def test_larger_sets_are_where_there_are_as_many_examples(theta):
     UserError, match=r"arm 'larger' x6\.25 needs 1250 training examples; .* 7\d\d"
   ):
     design.Study(with_larger(theta, 400, 1, 2))
+  with pytest.raises(UserError, match=r"arm 'larger' has steps \[0\]; expected whole numbers"):
+    design.Study(with_larger(theta, 400, 0))
   with pytest.raises(UserError, match=r'larger x2\.5 needs 1800 training examples'):
     settings = read_config(study_sources.forgetting.Config, small_config(train_examples=720))
     study_sources.larger_task(settings, load_task(settings), 1)
