@@ -57,10 +57,11 @@ class Plan:
       UserError: the history holds NaN or infinity, or a prediction is bad and that is an error.
     """
     predicted = self.history.leaves
+    on_host = is_on_host(predicted, self.theta)
     # Linear predictors take little longer than a reading of their stages, and see it on the way.
-    if not (isinstance(self.job.predictor, Linear) and is_on_host(predicted, self.theta)):
+    if not (on_host and isinstance(self.job.predictor, Linear)):
       check_finite(self.history)
-    if not isinstance(self.job.predictor, WholeLeaf) and is_on_host(predicted, self.theta):
+    if on_host and not isinstance(self.job.predictor, WholeLeaf):
       # Now, also where the caller is traced and the history is a constant of the trace. Elsewhere
       # it would have every small operation compiled.
       with jax.core.eval_context() if is_traced() else contextlib.nullcontext():

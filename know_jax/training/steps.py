@@ -246,7 +246,7 @@ def _eval_step(model: Model, sums: Any) -> Callable[..., Any]:
   def step(variables: Any, arrays: Any, prepare: Any, index: Any, mask: Any) -> Any:
     batch = prepare(jax.tree.map(lambda x: x[index], arrays), None)
     outputs, _ = model.apply(variables, batch, train=False, key=None)
-    return jax.lax.psum(sums(outputs, batch, mask), AXIS)
+    return sum_over_devices(sums(outputs, batch, mask))
 
   return mapped(step)
 
