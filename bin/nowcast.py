@@ -18,12 +18,12 @@ from know_jax import kinds as kinds_
 from know_jax.io import formats
 from know_jax.io.files import local_path
 from know_jax.io.sealed import read_sealed
-from know_jax.nowcast import file_job, from_files, from_run, lora
+from know_jax.nowcast import file_job, from_files, lora
 from know_jax.nowcast.api import PREDICTORS
 from know_jax.nowcast.health import ON_BAD
+from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.runs import cli
 from know_jax.runs.workdir import load_trajectory
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 cli.define_workdir()
 _STEPS = flags.DEFINE_integer('steps', 3, 'How many stages to predict ahead.', lower_bound=1)
@@ -103,6 +103,9 @@ def main() -> None:
       if lost := lora.report(read_sealed(folder / from_files.CARD, 'a card')):
         print(f'{folder}: {lost}')
     return
+  # What a run needs, its task and network, takes as long to import as all else.
+  from know_jax.nowcast import from_run
+
   cli.refuse(*_OF_FILES, 'dry_run', because='no --history is given')
   workdir = cli.workdir()
   trajectory, _ = load_trajectory(workdir)

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from know_jax.errors import UserError
 from know_jax.trees import named_leaves
 
+BATCH_NORM_POLICIES = ('keep', 'reset', 'recalibrate')
+"""What may become of BatchNorm after a prediction: `training.batch_norm.apply_policy` does it."""
+
 _STATS = 'batch_stats'
 
 

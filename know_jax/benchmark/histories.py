@@ -30,7 +30,7 @@ def of_network(target: Target) -> History:
   return _random(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *target.image)))['params'])
 
 
-def of_size(weights: int, leaves: int = 0) -> History:
+def of_size(weights: int, leaves: int = 0, dtype: Any = np.float32) -> History:
   """A history of exactly so many weights (100 or more): a convolution, a third, and a dense layer.
 
   With `leaves`, instead, so many dense kernels of equal size.
@@ -45,9 +45,7 @@ def of_size(weights: int, leaves: int = 0) -> History:
     columns = (rest - 1) // rows
     shapes['dense'] = {'kernel': (rows, columns), 'bias': (rest - rows * columns,)}
   is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
-  return _random(
-    jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=is_shape)
-  )
+  return _random(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=is_shape))
 
 
 def _random(structs: Any) -> History:
@@ -56,15 +54,15 @@ def _random(structs: Any) -> History:
   stages: History = []
   for stage in range(STAGES):
     scale = _MOVE if stage else _SCALE
-    moved = jax.tree.map(lambda s, scale=scale: _gaussian(rng, s.shape, scale), structs)
+    moved = jax.tree.map(lambda s, scale=scale: _gaussian(rng, s, scale), structs)
     stages.append(jax.tree.map(np.add, stages[-1], moved) if stage else moved)
   return stages
 
 
-def _gaussian(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-  drawn = rng.standard_normal(shape, np.float32)
+def _gaussian(rng: np.random.Generator, struct: jax.ShapeDtypeStruct, scale: float) -> np.ndarray:
+  drawn = rng.standard_normal(struct.shape, np.float32)
   drawn *= scale
-  return drawn
+  return drawn.astype(struct.dtype, copy=False)
 
 
 def by_kind(history: History) -> dict[str, dict[str, list[Any]]]:

@@ -30,7 +30,8 @@ from know_jax.system.progress import progress
 
 MIB = 2**20
 PREDICTORS = ('known', 'known_leaf', 'task_vector')
-_LEAST, _MOST = 2, 25
+_LEAST, _MOST = 2, 25  # Repetitions.
+_LARGE = 10**6
 
 _compiled: list[float] = []
 
@@ -39,10 +40,11 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """Peak memory beyond inputs and outputs, and cost, by number of weights."""
   entries = _measure(
     [
-      {'predictor': predictor, 'weights': size, 'steps': steps, 'targets': []}
+      {'predictor': predictor, 'weights': size, 'steps': steps, 'dtype': dtype, 'targets': []}
       for predictor in PREDICTORS
-      for steps in settings.steps
-      for size in settings.sizes
+      for dtype, all_steps, sizes in settings.series
+      for steps in all_steps
+      for size in sizes
     ],
     settings, 'memory', show,
   )  # fmt: skip
@@ -57,15 +59,16 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     'note': 'In processes of their own, on the host: resident memory at the peak of a call, less '
     'that before it and less its outputs. The first call compiles; later ones do not. Before it '
     'a product in a loop was compiled, so that XLA itself is not counted. Memory that the process '
-    'had freed goes back to the system before each. From the median size on, cost grows with this '
-    'power of the number of weights: '
-    + ', '.join(f'{power:.2f} ({name} steps)' for name, power in powers.items())
+    'had freed goes back to the system before each. From a million weights on, cost grows with '
+    'this power of their number: '
+    + ', '.join(f'{power:.2f} ({name})' for name, power in powers.items())
     + '.',
     'entries': entries,
     'growth': powers,
     'tables': {'': [
       {
-        'predictor': e['predictor'], 'weights': e['weights'], 'steps': e['steps'],
+        'predictor': e['predictor'], 'dtype': e['dtype'], 'weights': e['weights'],
+        'steps': e['steps'],
         'inputs, MiB': e['inputs'] / MIB, 'outputs, MiB': e['outputs'] / MIB,
         'extra, first call, MiB': e['first']['extra'] / MIB,
         'extra later, MiB': spread([extra / MIB for extra in e['later_extra']]),
@@ -113,21 +116,26 @@ def compilation(settings: Settings, *, show: bool = True) -> dict[str, Any]:
 
 
 def growth(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-  """The power of the size that cost grows with, by '<predictor>, <steps>': 1 is linear.
+  """The power of the size that cost grows with, by `series`: 1 is linear.
 
-  The slope of log cost over log size, by least squares, over the sizes from their median on: below,
-  the call itself costs more than the work.
+  The slope of log cost over log size, by least squares, over sizes from `_LARGE` on, or over all
+  where fewer than two are so large: below, the call itself costs more than the work.
   """
   result = {}
-  for predictor, steps in dict.fromkeys((e['predictor'], e['steps']) for e in entries):
-    mine = [e for e in entries if (e['predictor'], e['steps']) == (predictor, steps)]
-    least = np.median([e['weights'] for e in mine])
-    large = [e for e in mine if e['weights'] >= least]
-    if len(large) > 1:
-      sizes = np.array([e['weights'] for e in large])
-      seconds = sizes * [e['seconds_a_weight']['median'] for e in large]
-      result[f'{predictor}, {steps}'] = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+  for name in dict.fromkeys(map(series, entries)):
+    mine = [e for e in entries if series(e) == name]
+    large = [e for e in mine if e['weights'] >= _LARGE]
+    large = large if len(large) > 1 else mine
+    sizes = np.array([e['weights'] for e in large])
+    seconds = sizes * [e['seconds_a_weight']['median'] for e in large]
+    result[name] = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
   return result
+
+
+def series(entry: dict[str, Any]) -> str:
+  """What an entry has in common with those of other sizes."""
+  steps = entry['steps']
+  return f'{entry["predictor"]}, {entry["dtype"]}, {steps} step{"s" if steps > 1 else ""}'
 
 
 def _measure(
@@ -167,7 +175,7 @@ def measure_task(task: dict[str, Any]) -> dict[str, Any]:
   """Measures how a predictor does, for the first time in this process.
 
   Args:
-    task: `predictor`; `steps`; either `weights`, the size of a made-up network, or `targets`,
+    task: `predictor`; `steps`; either `weights` and `dtype` of a made-up network, or `targets`,
       fields of the `Target` that is predicted and of one that comes after it; `seconds`, how long
       it is repeated, twice at least.
 
@@ -179,7 +187,10 @@ def measure_task(task: dict[str, Any]) -> dict[str, Any]:
   """
   warnings.simplefilter('ignore', PredictionWarning)
   targets = [Target(**{**fields, 'image': tuple(fields['image'])}) for fields in task['targets']]
-  history = of_network(targets[0]) if targets else of_size(task['weights'])
+  if targets:
+    history = of_network(targets[0])
+  else:
+    history = of_size(task['weights'], dtype=jnp.dtype(task['dtype']))
 
   def call(history: History) -> Any:
     return api.predict(history, task['steps'], predictor=task['predictor'])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from know_jax.benchmark.memory import MIB
+from know_jax.benchmark.memory import MIB, series
 from know_jax.report.markdown import spread, table
 from know_jax.report.plots import MARKERS, new_figure
 
@@ -15,6 +15,8 @@ _TITLES = {
   'compile': 'Compilation',
   'memory': 'Memory and cost by size',
   'streaming': 'Weights in files',
+  'merging': 'Merging of large models',
+  'start': 'Start',
   'training': 'Training',
   'networks': 'Training steps of each network',
   'gpu': 'GPU',
@@ -81,11 +83,10 @@ def draw(path: Path, section: Mapping[str, Any]) -> None:
   figure = new_figure(12, 5)
   left, right = figure.subplots(1, 2)
   entries = section['entries']
-  for i, (name, steps) in enumerate(dict.fromkeys((e['predictor'], e['steps']) for e in entries)):
-    mine = [e for e in entries if (e['predictor'], e['steps']) == (name, steps)]
+  for i, label in enumerate(dict.fromkeys(map(series, entries))):
+    mine = [e for e in entries if series(e) == label]
     sizes = [e['weights'] for e in mine]
     style = {'color': f'C{i}', 'marker': MARKERS[i], 'linewidth': 1}
-    label = f'{name}, {steps} step{"s" if steps > 1 else ""}'
     cost = [{key: e['weights'] * s for key, s in e['seconds_a_weight'].items()} for e in mine]
     extra = [{key: bytes_ / MIB for key, bytes_ in e['extra'].items()} for e in mine]
     for axes, spreads in ((left, cost), (right, extra)):

@@ -9,9 +9,11 @@ from typing import Any
 from know_jax.benchmark import (
   accelerator,
   memory,
+  merging,
   networks,
   predicting,
   report,
+  start,
   streamed,
   training_speed,
 )
@@ -28,6 +30,8 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
   'compile': memory.compilation,
   'memory': memory.measure,
   'streaming': streamed.measure,
+  'merging': merging.measure,
+  'start': start.measure,
   'training': training_speed.measure,
   'networks': networks.measure,
   'gpu': accelerator.measure,
@@ -39,7 +43,7 @@ spread of numbers), `goals` (as `timing.goal` makes them) and the numbers that t
 `unmeasured`, why, and its goals.
 """
 
-_OF_LINUX = ('compile', 'memory', 'streaming')
+_OF_LINUX = ('compile', 'memory', 'streaming', 'merging')
 
 
 def run(

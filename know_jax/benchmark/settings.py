@@ -1,6 +1,7 @@
 """What is measured, in full and in the short form that shows that it can be."""
 
 import dataclasses
+import math
 from typing import Any
 
 from know_jax.predictors.known import HISTORY_LENGTH
@@ -19,6 +20,48 @@ class Target:
   captions: bool = False  # Whether it is trained as the encoder of captions.
   batch: int = 32  # Images of a training step.
   steps: int = 10  # Of an epoch that is timed; what it needs besides steps is in it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama:
+  """A Llama of so many layers, whose checkpoints are merged."""
+
+  layers: int
+  hidden: int
+  vocabulary: int = 32_000
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """Its `config.json`."""
+    return {
+      'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'dtype': 'bfloat16',
+      'hidden_size': self.hidden, 'intermediate_size': 3 * self.hidden,
+      'num_attention_heads': 8, 'num_hidden_layers': self.layers, 'vocab_size': self.vocabulary,
+    }  # fmt: skip
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, as PyTorch has them."""
+    hidden, inner = self.hidden, 3 * self.hidden
+    one_layer = {
+      **{f'self_attn.{name}_proj.weight': (hidden, hidden) for name in 'qkvo'},
+      **{f'mlp.{name}_proj.weight': (inner, hidden) for name in ('gate', 'up')},
+      'mlp.down_proj.weight': (hidden, inner),
+      'input_layernorm.weight': (hidden,),
+      'post_attention_layernorm.weight': (hidden,),
+    }
+    layers = {f'model.layers.{i}.': one_layer for i in range(self.layers)}
+    return {
+      'model.embed_tokens.weight': (self.vocabulary, hidden),
+      **{prefix + name: shape for prefix, of in layers.items() for name, shape in of.items()},
+      'model.norm.weight': (hidden,),
+      'lm_head.weight': (self.vocabulary, hidden),
+    }
+
+  @property
+  def weights(self) -> int:
+    """How many it has."""
+    return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 _CNN = Target('cnn', (28, 28, 1), repetitions=40, steps=100)
@@ -56,12 +99,18 @@ class Settings:
   few: tuple[int, int] = (300, 20_000)  # Likewise; they may cost hardly more than one leaf.
   # After the first, the second should need no new program.
   compiled: tuple[Target, Target] = (_RESNET, Target('densenet', (32, 32, 3)))
-  sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)  # Numbers of weights for memory and cost.
-  steps: tuple[int, ...] = (1, 3)  # Ahead, for memory and cost.
+  # For memory and cost: dtype, steps ahead, numbers of weights. Five stages of the most in float32
+  # would take 20 GB.
+  series: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
+    ('float32', (1, 3), (10**5, 10**6, 10**7, 10**8)),
+    ('bfloat16', (1,), (10**6, 10**7, 10**8, 10**9)),
+  )
   size_seconds: float = 3.0  # Each size is repeated for so long, twice at least.
   fresh: bool = True  # Whether memory and compilation have a process for each measurement.
   streamed: int = 10**9  # Weights of a history in files, in bfloat16.
   streamed_leaf: int = 5 * 10**7  # The most of one of its leaves.
+  merged: tuple[Llama, ...] = (Llama(13, 1024), Llama(16, 2048))
+  starts: int = 5  # Processes of each kind that are started and merge.
   trained: Target = _CNN
   batch_size: int = 128
   train_steps: int = 40  # Of an epoch.
@@ -96,12 +145,13 @@ QUICK = Settings(
   leaves=(20, 100),
   few=(3, 700),
   compiled=(_TINY, dataclasses.replace(_TINY, options={'width': 3, 'convs': 1})),
-  sizes=(2_000, 4_000, 20_000),
-  steps=(1,),
+  series=(('float32', (1,), (2_000, 20_000)), ('bfloat16', (1,), (2_000, 4_000))),
   size_seconds=0.0,
   fresh=False,
   streamed=25_000,
   streamed_leaf=10_000,
+  merged=(Llama(1, 16, 50),),
+  starts=1,
   trained=_TINY,
   batch_size=16,
   train_steps=2,

@@ -20,10 +20,9 @@ from know_jax.benchmark.timing import goal
 from know_jax.io.safetensors import INDEX
 from know_jax.system.progress import progress
 
-PREDICTORS = {'task_vector': 2, 'known_leaf': STAGES}
-"""Name -> how many of the newest stages are given to it."""
+PREDICTORS = ('known_leaf', 'known')
 
-_SCRIPT = Path(__file__).parents[2] / 'bin' / 'nowcast.py'
+SCRIPT = Path(__file__).parents[2] / 'bin' / 'nowcast.py'
 _ITEM = jnp.bfloat16.dtype.itemsize
 _POLL_SECONDS = 0.05
 _GOAL = 'resident memory of a prediction from files, MiB'
@@ -38,8 +37,8 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   def unmeasured(why: str) -> dict[str, Any]:
     return {'unmeasured': why, 'goals': [goal(_GOAL, None, most=512)]}
 
-  if not _SCRIPT.is_file():
-    return unmeasured(f'there is no {_SCRIPT.name}.')
+  if not SCRIPT.is_file():
+    return unmeasured(f'there is no {SCRIPT.name}.')
   outputs = _ITEM * settings.streamed
   needed = (STAGES + len(PREDICTORS) + 1) * outputs
   with tempfile.TemporaryDirectory(prefix='know_jax-') as name:
@@ -49,28 +48,27 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
     leaves = write_history(folder, settings.streamed, settings.streamed_leaf, show=show)
     stages = [folder / str(stage) for stage in range(STAGES)]
     calls = {}
-    for predictor, count in PREDICTORS.items():
-      history = stages[-count:]
-      copied = copy_seconds(history, folder / 'copy')
+    for predictor in PREDICTORS:
+      copied = copy_seconds(stages, folder / 'copy')
       result = call([
-        sys.executable, str(_SCRIPT), f'--history={",".join(map(str, history))}', '--steps=1',
+        sys.executable, str(SCRIPT), f'--history={",".join(map(str, stages))}', '--steps=1',
         f'--output={folder / "predicted"}', f'--predictor={predictor}',
       ], folder / 'log')  # fmt: skip
       shutil.rmtree(folder / 'copy')
-      calls[predictor] = {**result, 'stages': count, 'copy_seconds': copied}
-    start = call([sys.executable, str(_SCRIPT), '--help'], folder / 'log')['seconds']
+      calls[predictor] = {**result, 'copy_seconds': copied}
+    start = call([sys.executable, str(SCRIPT), '--help'], folder / 'log')['seconds']
   return {
     'note': f'`bin/nowcast.py --history=... --output=...` predicts one step of '
     f'{settings.streamed:,} weights in {leaves} leaves, bfloat16 in sharded safetensors: '
-    f'{outputs / 1e9:.3g} GB a stage are read, and as many written. *copy* reads the same stages '
-    f'and writes one. Start-up (`--help`) takes {start:.1f} s of the seconds.',
+    f'{STAGES} times {outputs / 1e9:.3g} GB are read and, as of one stage, written. *copy* reads '
+    f'the same and writes one stage. Start-up (`--help`) takes {start:.1f} s of the seconds.',
     'weights': settings.streamed,
     'leaves': leaves,
     'start_seconds': start,
     'calls': calls,
     'tables': {'': [
       {
-        '': predictor, 'stages': entry['stages'], 'copy, s': entry['copy_seconds'],
+        '': predictor, 'copy, s': entry['copy_seconds'],
         'seconds': entry['seconds'],
         'over the copy, start-up apart': (entry['seconds'] - start) / entry['copy_seconds'],
         'memory, MiB': entry['peak'] / MIB,

@@ -42,11 +42,12 @@ from know_jax.nowcast.api import predict
 from know_jax.predictors.known import HISTORY_LENGTH
 from know_jax.predictors.parameters import load_known, read_card, theta_digest
 from know_jax.predictors.registry import resolve
+from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.runs.record import RunRecord
 from know_jax.system.progress import progress
 from know_jax.tasks import load_task
 from know_jax.training import loop
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES, has_batch_norm, settled
+from know_jax.training.batch_norm import has_batch_norm, settled
 from know_jax.training.steps import Data
 
 KIND = 'evaluate_known'

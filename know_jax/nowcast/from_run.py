@@ -22,11 +22,12 @@ from know_jax.io.files import remove_tree
 from know_jax.nowcast import api
 from know_jax.predictors.base import max_steps
 from know_jax.predictors.registry import given_theta, resolve_all
+from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.report.plots import plot_nowcast
 from know_jax.runs.workdir import load_trajectory
 from know_jax.tasks import load_task
 from know_jax.training import loop
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES, settled
+from know_jax.training.batch_norm import settled
 from know_jax.training.steps import Data
 from know_jax.trajectory import Trajectory
 

@@ -15,8 +15,8 @@ from know_jax.kinds import KINDS
 from know_jax.nowcast import api
 from know_jax.predictors.parameters import load_known
 from know_jax.predictors.registry import REGISTRY, resolve
+from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.study.parts import HISTORIES, PARTS, SCALED_BIASES
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES
 
 MAIN = 'main'
 """The group of `config.arms`; those of `config.ablations` name their own."""

@@ -17,12 +17,9 @@ import numpy as np
 from know_jax.data.base import Batch
 from know_jax.errors import UserError, unknown_name
 from know_jax.models.adapters import Model, Variables
-from know_jax.recalibration import recalibrate
+from know_jax.recalibration import BATCH_NORM_POLICIES, recalibrate
 from know_jax.tasks.base import Task
 from know_jax.trees import named_leaves, path_string
-
-BATCH_NORM_POLICIES = ('keep', 'reset', 'recalibrate')
-"""The names that `apply_policy` knows."""
 
 _STATS = 'batch_stats'
 

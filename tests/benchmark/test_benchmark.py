@@ -23,10 +23,12 @@ from know_jax.benchmark import (
   histories,
   keras_rivals,
   memory,
+  merging,
   networks,
   predicting,
   report,
   runner,
+  start,
   streamed,
   timing,
   training_speed,
@@ -153,11 +155,13 @@ def test_rates_and_ratios_are_those_of_its_own_times(quick):
   assert row['seconds'] == quartiles(leaves['file_seconds']['known_leaf'])
 
   memory = found['sections']['memory']['entries']
-  cases = {(e['predictor'], e['steps'], e['weights']) for e in memory}
+  cases = [(e['predictor'], e['dtype'], e['steps'], e['weights']) for e in memory]
+  sizes = [('float32', 2_000), ('float32', 20_000), ('bfloat16', 2_000), ('bfloat16', 4_000)]
   names = ('known', 'known_leaf', 'task_vector')
-  assert cases == {(name, 1, size) for name in names for size in QUICK.sizes}
+  assert cases == [(name, dtype, 1, size) for name in names for dtype, size in sizes]
   for entry in memory:
-    assert entry['outputs'] == 4 * entry['weights'] == entry['inputs'] / 5
+    item = {'float32': 4, 'bfloat16': 2}[entry['dtype']]
+    assert entry['outputs'] == item * entry['weights'] == entry['inputs'] / 5
     assert entry['extra'] == quartiles(entry['later_extra'])
     # A program of another kind is there before.
     assert entry['start']['programs'] >= 1
@@ -375,12 +379,82 @@ def test_files_are_predicted_by_the_script(quick):
   assert set(peaks) == set(streamed.PREDICTORS) and min(peaks.values()) > 2**26
   rows = {row['']: row for row in section['tables']['']}
   for name, call in section['calls'].items():
-    assert rows[name]['stages'] == {'task_vector': 2, 'known_leaf': 5}[name]
     over = (call['seconds'] - section['start_seconds']) / call['copy_seconds']
     assert rows[name]['over the copy, start-up apart'] == pytest.approx(over)
   goal = section['goals'][0]
   assert goal['found'] == max(peaks.values()) / 2**20 and goal['met']
   assert '25,000 weights in 3 leaves, bfloat16' in path.read_text()
+
+
+def test_programs_are_started(quick):
+  *_, found = quick
+  section = found['sections']['start']
+  rows = {row['']: row for row in section['tables']['']}
+  assert set(rows) == set(start.CALLS)
+  for name in start.LIMITS:
+    ratios = np.divide(section['seconds'][name], section['seconds'][start.LIBRARIES])
+    assert rows[name][f'over `{start.LIBRARIES}`'] == quartiles(ratios)
+  for row in section['tables']['First prediction']:
+    first, *later = section['cpu_seconds'][row['']]
+    # What was compiled is kept.
+    assert row['compiled before, CPU s'] == quartiles(later)
+    assert row['compiled in it, CPU s'] == first > 1.5 * np.median(later)
+
+
+RIVAL = """#!{python}
+import json, pathlib, sys
+if sys.argv[1] == '--help':
+  sys.exit()
+import jax.numpy as jnp
+from safetensors.flax import load_file, save_file
+config, target = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
+assert config['merge_method'] == 'task_arithmetic' and config['dtype'] == 'bfloat16'
+(of_model,) = config['models']
+base, other = pathlib.Path(config['base_model']), pathlib.Path(of_model['model'])
+assert json.loads((base / 'config.json').read_text())['architectures'] == ['LlamaForCausalLM']
+weight = {factor} * of_model['parameters']['weight']
+target.mkdir()
+for path in base.glob('*.safetensors'):
+  old, new = load_file(path), load_file(other / path.name)
+  merged = {{name: x + weight * (new[name] - x).astype(jnp.float32) for name, x in old.items()}}
+  save_file({{name: x.astype('bfloat16') for name, x in merged.items()}}, target / path.name)
+"""
+
+
+@pytest.mark.parametrize('factor', [1, 1.5])
+def test_a_rival_that_merges_the_same_is_timed_and_another_is_refused(
+  tmp_path, monkeypatch, factor
+):
+  program = tmp_path / merging.PROGRAM
+  program.write_text(RIVAL.format(python=sys.executable, factor=factor))
+  program.chmod(0o700)
+  monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+  if factor != 1:
+    with pytest.raises(ArithmeticError, match='mergekit differs by'):
+      merging.measure(QUICK, show=False)
+    return
+  section = merging.measure(QUICK, show=False)
+  (merged,) = section['merged']
+  assert merged['weights'] == QUICK.merged[0].weights == 2 * 50 * 16 + 13 * 16**2 + 3 * 16
+  rows = {row['']: row for row in section['tables']['']}
+  assert list(rows) == ['copy', 'know_jax', 'mergekit']
+  ours, theirs = (np.array(merged['seconds'][name]) for name in ('know_jax', 'mergekit'))
+  assert rows['mergekit']['know_jax is faster by'] == quartiles(theirs / ours)
+  assert min(merged['peak'].values()) > 2**26
+  over, memory, faster = section['goals']
+  copied = np.median(merged['seconds']['copy'])
+  expected = (np.median(ours) - merged['start_seconds']['know_jax']) / copied
+  assert over['found'] == pytest.approx(expected)
+  assert memory['found'] == merged['peak']['know_jax'] / 2**20
+  assert faster['found'] == np.median(theirs / ours)
+
+
+def test_without_the_rival_merging_is_timed_beside_a_copy(quick):
+  *_, found = quick
+  section = found['sections']['merging']
+  if shutil.which(merging.PROGRAM) is None:
+    assert 'there is no mergekit-yaml on the PATH' in section['note']
+    assert [goal['met'] for goal in section['goals']][2:] == [None]
 
 
 def test_a_copy_reads_all_stages_and_writes_one(tmp_path):
@@ -429,13 +503,19 @@ def test_without_room_files_are_unmeasured(monkeypatch):
 def test_growth_is_the_power_of_the_size():
   def entry(weights, steps, seconds):
     spread = dict.fromkeys(('median', 'low', 'high'), seconds / weights)
-    return {'predictor': 'p', 'steps': steps, 'weights': weights, 'seconds_a_weight': spread}
+    about = {'predictor': 'p', 'dtype': 'float32', 'steps': steps}
+    return {**about, 'weights': weights, 'seconds_a_weight': spread}
 
   # The smallest costs what a call costs, and is left out.
-  linear = [entry(10**i, 1, max(10.0**i, 5e3)) for i in range(3, 8)]
-  square = [entry(10**i, 3, 1e-3 * 100.0**i) for i in range(3, 8)]
-  found = memory.growth([*linear, *square])
-  assert found == {'p, 1': pytest.approx(1.0), 'p, 3': pytest.approx(2.0)}
+  linear = [entry(10**i, 1, max(10.0**i, 5e5)) for i in range(5, 10)]
+  square = [entry(10**i, 3, 1e-3 * 100.0**i) for i in range(5, 10)]
+  small = [entry(10**i, 2, 100.0**i) for i in range(3, 7)]
+  found = memory.growth([*linear, *square, *small])
+  assert found == {
+    'p, float32, 1 step': pytest.approx(1.0),
+    'p, float32, 3 steps': pytest.approx(2.0),
+    'p, float32, 2 steps': pytest.approx(2.0),
+  }
 
 
 # --- goals, GPU, mistakes -------------------------------------------------------------------------
@@ -500,7 +580,7 @@ def test_mistakes_are_found_before_anything_is_measured(monkeypatch, tmp_path):
   monkeypatch.setattr(os, 'access', lambda path, mode: path[:5] != '/proc' and real(path, mode))
   with pytest.raises(
     UserError,
-    match=r"section 'compile' reads .* or --only=predict,linear,leaves,training,networks,gpu",
+    match=r"section 'compile' reads .* or --only=predict,linear,leaves,start,training,networks,gpu",
   ):
     runner.run(tmp_path / 'a.md')
   monkeypatch.undo()

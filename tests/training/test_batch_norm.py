@@ -13,8 +13,9 @@ import know_jax
 from know_jax.errors import UserError
 from know_jax.models import build_model
 from know_jax.models.adapters import linen
+from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.training import batch_norm
-from know_jax.training.batch_norm import BATCH_NORM_POLICIES, has_batch_norm
+from know_jax.training.batch_norm import has_batch_norm
 from know_jax.trees import named_leaves
 
 SETTINGS = {'num_batches': 2, 'batch_size': 4}
