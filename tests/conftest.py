@@ -1,21 +1,39 @@
 """Settings of the whole suite: eight simulated devices, no files of the user's touched."""
 
 import collections
+import mmap
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+
+def known_to_xla(*flags: str) -> list[str]:
+  """Those of some flags that XLA has: it ends a process that sets any other."""
+  known: list[str] = []
+  for path in Path(find_spec('jaxlib').origin).parent.glob('libjax_common.*'):
+    with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+      known += [
+        flag for flag in flags if library.find(flag[2:].split('=')[0].encode() + b'\0') >= 0
+      ]
+  return known
+
+
 # Before JAX is imported by anything: the suite runs on eight simulated devices, and its many small
-# programs without LLVM's optimisations, which take longer than what they save.
+# programs without LLVM's optimisations and MLIR's compiler for fusions, which take longer than what
+# they save: half of the suite's time.
 # A loaded machine may keep one of them waiting for longer than XLA's 40 seconds, after which it
 # would abort the process.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  + ' --xla_backend_optimization_level=0'
-  + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
-).strip()
+os.environ['XLA_FLAGS'] = ' '.join([
+  os.environ.get('XLA_FLAGS', ''),
+  '--xla_force_host_platform_device_count=8',
+  '--xla_backend_optimization_level=0',
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+  *known_to_xla(
+    '--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1'
+  ),
+]).strip()  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 

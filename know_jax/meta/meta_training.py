@@ -307,7 +307,8 @@ def _train(
       nonlocal state, done
       batch = draw_batch(train, config.batch_size, config.seed, done)
       state, loss = step_fn(state, batch, rates[done])
-      losses.append(float(loss[0]))
+      # Not loss[0], which would run on all devices.
+      losses.append(float(steps.unreplicate(loss)))
       done += 1
       if done % config.validate_every == 0:
         theta, _ = steps.unreplicate(state)
@@ -400,7 +401,8 @@ def train_step(architecture: str, weight_decay: float) -> Any:
       )
 
     loss, grads = jax.value_and_grad(loss_fn)(theta)
-    loss, grads = jax.lax.pmean((loss, grads), AXIS)
+    devices = jax.lax.axis_size(AXIS)
+    loss, grads = jax.tree.map(lambda x: x / devices, steps.sum_over_devices((loss, grads)))
     updates, opt_state = optimizer.update(grads, opt_state, theta)
     updates = jax.tree.map(lambda update: -lr * update, updates)
     return (optax.apply_updates(theta, updates), opt_state), loss

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import xla_flags
 from test_nowcast import assert_close, make_history
 
 import know_jax
@@ -103,8 +104,7 @@ THOROUGH = (*SHORT, 'jit', 'vmap', 'grad', 'checkpoint', 'scan')
 
 def test_any_context_may_be_the_first(thorough):
   contexts, names = (THOROUGH, ('known', 'known_leaf')) if thorough else (SHORT, ('known_leaf',))
-  # Programs so small are compiled in half the time and run as fast.
-  env = {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  env = {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla_flags(devices=1)}
   done = subprocess.run(
     [sys.executable, '-c', DRIVER, ','.join(contexts), *names],
     capture_output=True, text=True, timeout=600, env={**os.environ, **env},

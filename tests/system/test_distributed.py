@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import xla_flags
 from runs import assert_close, assert_same_bits, forget, small_config
 from two_processes import FEW_STEPS, STOPPED_AFTER, make_history
 
@@ -50,8 +51,7 @@ def run_both(folder, *commands, **variables):
     *commands: the arguments of Python for each.
     **variables: of the environment; of each its own.
   """
-  # Programs so small are compiled in half the time and run as fast.
-  flags = '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0'
+  flags = xla_flags(devices=2)
   outputs, children = [folder / f'output{i}' for i in range(2)], []
   try:
     for i, (command, output) in enumerate(zip(commands, outputs, strict=True)):
