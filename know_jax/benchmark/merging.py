@@ -29,13 +29,13 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   """Both as programs, from their start to their end; mergekit where its program is on the PATH."""
   rival = shutil.which(PROGRAM)
   merged, goals, rows = [], list[Any](), list[Any]()
+  needed = 5 * 2 * max(model.weights for model in settings.merged)  # With a copy and both results.
+  free = shutil.disk_usage(tempfile.gettempdir()).free
+  if not SCRIPT.is_file() or free < needed:
+    why = f'{tempfile.gettempdir()} has {free:,} bytes free; expected {needed:,}, and {SCRIPT}.'
+    return {'unmeasured': why, 'goals': [goal(f'merging, over {RIVAL}', None, least=2)]}
   for model in settings.merged:
-    needed = 2 * model.weights * (3 + 2)
     with tempfile.TemporaryDirectory(prefix='know_jax-') as name:
-      free = shutil.disk_usage(name).free
-      if not SCRIPT.is_file() or free < needed:
-        why = f'{Path(name).parent} has {free:,} bytes free; expected {needed:,}'
-        return {'unmeasured': f'{why}, and {SCRIPT}.', 'goals': []}
       found = _merged(model, Path(name), rival, settings.starts, show)
     merged.append(found)
     times, peaks, start = found['seconds'], found['peak'], found['start_seconds']

@@ -497,6 +497,9 @@ def test_without_room_files_are_unmeasured(monkeypatch):
   # Five stages, two predictions and a copy.
   assert re.fullmatch(r'.* has 10 bytes free; expected 400,000\.', section['unmeasured'])
   assert [goal['met'] for goal in section['goals']] == [None]
+  section = merging.measure(QUICK, show=False)
+  assert re.fullmatch(r'.* has 10 bytes free; expected 49,760, and .*', section['unmeasured'])
+  assert [goal['met'] for goal in section['goals']] == [None]
 
 
 def test_growth_is_the_power_of_the_size():
