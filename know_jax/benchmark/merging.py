@@ -7,21 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
+import safetensors
 
 from know_jax.benchmark.memory import MIB
 from know_jax.benchmark.predicting import check_equal
 from know_jax.benchmark.settings import Llama, Settings
-from know_jax.benchmark.streamed import SCRIPT, call, copy_seconds
+from know_jax.benchmark.streamed import SCRIPT, call, copy_seconds, write_stages
 from know_jax.benchmark.timing import goal, speedups, spread
-from know_jax.io.safetensors import INDEX
 from know_jax.system.progress import progress
 
 COPY, OURS, RIVAL = 'copy', 'know_jax', 'mergekit'
 PROGRAM = 'mergekit-yaml'
-_MOVE = 0.005
 _ROUNDED = 2.0**-7  # Of a bfloat16, whose last bit may be rounded otherwise.
 
 
@@ -75,7 +72,7 @@ def _merged(
 ) -> dict[str, Any]:
   """`seconds` by name, and `start_seconds` and `peak` of programs."""
   old, new = stages = [folder / 'old', folder / 'new']
-  write_checkpoints(model, old, new)
+  write_checkpoints(model, old, new, show=show)
   config, log = folder / 'merge.yml', folder / 'log'
   # Theta^0 + (Theta^0 - Theta^1) is twice the way from Theta^1.
   config.write_text(json.dumps({
@@ -118,28 +115,17 @@ def _merged(
   return {'weights': model.weights, 'seconds': seconds, 'start_seconds': start, 'peak': peak}
 
 
-def write_checkpoints(model: Llama, old: Path, new: Path) -> None:
-  """Writes two: folders of two shards in bfloat16 with their index, and the model's config."""
-  names = list(model.shapes)
-  half = len(names) // 2
-  shards = {'model-00001-of-00002.safetensors': names[:half]}
-  shards['model-00002-of-00002.safetensors'] = names[half:]
-  places = {name: file for file, of_file in shards.items() for name in of_file}
-  index = {'metadata': {'total_size': 2 * model.weights}, 'weight_map': places}
+def write_checkpoints(model: Llama, old: Path, new: Path, *, show: bool = True) -> None:
+  """Writes two: folders of two shards with their index, and the model's config."""
+  leaves = list(model.shapes.items())
+  half = len(leaves) // 2
+  shards = {
+    'model-00001-of-00002.safetensors': dict(leaves[:half]),
+    'model-00002-of-00002.safetensors': dict(leaves[half:]),
+  }
+  write_stages([old, new], shards, show=show)
   for folder in (old, new):
-    folder.mkdir()
-    (folder / INDEX).write_text(json.dumps(index))
     (folder / 'config.json').write_text(json.dumps(model.config))
-  for file, of_file in shards.items():
-    rng = np.random.default_rng(0)
-    stages: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for name in of_file:
-      start = rng.standard_normal(model.shapes[name], np.float32) / 20
-      moved = start + _MOVE * rng.standard_normal(start.shape, np.float32)
-      for stage, leaf in zip(stages, (start, moved), strict=True):
-        stage[name] = jnp.asarray(leaf, jnp.bfloat16)
-    for folder, stage in zip((old, new), stages, strict=True):
-      safetensors.flax.save_file(stage, folder / file, {'format': 'pt'})
 
 
 def _leaf(folder: Path) -> np.ndarray:

@@ -1,15 +1,17 @@
 """A history in files, larger than memory if need be, predicted by bin/nowcast.py, beside a copy."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.flax
@@ -102,32 +104,53 @@ def copy_seconds(stages: Sequence[Path], target: Path) -> float:
 
 
 def write_history(folder: Path, weights: int, leaf: int, *, show: bool = True) -> int:
-  """Writes random walks: for each stage a folder `0`, `1`, ... of shards with their index.
+  """Writes a history: for each stage a folder `0`, `1`, ... of shards with their index.
 
   Leaves are kernels of dense layers of at most `leaf` weights, a file each; says how many.
   """
   sizes = [min(leaf, weights - start) for start in range(0, weights, leaf)]
-  names = {f'dense{i}.kernel': f'model-{i:05}.safetensors' for i in range(len(sizes))}
-  index = {'metadata': {'total_size': _ITEM * weights}, 'weight_map': names}
-  stages = [folder / str(stage) for stage in range(STAGES)]
-  for stage in stages:
-    stage.mkdir()
-    (stage / INDEX).write_text(json.dumps(index))
-  with progress(len(sizes), 'write history', 'leaf', show=show) as bar:
-    for seed, (size, (name, file)) in enumerate(zip(sizes, names.items(), strict=True)):
-      for stage, walked in zip(stages, _walk(seed, size), strict=True):
-        safetensors.flax.save_file({name: walked}, stage / file)
-      bar.update()
+  shards = {
+    f'model-{i:05}.safetensors': {f'dense{i}.kernel': (1, size)} for i, size in enumerate(sizes)
+  }
+  write_stages([folder / str(stage) for stage in range(STAGES)], shards, show=show)
   return len(sizes)
 
 
-def _walk(seed: int, size: int) -> Iterator[Any]:
-  """The stages of one leaf, bfloat16 `[1, size]`."""
-  rng = np.random.default_rng(seed)
-  position = np.zeros((1, size), np.float32)
-  for scale in (0.05, *[0.005] * (STAGES - 1)):
-    position += scale * rng.standard_normal(position.shape, np.float32)
-    yield jnp.asarray(position, jnp.bfloat16)
+def write_stages(
+  stages: Sequence[Path], shards: Mapping[str, Mapping[str, tuple[int, ...]]], *, show: bool = True
+) -> None:
+  """Writes random walks in bfloat16: for each stage a folder of shards with their index.
+
+  Args:
+    stages: the folders, oldest first.
+    shards: file -> name -> shape.
+    show: whether progress is shown.
+  """
+  places = {name: file for file, shapes in shards.items() for name in shapes}
+  weights = sum(math.prod(shape) for shapes in shards.values() for shape in shapes.values())
+  index = {'metadata': {'total_size': _ITEM * weights}, 'weight_map': places}
+  for stage in stages:
+    stage.mkdir()
+    (stage / INDEX).write_text(json.dumps(index))
+  with progress(len(shards), 'write history', 'file', show=show) as bar:
+    for seed, (file, shapes) in enumerate(shards.items()):
+      rng = np.random.default_rng(seed)
+      walks = {name: _walk(rng, shape, len(stages)) for name, shape in shapes.items()}
+      named = [
+        dict(zip(walks, leaves, strict=True)) for leaves in zip(*walks.values(), strict=True)
+      ]
+      for stage, leaves in zip(stages, named, strict=True):
+        safetensors.flax.save_file(leaves, stage / file, {'format': 'pt'})
+      bar.update()
+
+
+def _walk(rng: np.random.Generator, shape: tuple[int, ...], stages: int) -> list[jax.Array]:
+  """The stages of one leaf, in bfloat16."""
+  position, result = np.zeros(shape, np.float32), []
+  for scale in (0.05, *[0.005] * (stages - 1)):
+    position += scale * rng.standard_normal(shape, np.float32)
+    result.append(jnp.asarray(position, jnp.bfloat16))
+  return result
 
 
 def call(command: Sequence[str], log: Path) -> dict[str, Any]:
