@@ -151,9 +151,8 @@ def predict(
       combine = functools.partial(
         linear.combined, group, rows, width, job.is_watched, is_checked, still
       )
-      seen = _in_threads(
-        combine, linear.shared_out(linear.cut(sizes, linear.CHUNK), threads), threads
-      )
+      calls = linear.shared_out(linear.cut(sizes, linear.CHUNK), threads)
+      seen = _in_threads(combine, calls, threads, linear.new_room)
     places = np.array(members)
     for indices, of_parts in itertools.chain.from_iterable(seen):
       facts.add(of_parts, places[indices])
@@ -209,8 +208,10 @@ def moment_sums(group: Sequence[Piece], count: int) -> np.ndarray:
   """The second moments of pieces, summed over their weights: `[L, count, count]`, in float64."""
   threads = _threads(group[0].width)
   total = np.zeros((len(group), count, count))
-  calls = linear.shared_out(linear.cut([piece.size for piece in group], linear.CHUNK), threads)
-  for result in _in_threads(functools.partial(linear.moments, group, count), calls, threads):
+  cuts = linear.cut([piece.size for piece in group], linear.CHUNK, linear.MOMENTS)
+  calls = linear.shared_out(cuts, threads)
+  sum_up = functools.partial(linear.moments, group, count)
+  for result in _in_threads(sum_up, calls, threads, linear.new_room):
     for i, of_part in result:
       total[i] += of_part
   return total
@@ -272,19 +273,8 @@ def _elementwise(
 
   if parts:
     _compile_row(count, count_told, width, params, job, taken)
-  # Taken once and not by every row: threads keep most of the memory that they once had.
-  spare: queue.SimpleQueue[tuple[np.ndarray, np.ndarray | None]] = queue.SimpleQueue()
-  for _ in range(min(threads, len(parts))):
-    spare.put(_new_rows(count, count_told, width))
-
-  def in_spare_row(of_row: Parts) -> list[Seen]:
-    rows = spare.get()
-    try:
-      return run_row(*rows, of_row)
-    finally:
-      spare.put(rows)
-
-  return _in_threads(in_spare_row, [(of_row,) for of_row in parts], threads)
+  new_rows = functools.partial(_new_rows, count, count_told, width)
+  return _in_threads(run_row, [(of_row,) for of_row in parts], threads, new_rows)
 
 
 def _whole(i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]) -> list[Seen]:
@@ -381,15 +371,34 @@ def _threads(width: np.dtype) -> int:
 
 
 def _in_threads(
-  function: Callable[..., _T], calls: Sequence[tuple[Any, ...]], threads: int
+  function: Callable[..., _T],
+  calls: Sequence[tuple[Any, ...]],
+  threads: int,
+  room: Callable[[], tuple[Any, ...]] = tuple,
 ) -> Iterator[_T]:
-  """What a function gives for each tuple of arguments, in their order, from so many threads."""
-  if min(len(calls), threads) < 2:
-    yield from (function(*arguments) for arguments in calls)
+  """What a function gives for each tuple of arguments, in their order, from so many threads.
+
+  `room` makes what a thread has for itself, the first arguments. It is taken once and not by every
+  call, for threads keep most of the memory that they once had.
+  """
+  threads = min(len(calls), threads)
+  spare: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+  for _ in range(threads):
+    spare.put(room())
+
+  def call(arguments: tuple[Any, ...]) -> _T:
+    own = spare.get()
+    try:
+      return function(*own, *arguments)
+    finally:
+      spare.put(own)
+
+  if threads < 2:
+    yield from map(call, calls)
     return
   pool = concurrent.futures.ThreadPoolExecutor(threads)
   try:
-    yield from pool.map(lambda arguments: function(*arguments), calls)
+    yield from pool.map(call, calls)
   finally:
     # After an error or Ctrl-C nothing new is begun.
     pool.shutdown(cancel_futures=True)

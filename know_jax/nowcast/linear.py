@@ -34,8 +34,29 @@ work beside `vecdot` only where a chunk has hundreds of them. It divides `CHUNK`
 # --- chunks of leaves -----------------------------------------------------------------------------
 
 
-def cut(sizes: Sequence[int], most: int) -> list[Parts]:
-  """Cuts leaves into chunks of at most so many weights; small leaves come into one together."""
+class Room:
+  """A thread's own memory for its chunks: new pages would cost more than the arithmetic."""
+
+  def __init__(self) -> None:
+    self._taken: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+  def rows(self, name: str, count: int, dtype: np.dtype) -> np.ndarray:
+    """`[count, CHUNK]`, with whatever was left there under this name."""
+    if (name, dtype) not in self._taken:
+      self._taken[name, dtype] = np.empty((count, CHUNK), dtype)
+    return self._taken[name, dtype]
+
+
+def new_room() -> tuple[Room]:
+  """A room, as the first argument of `moments` and of `combined`."""
+  return (Room(),)
+
+
+def cut(sizes: Sequence[int], most: int, multiple: int = 1) -> list[Parts]:
+  """Cuts leaves into chunks of at most so many weights; small leaves come into one together.
+
+  There each begins at a multiple of `multiple`.
+  """
   result: list[Parts] = []
   together: Parts = []
   place = 0
@@ -43,11 +64,12 @@ def cut(sizes: Sequence[int], most: int) -> list[Parts]:
     if size > most // 8:
       result += [[(0, i, start, min(start + most, size))] for start in range(0, size, most)]
     elif size:
-      if place + size > most:
+      taken = -(-size // multiple) * multiple
+      if place + taken > most:
         result.append(together)
         together, place = [], 0
       together.append((place, i, 0, size))
-      place += size
+      place += taken
   return [*result, together] if together else result
 
 
@@ -58,51 +80,53 @@ def shared_out(chunks: list[Parts], threads: int) -> list[tuple[list[Parts]]]:
   return [(chunks[i : i + each],) for i in range(0, len(chunks), each)]
 
 
-def _gathered(group: Sequence[Piece], parts: Parts, first: int) -> tuple[list[np.ndarray], int]:
-  """The stages of a chunk from `first` on, and its size; copied where it has several parts."""
+def _gathered(group: Sequence[Piece], parts: Parts, room: Room) -> tuple[list[np.ndarray], int]:
+  """The stages of a chunk, and its size; copied where it has several parts."""
   if len(parts) == 1:
     ((_, i, start, stop),) = parts
-    return [stage[start:stop] for stage in group[i].stages[first:]], stop - start
+    return [stage[start:stop] for stage in group[i].stages], stop - start
   pieces = [group[i] for _, i, _, _ in parts]
-  stages = range(len(pieces[0].stages))[first:]
-  result = [np.concatenate([piece.stages[t] for piece in pieces]) for t in stages]
-  return result, result[0].size
+  size = sum(piece.size for piece in pieces)
+  rows = room.rows('stages', len(pieces[0].stages), pieces[0].stages[-1].dtype)[:, :size]
+  for t, row in enumerate(rows):
+    np.concatenate([piece.stages[t] for piece in pieces], out=row)
+  return list(rows), size
 
 
 # --- moments --------------------------------------------------------------------------------------
 
 
 def moments(
-  group: Sequence[Piece], count: int, chunks: Sequence[Parts]
+  group: Sequence[Piece], count: int, room: Room, chunks: Sequence[Parts]
 ) -> list[tuple[int, np.ndarray]]:
-  """The second moments of the parts of some chunks."""
+  """The second moments of the parts of some chunks, in float64.
+
+  Each part begins at a multiple of `MOMENTS`.
+  """
   width = group[0].width
-  v = np.empty((count, CHUNK), width)
+  v = room.rows('basis', count, width)
   result = []
   with np.errstate(over='ignore', invalid='ignore'):
     for parts in chunks:
-      gathered, size = _gathered(group, parts, -count)
-      # Differences of half precision are not exact in it.
-      stages = [stage.astype(width, copy=False) for stage in gathered]
-      for row, (older, newer) in zip(v, itertools.pairwise(stages), strict=False):
-        np.subtract(newer, older, out=row[:size])
-      v[-1, :size] = stages[-1]
+      end = 0
       for place, i, start, stop in parts:
-        result.append((i, _gram(v[:, place : place + stop - start])))
-  return result
-
-
-def _gram(v: np.ndarray) -> np.ndarray:
-  """V v^T of few long rows, in float64."""
-  whole = v.shape[1] - v.shape[1] % MOMENTS
-  rest = v[:, whole:]
-  result = (rest @ rest.T).astype(np.float64)
-  if whole:
-    blocks = v[:, :whole].reshape(len(v), -1, MOMENTS)
-    for i, row in enumerate(blocks):
-      sums = np.vecdot(blocks[: i + 1], row).sum(1, dtype=np.float64)
-      result[i, : i + 1] += sums
-      result[:i, i] += sums[:i]
+        v[:, end:place] = 0
+        end = place + stop - start
+        # Differences of half precision are not exact in it.
+        stages = [stage[start:stop].astype(width, copy=False) for stage in group[i].stages[-count:]]
+        for row, (older, newer) in zip(v, itertools.pairwise(stages), strict=False):
+          np.subtract(newer, older, out=row[place:end])
+        v[-1, place:end] = stages[-1]
+      whole = -(-end // MOMENTS) * MOMENTS
+      v[:, end:whole] = 0
+      blocks = v[:, :whole].reshape(count, -1, MOMENTS)
+      starts = [place // MOMENTS for place, _, _, _ in parts]
+      grams = np.empty((len(parts), count, count))
+      for k, row in enumerate(blocks):
+        sums = np.vecdot(blocks[: k + 1], row)
+        grams[:, k, : k + 1] = np.add.reduceat(sums, starts, axis=1, dtype=np.float64).T
+        grams[:, :k, k] = grams[:, k, :k]
+      result += [(i, gram) for (_, i, _, _), gram in zip(parts, grams, strict=True)]
   return result
 
 
@@ -119,6 +143,7 @@ def combined(
   is_watched: bool,
   is_checked: bool,
   still: bool,
+  room: Room,
   chunks: Sequence[Parts],
 ) -> list[Seen]:
   """Combines the stages of some chunks, and sees what there is to see.
@@ -126,11 +151,11 @@ def combined(
   `rows` are the coefficients `[steps, S]` for all leaves, or `[L, steps, S]`.
   """
   result: list[Seen] = []
-  buffers = np.empty((3, CHUNK), width)
+  buffers = room.rows('buffers', 3, width)
   steps = len(group[0].out)
   for parts in chunks:
     indices = [i for _, i, _, _ in parts]
-    stages, size = _gathered(group, parts, 0)
+    stages, size = _gathered(group, parts, room)
     starts = np.array([place for place, _, _, _ in parts])
     again = len(parts) == 1 and bool(result) and result[-1][0] == indices
     facts = result[-1][1] if again else Facts.none(len(parts), steps, still)
@@ -152,7 +177,7 @@ def combined(
       lengths = [stop - start for _, _, start, stop in parts]
       spread = functools.partial(_spread, lengths, width)
       terms = _terms(np.moveaxis(of_parts, 0, -1) if rows.ndim > 2 else rows, spread)
-      outs = list(np.empty((steps, size), group[indices[0]].out.dtype))
+      outs = list(room.rows('outs', steps, group[indices[0]].out.dtype)[:, :size])
       _combine(stages, outs, terms, starts, buffers, is_watched, is_checked, facts)
       with np.errstate(over='ignore', invalid='ignore'):
         for place, i, start, stop in parts:

@@ -489,6 +489,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(chunks, 'ROW_BLOCK', 12)
   monkeypatch.setattr(chunks, 'LEAST_ROW', 16)
   monkeypatch.setattr(linear, 'CHUNK', 16)
+  monkeypatch.setattr(linear, 'MOMENTS', 4)
   programs = (compiled.predict_leaves, chunks._row_program())
   for program in programs:
     program.clear_cache()
