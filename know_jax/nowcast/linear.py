@@ -104,7 +104,7 @@ def moments(
   Each part begins at a multiple of `MOMENTS`.
   """
   width = group[0].width
-  v = room.rows('basis', count, width)
+  v, wide = room.rows('basis', count, width), room.rows('wide', count, width)
   result = []
   with np.errstate(over='ignore', invalid='ignore'):
     for parts in chunks:
@@ -112,8 +112,11 @@ def moments(
       for place, i, start, stop in parts:
         v[:, end:place] = 0
         end = place + stop - start
-        # Differences of half precision are not exact in it.
-        stages = [stage[start:stop].astype(width, copy=False) for stage in group[i].stages[-count:]]
+        stages = [stage[start:stop] for stage in group[i].stages[-count:]]
+        if stages[-1].dtype != width:  # Differences of half precision are not exact in it.
+          for row, stage in zip(wide, stages, strict=True):
+            row[: stop - start] = stage
+          stages = [row[: stop - start] for row in wide]
         for row, (older, newer) in zip(v, itertools.pairwise(stages), strict=False):
           np.subtract(newer, older, out=row[place:end])
         v[-1, place:end] = stages[-1]
