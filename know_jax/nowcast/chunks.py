@@ -5,6 +5,7 @@ stay in the cache. Elementwise ones are compiled once for a row of `ROW` weights
 one after the other, whatever their borders. Each processor works on chunks of its own.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -103,6 +104,7 @@ def predict(
   job: Job,
   steps: tuple[int, ...],
   of_leaves: tuple[np.ndarray, ...] | None = None,
+  room: linear.Room | None = None,
 ) -> Facts:
   """Fills the pieces with predictions.
 
@@ -113,6 +115,7 @@ def predict(
     steps: the steps that are asked for, ascending.
     of_leaves: what follows from the moments of the pieces' leaves, where those are known of all
       of them, as `from_moments` gives it.
+    room: of this thread, which then works alone; None for one thread on each processor.
 
   Returns:
     What was seen of each piece.
@@ -127,14 +130,14 @@ def predict(
     width = group[0].width
     params, count = job.window(kind, theta, len(group[0].stages), steps)
     still = job.keeps_still(len(group[0].stages))
-    threads = _threads(width)
+    threads = 1 if room else threads_for(width)
     sizes = [piece.size for piece in group]
     given: tuple[np.ndarray, ...] | None = None
     is_checked = False
     if of_leaves is not None:
       given = tuple(of[members] for of in of_leaves)
     elif job.predictor.needs_moments:
-      sums = moment_sums(group, count)
+      sums = moment_sums(group, count, room)
       # Sums of squares of all stages' differences and of the newest: then all stages are.
       is_checked = count == len(group[0].stages) and bool(np.isfinite(sums).all())
       given = from_moments(sums, sizes, kind, width, theta, job, steps)
@@ -152,7 +155,7 @@ def predict(
         linear.combined, group, rows, width, job.is_watched, is_checked, still
       )
       calls = linear.shared_out(linear.cut(sizes, linear.CHUNK), threads)
-      seen = _in_threads(combine, calls, threads, linear.new_room)
+      seen = in_threads(combine, calls, threads, lambda: (room or linear.Room(),))
     places = np.array(members)
     for indices, of_parts in itertools.chain.from_iterable(seen):
       facts.add(of_parts, places[indices])
@@ -204,14 +207,17 @@ _LEAVES = 128
 """Leaves whose moments are made use of at a time."""
 
 
-def moment_sums(group: Sequence[Piece], count: int) -> np.ndarray:
-  """The second moments of pieces, summed over their weights: `[L, count, count]`, in float64."""
-  threads = _threads(group[0].width)
+def moment_sums(group: Sequence[Piece], count: int, room: linear.Room | None = None) -> np.ndarray:
+  """The second moments of pieces, summed over their weights: `[L, count, count]`, in float64.
+
+  `room`: as in `predict`.
+  """
+  threads = 1 if room else threads_for(group[0].width)
   total = np.zeros((len(group), count, count))
   cuts = linear.cut([piece.size for piece in group], linear.CHUNK, linear.MOMENTS)
   calls = linear.shared_out(cuts, threads)
   sum_up = functools.partial(linear.moments, group, count)
-  for result in _in_threads(sum_up, calls, threads, linear.new_room):
+  for result in in_threads(sum_up, calls, threads, lambda: (room or linear.Room(),)):
     for i, of_part in result:
       total[i] += of_part
   return total
@@ -274,7 +280,7 @@ def _elementwise(
   if parts:
     _compile_row(count, count_told, width, params, job, taken)
   new_rows = functools.partial(_new_rows, count, count_told, width)
-  return _in_threads(run_row, [(of_row,) for of_row in parts], threads, new_rows)
+  return in_threads(run_row, [(of_row,) for of_row in parts], threads, new_rows)
 
 
 def _whole(i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]) -> list[Seen]:
@@ -364,24 +370,32 @@ def _predict_row(
 # --- threads --------------------------------------------------------------------------------------
 
 
-def _threads(width: np.dtype) -> int:
+def threads_for(width: np.dtype) -> int:
   """How many threads may work on leaves that are computed in this dtype."""
   # What JAX is told for one thread alone, as by `jax.enable_x64`, others do not know.
   return processors() if width == np.float32 else 1
 
 
-def _in_threads(
+def in_threads(
   function: Callable[..., _T],
-  calls: Sequence[tuple[Any, ...]],
+  calls: Iterable[tuple[Any, ...]],
   threads: int,
   room: Callable[[], tuple[Any, ...]] = tuple,
+  ahead: int | None = None,
 ) -> Iterator[_T]:
   """What a function gives for each tuple of arguments, in their order, from so many threads.
 
-  `room` makes what a thread has for itself, the first arguments. It is taken once and not by every
-  call, for threads keep most of the memory that they once had.
+  Args:
+    function: called with what a thread has for itself, and the arguments.
+    calls: the arguments.
+    threads: how many.
+    room: makes what a thread has for itself. It is taken once and not by every call, for threads
+      keep most of the memory that they once had.
+    ahead: how many calls are taken beyond those that are worked on; None: all.
   """
-  threads = min(len(calls), threads)
+  if ahead is None:
+    calls = list(calls)
+    threads, ahead = min(len(calls), threads), len(calls)
   spare: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
   for _ in range(threads):
     spare.put(room())
@@ -396,9 +410,15 @@ def _in_threads(
   if threads < 2:
     yield from map(call, calls)
     return
+  waiting: collections.deque[concurrent.futures.Future[_T]] = collections.deque()
   pool = concurrent.futures.ThreadPoolExecutor(threads)
   try:
-    yield from pool.map(call, calls)
+    for arguments in calls:
+      waiting.append(pool.submit(call, arguments))
+      if len(waiting) >= threads + ahead:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
   finally:
     # After an error or Ctrl-C nothing new is begun.
     pool.shutdown(cancel_futures=True)

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.file_job import SHARD_BYTES, Job, is_whole, new_shards
 from know_jax.nowcast.job import Job as EngineJob
 from know_jax.nowcast.job import grouped
+from know_jax.nowcast.linear import Room
 from know_jax.nowcast.pieces import Facts, Piece
 from know_jax.nowcast.plan import checked_theta
 from know_jax.predictors import base
@@ -368,6 +369,27 @@ def _ahead(items: Iterable[_T]) -> Iterator[_T]:
       yield item
 
 
+def _worked(
+  function: Callable[[Room, Piece], _T], items: Iterator[Piece]
+) -> Iterator[tuple[Piece, _T]]:
+  """Pieces and what a function gives for each, in their order; each processor has its own piece.
+
+  So none waits for another at the end of each, as it would where they share one.
+  """
+  items = _ahead(items)
+  if (first := next(items, None)) is None:
+    return
+  # Alone, as it may compile what the others then find.
+  yield first, function(Room(), first)
+  yield from chunks.in_threads(
+    lambda room, piece: (piece, function(room, piece)),
+    ((piece,) for piece in items),
+    chunks.threads_for(first.width),
+    lambda: (Room(),),
+    ahead=1,
+  )
+
+
 def _predict_leaf(
   job: Job, run: _Run, history: _LeafHistory, sinks: Sequence[Sink], bar: Bar
 ) -> np.ndarray:
@@ -376,25 +398,26 @@ def _predict_leaf(
   whole = is_whole(engine.predictor, leaf.path, history.written, leaf.kind)
   passes = 2 if engine.predictor.needs_moments else 1
 
-  def counted() -> Iterator[Piece]:
-    for piece in _ahead(history.pieces(job.steps, whole=whole)):
-      yield piece
+  def worked(function: Callable[[Room, Piece], _T]) -> Iterator[tuple[Piece, _T]]:
+    for piece, result in _worked(function, history.pieces(job.steps, whole=whole)):
+      yield piece, result
       bar.update(piece.size / passes)
 
   of_leaf = None
   if passes == 2 and history.written.size:
     _, count = engine.window(leaf.kind, run.theta, len(history.readers), steps)
     sums: Any = 0.0
-    for piece in counted():
-      sums = sums + chunks.moment_sums([piece], count)
+    for piece, of_piece in worked(lambda room, piece: chunks.moment_sums([piece], count, room)):
+      sums, width = sums + of_piece, piece.width
     of_leaf = chunks.from_moments(
-      sums, [history.written.size], leaf.kind, piece.width, run.theta, engine, steps
+      sums, [history.written.size], leaf.kind, width, run.theta, engine, steps
     )
   facts = Facts.none(1, job.steps)
   marks = [sink.mark() for sink in sinks]
   start = 0
-  for piece in counted():
-    seen = chunks.predict([piece], run.theta, engine, steps, of_leaf)
+  for piece, seen in worked(
+    lambda room, piece: chunks.predict([piece], run.theta, engine, steps, of_leaf, room)
+  ):
     history.check(piece, start, seen)
     start += piece.size
     facts.add(seen)

@@ -47,11 +47,6 @@ class Room:
     return self._taken[name, dtype]
 
 
-def new_room() -> tuple[Room]:
-  """A room, as the first argument of `moments` and of `combined`."""
-  return (Room(),)
-
-
 def cut(sizes: Sequence[int], most: int, multiple: int = 1) -> list[Parts]:
   """Cuts leaves into chunks of at most so many weights; small leaves come into one together.
 

@@ -11,7 +11,7 @@ from know_jax import trees
 from know_jax.nowcast import health as health_
 from know_jax.predictors.base import Leaf
 
-STRETCH = 1 << 20
+STRETCH = 1 << 19
 """Weights of a leaf in files that are held at a time; a multiple of `chunks.ROW`."""
 
 

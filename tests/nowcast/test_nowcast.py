@@ -594,9 +594,9 @@ def test_rows_are_compiled_before_threads_take_them(small_blocks, monkeypatch, n
   monkeypatch.setattr(chunks, '_new_rows', lambda *a: rows.append(None) or new_rows(*a))
   monkeypatch.setattr(chunks, 'processors', lambda: 3)
   monkeypatch.setattr(chunks, 'give_back_memory', lambda: given_back.append(len(rows)))
-  in_threads = chunks._in_threads
+  in_threads = chunks.in_threads
   monkeypatch.setattr(
-    chunks, '_in_threads', lambda *a: sizes.append(program._cache_size()) or in_threads(*a)
+    chunks, 'in_threads', lambda *a: sizes.append(program._cache_size()) or in_threads(*a)
   )
   history = make_history(shapes={'fc': {'kernel': (200, 1)}})
   predict(history, 2, name)
@@ -658,7 +658,7 @@ def test_what_a_thread_raises_ends_the_rest():
     time.sleep(0.01)
     return i
 
-  found = chunks._in_threads(fail_at_2, [(i,) for i in range(200)], 2)
+  found = chunks.in_threads(fail_at_2, [(i,) for i in range(200)], 2)
   assert [next(found), next(found)] == [0, 1]
   with pytest.raises(FloatingPointError, match='the third'):
     next(found)
