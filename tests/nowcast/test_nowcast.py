@@ -1,6 +1,7 @@
 """The contract of predict and forecast, the same for every predictor."""
 
 import functools
+import itertools
 import logging
 import math
 import operator
@@ -26,9 +27,10 @@ import know_jax
 from know_jax import PREDICTORS, Trajectory, UserError, trees
 from know_jax import kinds as kinds_
 from know_jax.errors import KindsWarning
-from know_jax.nowcast import chunks, compiled, linear
+from know_jax.nowcast import chunks, compiled, linear, pieces
 from know_jax.nowcast.plan import plan_of
 from know_jax.predictors import known
+from know_jax.predictors.base import Leaf
 from know_jax.predictors.known import KNOWN
 
 EVERY = pytest.mark.parametrize('name', PREDICTORS)
@@ -663,6 +665,44 @@ def test_what_a_thread_raises_ends_the_rest():
   with pytest.raises(FloatingPointError, match='the third'):
     next(found)
   assert len(begun) < 20
+
+
+def test_threads_take_few_calls_ahead():
+  taken = []
+
+  def calls():
+    for i in itertools.count():
+      taken.append(i)
+      yield (i,)
+
+  found = chunks.in_threads(lambda i: -i, calls(), 2, ahead=1)
+  assert [next(found) for _ in range(5)] == [0, -1, -2, -3, -4]
+  assert len(taken) == 5 + 2
+  found.close()
+
+
+@hypothesis.given(
+  st.lists(st.integers(1, 2000), min_size=1, max_size=8),
+  st.sampled_from(['float32', 'bfloat16', 'float16']),
+  st.integers(1, 5),
+  st.booleans(),
+)
+@hypothesis.settings(deadline=None, max_examples=30)
+def test_moments_of_leaves_that_share_a_chunk_are_those_of_each(sizes, dtype, count, is_alone):
+  rng = np.random.default_rng(0)
+  group = [
+    pieces.Piece(
+      Leaf(f'{i}/kernel', 'fc'),
+      list(rng.normal(size=(5, size)).astype(jnp.dtype(dtype))),
+      np.empty((1, size), dtype),
+    )
+    for i, size in enumerate(sizes)
+  ]
+  found = chunks.moment_sums(group, count, linear.Room() if is_alone else None)
+  for piece, sums in zip(group, found, strict=True):
+    history = np.stack(piece.stages[-count:]).astype(np.float64)
+    v = np.concatenate([np.diff(history, axis=0), history[-1:]])
+    np.testing.assert_allclose(sums, v @ v.T, rtol=1e-5, atol=1e-5 * np.sqrt(piece.size))
 
 
 def test_float64_for_one_thread_stays_float64():
