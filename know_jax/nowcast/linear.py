@@ -38,13 +38,14 @@ class Room:
   """A thread's own memory for its chunks: new pages would cost more than the arithmetic."""
 
   def __init__(self) -> None:
-    self._taken: dict[tuple[str, np.dtype], np.ndarray] = {}
+    self._taken: dict[tuple[str, int, np.dtype], np.ndarray] = {}
 
   def rows(self, name: str, count: int, dtype: np.dtype) -> np.ndarray:
     """`[count, CHUNK]`, with whatever was left there under this name."""
-    if (name, dtype) not in self._taken:
-      self._taken[name, dtype] = np.empty((count, CHUNK), dtype)
-    return self._taken[name, dtype]
+    key = name, count, dtype
+    if key not in self._taken:
+      self._taken[key] = np.empty((count, CHUNK), dtype)
+    return self._taken[key]
 
 
 def cut(sizes: Sequence[int], most: int, multiple: int = 1) -> list[Parts]:
