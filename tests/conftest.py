@@ -37,8 +37,8 @@ os.environ['XLA_FLAGS'] = ' '.join([
 ]).strip()  # fmt: skip
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-# Tracing makes garbage collectors run all the time for little: a seventh of the time of a network's
-# tests.
+# Tracing makes the garbage collector run all the time for little: a seventh of the time of the
+# networks' tests.
 gc.set_threshold(100_000, 50, 100)
 
 
