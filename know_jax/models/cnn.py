@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax
 
-from know_jax.models.common import Classifier, Family, Layers, max_pool
+from know_jax.models.common import Classifier, Family, Layers
+from know_jax.models.ops import max_pool
 
 
 class CNN(Classifier):

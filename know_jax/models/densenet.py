@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from know_jax.models.common import Classifier, Family, Layers, max_pool
+from know_jax.models.common import Classifier, Family, Layers
+from know_jax.models.ops import max_pool
 
 _BLOCKS = 3
 

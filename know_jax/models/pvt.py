@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from know_jax.errors import UserError
-from know_jax.models.common import Classifier, Family, Layers, gelu
+from know_jax.models.common import Classifier, Family, Layers
+from know_jax.models.ops import gelu
 
 POOLED = 7
 """Height and width of the map that the "linear" kind attends to."""
@@ -238,6 +239,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 _APART = 8  # Matrices, from which on more to compile outweighs the gain.
 
 
+@jax.jit
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Attention of one head, [N, D] with [K, D]: the sums of a softmax go along columns."""
   logits = lax.dot_general(key, query, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

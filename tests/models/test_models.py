@@ -12,21 +12,13 @@ import optax
 import pytest
 import scipy.stats
 from jax import lax
-from jax.extend import core as jex_core
+from jaxprs import equations
 
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
-from know_jax.models import HEAD, MODELS, build_model, common, model_options
-from know_jax.models.common import (
-  DepthwiseConv,
-  LayerNorm,
-  Layers,
-  gelu,
-  max_pool,
-  overlapping_product,
-  patch_product,
-  product,
-)
+from know_jax.models import HEAD, MODELS, build_model, model_options, ops
+from know_jax.models.common import DepthwiseConv, LayerNorm, Layers
+from know_jax.models.ops import gelu, max_pool, overlapping_product, patch_product, product
 from know_jax.models.shufflenet import shuffle
 from know_jax.trees import leaf_paths, named_leaves, num_weights
 
@@ -137,24 +129,6 @@ def test_the_families_for_collecting_are_small(name):
     assert 5e4 < num_weights(shapes(name, size, num_classes)[1]['params']) < 3e5
   narrow = num_weights(shapes(name, (28, 28, 1), width=4)[1]['params'])
   assert narrow < 0.4 * num_weights(shapes(name, (28, 28, 1))[1]['params'])
-
-
-def sub_jaxprs(value):
-  if isinstance(value, jex_core.ClosedJaxpr):
-    yield value.jaxpr
-  elif isinstance(value, jex_core.Jaxpr):
-    yield value
-  elif isinstance(value, list | tuple):
-    for item in value:
-      yield from sub_jaxprs(item)
-
-
-def equations(jaxpr):
-  for eqn in jaxpr.eqns:
-    yield eqn
-    for value in eqn.params.values():
-      for inner in sub_jaxprs(value):
-        yield from equations(inner)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -381,7 +355,7 @@ def test_max_pool_is_differentiated_forwards_and_twice():
 @pytest.mark.parametrize('size', [(8, 8), (7, 5), (1, 2)])
 @pytest.mark.parametrize('by_rows', [0, 1 << 14])
 def test_depthwise_equals_grouped_convolution(monkeypatch, by_rows, size, options):
-  monkeypatch.setattr(common, 'BY_ROWS', by_rows)
+  monkeypatch.setattr(ops, 'BY_ROWS', by_rows)
   x = images((*size, 3))
   layer = DepthwiseConv(dtype=jnp.float32, **options)
   stride, padding = options.get('stride', 1), options.get('padding', 'SAME')
@@ -427,7 +401,7 @@ def test_depthwise_is_differentiated_forwards_twice_and_under_vmap(monkeypatch, 
   def ours(x, kernel):
     return layer.apply({'params': {'kernel': kernel}}, x)
 
-  monkeypatch.setattr(common, 'BY_ROWS', by_rows)
+  monkeypatch.setattr(ops, 'BY_ROWS', by_rows)
   expected = every_way(reference, x, kernel, along)
   # What other devices compute: the choice is made by the backend's name alone.
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
