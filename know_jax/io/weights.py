@@ -64,13 +64,19 @@ class Reader:
   dtype: np.dtype  # Of the leaf.
   what: str  # What is read, for errors.
 
-  def read(self, start: int, stop: int) -> np.ndarray:
+  def read(self, start: int, stop: int, into: np.ndarray | None = None) -> np.ndarray:
     """The elements `start` to `stop` of the leaf in row-major order: `[stop - start]`.
+
+    Args:
+      start: of the elements.
+      stop: of the elements.
+      into: an array of as many, in the leaf's dtype, that is filled; None: a new one.
 
     Raises:
       UserError: the file has been cut off, or cannot be read.
     """
-    data = np.empty((stop - start) * self.dtype.itemsize, np.uint8)
+    values = np.empty(stop - start, self.dtype) if into is None else into
+    data = values.view(np.uint8)
     done, place = 0, self.offset + start * self.dtype.itemsize
     while done < data.size:
       try:
@@ -80,7 +86,7 @@ class Reader:
       if not count:
         raise UserError(f'cannot read {self.what}: the file has become shorter.')
       done += count
-    return data.view(self.dtype)
+    return values
 
 
 Opener = Callable[[Path], contextlib.AbstractContextManager[Reader]]

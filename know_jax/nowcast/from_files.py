@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +103,8 @@ def write(
     for name in job.predictors:
       locks.enter_context(locked(output / name))
     # All options are compared with those of a call before, and only then is anything predicted.
-    runs = [_open_run(job, name, output / name, shards, history) for name in job.predictors]
+    rooms = [Room() for _ in range(processors())]
+    runs = [_open_run(job, name, output / name, shards, history, rooms) for name in job.predictors]
     return [folder for run in runs for folder in _write_predictor(job, run, show_progress)]
 
 
@@ -131,6 +132,7 @@ class _Run:
   shards: dict[str, Shard]  # File name -> what is written there.
   about: dict[str, Any]  # What the cards say of it.
   record: RunRecord  # What is finished.
+  rooms: list[Room]  # Those of the threads, for all predictors and leaves.
 
 
 def _open_run(
@@ -139,6 +141,7 @@ def _open_run(
   folder: Path,
   shards: tuple[Shard, ...],
   history: list[dict[str, Any]],
+  rooms: list[Room],
 ) -> _Run:
   kinds = {kind for kind in job.kinds.values() if kind != kinds_.KEEP}
   made, theta = checked_theta(
@@ -169,7 +172,7 @@ def _open_run(
   engine = EngineJob(predictor, made, (), (), job.rate, job.on_bad)
   return _Run(
     engine, theta, folders, {shard.name: shard for shard in shards},
-    {**about, 'history': history}, record,
+    {**about, 'history': history}, record, rooms,
   )  # fmt: skip
 
 
@@ -192,13 +195,10 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
   health = {path: values for name in shards for path, values in finished[name]['health'].items()}
   if health and job.on_bad != 'ignore':
     health_.report(
-      np.asarray(list(health.values())),
-      predictor=run.engine.name,
+      np.asarray(list(health.values())), predictor=run.engine.name,
       leaves=[(path, job.kinds[_whole(job, path)]) for path in health],
-      steps=range(1, job.steps + 1),
-      on_bad=job.on_bad,
-      stacklevel=4,
-    )
+      steps=range(1, job.steps + 1), on_bad=job.on_bad, stacklevel=4,
+    )  # fmt: skip
   index = _index(job, shards)
   for n, step in enumerate(folders, 1):
     moved: dict[str, float] = {}
@@ -318,10 +318,14 @@ class _LeafHistory:
 
   def pieces(self, steps: int, *, whole: bool = False) -> Iterator[Piece]:
     """All weights, a stretch at a time or as a whole, and room for the predictions of each."""
-    for start, stop in self.slices(max(self.written.size, 1) if whole else pieces.STRETCH):
-      stages = [reader.read(start, stop) for reader in self.readers]
-      out = np.empty((steps, stop - start), self.written.dtype)
+    for start, out in self.stretches(steps, whole=whole):
+      stages = [reader.read(start, start + out.shape[1]) for reader in self.readers]
       yield Piece(self.leaf, stages, out, self.written.shape if whole else None)
+
+  def stretches(self, steps: int, *, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Where the pieces start, and room for the predictions of each."""
+    for start, stop in self.slices(max(self.written.size, 1) if whole else pieces.STRETCH):
+      yield start, np.empty((steps, stop - start), self.written.dtype)
 
   def check(self, piece: Piece, start: int, facts: Facts) -> None:
     """Raises a `UserError` where NaN or infinity was seen in a piece that begins at `start`."""
@@ -359,35 +363,37 @@ def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) 
 _T = TypeVar('_T')
 
 
-def _ahead(items: Iterable[_T]) -> Iterator[_T]:
-  """Items; a thread makes the next one while one is worked on."""
-  iterator = iter(items)
-  with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    following = thread.submit(next, iterator, None)
-    while (item := following.result()) is not None:
-      following = thread.submit(next, iterator, None)
-      yield item
-
-
 def _worked(
-  function: Callable[[Room, Piece], _T], items: Iterator[Piece]
+  function: Callable[[Room, Piece, int], _T],
+  history: _LeafHistory,
+  steps: int,
+  whole: bool,
+  rooms: Sequence[Room],
 ) -> Iterator[tuple[Piece, _T]]:
-  """Pieces and what a function gives for each, in their order; each processor has its own piece.
+  """Pieces of a leaf and what a function gives for each and its start, in their order.
 
-  So none waits for another at the end of each, as it would where they share one.
+  Each processor reads and works on its own, so that none waits for another at the end of each. Of
+  a piece that is given only `out` lasts: others are read into the memory of its stages.
   """
-  items = _ahead(items)
-  if (first := next(items, None)) is None:
+
+  def work(room: Room, start: int, out: np.ndarray) -> tuple[Piece, _T]:
+    size, stages = out.shape[1], []
+    for number, reader in enumerate(history.readers):
+      into = None
+      if not whole:  # What has one length for all leaves.
+        into = room.rows(f'read {number}', 1, reader.dtype, pieces.STRETCH)[0, :size]
+      stages.append(reader.read(start, start + size, into))
+    piece = Piece(history.leaf, stages, out, history.written.shape if whole else None)
+    return piece, function(room, piece, start)
+
+  stretches = history.stretches(steps, whole=whole)
+  if (first := next(stretches, None)) is None:
     return
   # Alone, as it may compile what the others then find.
-  yield first, function(Room(), first)
-  yield from chunks.in_threads(
-    lambda room, piece: (piece, function(room, piece)),
-    ((piece,) for piece in items),
-    chunks.threads_for(first.width),
-    lambda: (Room(),),
-    ahead=1,
-  )
+  piece, result = work(rooms[0], *first)
+  yield piece, result
+  own, threads = iter(rooms), chunks.threads_for(piece.width)
+  yield from chunks.in_threads(work, stretches, threads, lambda: (next(own),), ahead=1)
 
 
 def _predict_leaf(
@@ -398,8 +404,8 @@ def _predict_leaf(
   whole = is_whole(engine.predictor, leaf.path, history.written, leaf.kind)
   passes = 2 if engine.predictor.needs_moments else 1
 
-  def worked(function: Callable[[Room, Piece], _T]) -> Iterator[tuple[Piece, _T]]:
-    for piece, result in _worked(function, history.pieces(job.steps, whole=whole)):
+  def worked(function: Callable[[Room, Piece, int], _T]) -> Iterator[tuple[Piece, _T]]:
+    for piece, result in _worked(function, history, job.steps, whole, run.rooms):
       yield piece, result
       bar.update(piece.size / passes)
 
@@ -407,19 +413,20 @@ def _predict_leaf(
   if passes == 2 and history.written.size:
     _, count = engine.window(leaf.kind, run.theta, len(history.readers), steps)
     sums: Any = 0.0
-    for piece, of_piece in worked(lambda room, piece: chunks.moment_sums([piece], count, room)):
+    for piece, of_piece in worked(lambda room, piece, _: chunks.moment_sums([piece], count, room)):
       sums, width = sums + of_piece, piece.width
     of_leaf = chunks.from_moments(
       sums, [history.written.size], leaf.kind, width, run.theta, engine, steps
     )
   facts = Facts.none(1, job.steps)
   marks = [sink.mark() for sink in sinks]
-  start = 0
-  for piece, seen in worked(
-    lambda room, piece: chunks.predict([piece], run.theta, engine, steps, of_leaf, room)
-  ):
+
+  def predict(room: Room, piece: Piece, start: int) -> Facts:
+    seen = chunks.predict([piece], run.theta, engine, steps, of_leaf, room)
     history.check(piece, start, seen)
-    start += piece.size
+    return seen
+
+  for piece, seen in worked(predict):
     facts.add(seen)
     for sink, values in zip(sinks, piece.out, strict=True):
       sink.write(values)

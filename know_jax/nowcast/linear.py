@@ -38,13 +38,13 @@ class Room:
   """A thread's own memory for its chunks: new pages would cost more than the arithmetic."""
 
   def __init__(self) -> None:
-    self._taken: dict[tuple[str, int, np.dtype], np.ndarray] = {}
+    self._taken: dict[tuple[str, int, np.dtype, int], np.ndarray] = {}
 
-  def rows(self, name: str, count: int, dtype: np.dtype) -> np.ndarray:
-    """`[count, CHUNK]`, with whatever was left there under this name."""
-    key = name, count, dtype
+  def rows(self, name: str, count: int, dtype: np.dtype, length: int = CHUNK) -> np.ndarray:
+    """`[count, length]`, with whatever was left there under this name."""
+    key = name, count, dtype, length
     if key not in self._taken:
-      self._taken[key] = np.empty((count, CHUNK), dtype)
+      self._taken[key] = np.empty((count, length), dtype)
     return self._taken[key]
 
 

@@ -33,7 +33,7 @@ from know_jax.io.formats import open_weights
 from know_jax.io.safetensors import DTYPES
 from know_jax.io.sealed import read_sealed
 from know_jax.io.weights import Reader, Sink
-from know_jax.nowcast import file_job, from_files, health, linear, pieces
+from know_jax.nowcast import chunks, file_job, from_files, health, linear, pieces
 from know_jax.predictors import known, parameters
 
 ROOT = Path(__file__).parents[2]
@@ -202,9 +202,25 @@ def test_float64_needs_x64(tmp_path):
 def test_no_more_than_a_slice_is_read_at_once(tmp_path, monkeypatch):
   reads = []
   read = Reader.read
-  monkeypatch.setattr(Reader, 'read', lambda self, a, b: reads.append(b - a) or read(self, a, b))
+  monkeypatch.setattr(Reader, 'read', lambda *a: reads.append(a[2] - a[1]) or read(*a))
   run(save_all(tmp_path, make_history()), tmp_path / 'out', predictors=['known_leaf', 'log_fit'])
   assert max(reads) == pieces.STRETCH < 250 * 40
+
+
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_stretches_that_are_read_side_by_side_do_not_mix(tmp_path, monkeypatch, dtype):
+  for module in (from_files, chunks):
+    monkeypatch.setattr(module, 'processors', lambda: 3)
+  shapes = {'a/kernel': (20 * pieces.STRETCH + 5, 1), 'b/kernel': (7, 2 * pieces.STRETCH)}
+  rng = np.random.default_rng(0)
+  walks = {path: rng.normal(size=(5, *shape)).cumsum(0) for path, shape in shapes.items()}
+  history = [{path: walk[t].astype(dtype) for path, walk in walks.items()} for t in range(5)]
+  exact = {'task_vector': True, 'known_leaf': True, 'known': False}
+  files = save_all(tmp_path, history)
+  for folder in run(files, tmp_path / 'out', predictors=list(exact), steps=1, on_bad='ignore'):
+    name = folder.parent.name
+    expected = know_jax.predict(history, predictor=name, on_bad='ignore')
+    assert_predicted(load(folder), expected, exact[name])
 
 
 def test_tsv_sees_matrices_whole_and_those_of_pytorch_alike(tmp_path):
@@ -283,7 +299,7 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_bytes(tmp_path, files, who
 DRIVER = """
 import json, os, runpy, signal, sys
 from know_jax.io.weights import Sink
-from know_jax.nowcast import file_job, from_files, linear, pieces
+from know_jax.nowcast import chunks, file_job, from_files, linear, pieces
 from know_jax.runs import cli
 from know_jax.system import compiled
 pieces.STRETCH = linear.CHUNK = 1 << 13
