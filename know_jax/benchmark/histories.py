@@ -30,20 +30,25 @@ def of_network(target: Target) -> History:
   return _random(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *target.image)))['params'])
 
 
-def of_size(weights: int, leaves: int = 0, dtype: Any = np.float32) -> History:
-  """A history of exactly so many weights (100 or more): a convolution, a third, and a dense layer.
+def of_size(weights: int, dtype: Any = np.float32) -> History:
+  """A history of exactly so many weights, 100 or more: a convolution, a third, and a Dense."""
+  channels = math.isqrt(weights // 27)
+  rest = weights - 9 * channels**2 - channels
+  rows = math.isqrt(rest)
+  columns = (rest - 1) // rows
+  shapes = {
+    'conv': {'kernel': (3, 3, channels, channels), 'bias': (channels,)},
+    'dense': {'kernel': (rows, columns), 'bias': (rest - rows * columns,)},
+  }
+  return _of_shapes(shapes, dtype)
 
-  With `leaves`, instead, so many dense kernels of equal size.
-  """
-  if leaves:
-    shapes: Any = {f'dense{i}': {'kernel': (weights // leaves, 1)} for i in range(leaves)}
-  else:
-    channels = math.isqrt(weights // 27)
-    shapes = {'conv': {'kernel': (3, 3, channels, channels), 'bias': (channels,)}}
-    rest = weights - 9 * channels**2 - channels
-    rows = math.isqrt(rest)
-    columns = (rest - 1) // rows
-    shapes['dense'] = {'kernel': (rows, columns), 'bias': (rest - rows * columns,)}
+
+def of_kernels(count: int, rows: int, columns: int, dtype: Any = np.float32) -> History:
+  """A history of so many dense kernels of this shape."""
+  return _of_shapes({f'dense{i}': {'kernel': (rows, columns)} for i in range(count)}, dtype)
+
+
+def _of_shapes(shapes: dict[str, dict[str, tuple[int, ...]]], dtype: Any) -> History:
   is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
   return _random(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=is_shape))
 

@@ -14,7 +14,14 @@ import numpy as np
 import safetensors.numpy
 
 from know_jax.benchmark import keras_rivals, known_profile
-from know_jax.benchmark.histories import History, by_kind, num_predicted, of_network, of_size
+from know_jax.benchmark.histories import (
+  History,
+  by_kind,
+  num_predicted,
+  of_kernels,
+  of_network,
+  of_size,
+)
 from know_jax.benchmark.settings import STAGES, Settings, Target
 from know_jax.benchmark.timing import Times, goal, race, rates, speedups, spread
 from know_jax.errors import PredictionWarning
@@ -192,7 +199,7 @@ def _many_and_one(
 ) -> tuple[dict[str, Times], list[dict[str, Any]]]:
   """Seconds for leaves and for one leaf of as many weights, and rows of a table."""
   count, size = leaves
-  many, one = of_size(count * size, leaves=count), of_size(count * size, leaves=1)
+  many, one = of_kernels(count, size, 1), of_kernels(1, count * size, 1)
   rows, seconds = [], {}
   for name in names:
     contestants = {'many': _predictor(many, name), 'one': _predictor(one, name)}
@@ -213,7 +220,7 @@ def _from_files(
   with tempfile.TemporaryDirectory(prefix='know_jax-') as place:
     folder = Path(place)
     paths = [folder / f'{stage}.safetensors' for stage in range(STAGES)]
-    for path, stage in zip(paths, of_size(count * size, leaves=count), strict=True):
+    for path, stage in zip(paths, of_kernels(count, size, 1), strict=True):
       named = {name.replace('/', '.'): leaf for name, leaf in named_leaves(stage).items()}
       safetensors.numpy.save_file(named, path)
 

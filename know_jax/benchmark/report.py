@@ -1,6 +1,6 @@
 """The benchmark in Markdown and as a plot, from its JSON data alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ _TITLES = {
   'leaves': 'Many small leaves',
   'compile': 'Compilation',
   'memory': 'Memory and cost by size',
+  'growth': 'Cost of every predictor by size',
   'streaming': 'Weights in files',
   'merging': 'Merging of large models',
   'start': 'Start',
@@ -23,8 +24,8 @@ _TITLES = {
 }
 
 
-def markdown(found: Mapping[str, Any], picture: str | None) -> str:
-  """The report of what `runner.run` measured; `picture` is the file name of the plot beside it."""
+def markdown(found: Mapping[str, Any], stem: str) -> str:
+  """The report of what `runner.run` measured, a file of this stem; its plots lie beside it."""
   parts = ['# Benchmark', _machine(found), '## Goals', goals_table(found)]
   if found['quick']:
     parts.insert(1, '**Measured with --quick: these numbers say nothing.**')
@@ -38,8 +39,9 @@ def markdown(found: Mapping[str, Any], picture: str | None) -> str:
       parts += [f'### {title}'] if title else []
       body = [[_cell(cell) for cell in row.values()] for row in rows]
       parts.append(table(list(rows[0]), body, pad=False))
-  if picture:
-    parts.append(f'![Cost and memory of a prediction by the number of weights]({picture})')
+  for name, (end, caption, _) in PLOTS.items():
+    if name in found['sections']:
+      parts.append(f'![{caption}]({stem}{end})')
   return '\n\n'.join(parts) + '\n'
 
 
@@ -78,6 +80,29 @@ def _machine(found: Mapping[str, Any]) -> str:
   )
 
 
+def draw_growth(path: Path, section: Mapping[str, Any]) -> None:
+  """Draws cost by the number of weights, from the section `growth`."""
+  figure = new_figure(8, 6)
+  axes = figure.subplots()
+  entries = section['entries']
+  names = list(dict.fromkeys(e['predictor'] for e in entries))
+  for i, name in enumerate(names):
+    mine = [e for e in entries if e['predictor'] == name]
+    cost = [{key: e['weights'] * s for key, s in e['seconds_a_weight'].items()} for e in mine]
+    marker = MARKERS[i % len(MARKERS)]
+    style = {'color': f'C{i % 10}', 'marker': marker, 'linewidth': 1, 'label': name}
+    _curve(axes, [e['weights'] for e in mine], cost, style)
+  ends = [min(e['weights'] for e in entries), max(e['weights'] for e in entries)]
+  slowest = max(e['seconds_a_weight']['median'] for e in entries if e['weights'] == ends[1])
+  axes.plot(ends, [size * slowest for size in ends], ':', color='grey', label='linear')
+  axes.set_xscale('log')
+  axes.set_yscale('log')
+  axes.set_xlabel('weights')
+  axes.set_ylabel('seconds')
+  figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
+  figure.savefig(path, dpi=110, metadata={'Software': None})
+
+
 def draw(path: Path, section: Mapping[str, Any]) -> None:
   """Draws cost and memory by the number of weights, from the section `memory`."""
   figure = new_figure(12, 5)
@@ -113,3 +138,10 @@ def _curve(axes: Any, sizes: Sequence[int], spreads: Sequence[Any], style: Any) 
   low, median, high = ([s[key] for s in spreads] for key in ('low', 'median', 'high'))
   axes.plot(sizes, median, **style)
   axes.fill_between(sizes, low, high, color=style['color'], alpha=0.2, linewidth=0)
+
+
+PLOTS: dict[str, tuple[str, str, Callable[[Path, Mapping[str, Any]], None]]] = {
+  'memory': ('.png', 'Cost and memory of a prediction by the number of weights', draw),
+  'growth': ('_growth.png', 'Cost of every predictor by the number of weights', draw_growth),
+}
+"""Section -> how the name of its plot ends, its caption, and what draws it."""

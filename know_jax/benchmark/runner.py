@@ -8,6 +8,7 @@ from typing import Any
 
 from know_jax.benchmark import (
   accelerator,
+  growing,
   memory,
   merging,
   networks,
@@ -29,6 +30,7 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
   'leaves': predicting.many_leaves,
   'compile': memory.compilation,
   'memory': memory.measure,
+  'growth': growing.measure,
   'streaming': streamed.measure,
   'merging': merging.measure,
   'start': start.measure,
@@ -96,10 +98,10 @@ def run(
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
-  picture = path.with_suffix('.png') if 'memory' in found['sections'] else None
   with os_errors(f'cannot write in {path.parent}'):
     write_sealed(path.with_suffix('.json'), found)
-    if picture:
-      report.draw(picture, found['sections']['memory'])
-    text = report.markdown(found, picture.name if picture else None)
+    for name, (end, _, draw) in report.PLOTS.items():
+      if name in found['sections']:
+        draw(path.with_name(path.stem + end), found['sections'][name])
+    text = report.markdown(found, path.stem)
     write_atomic(path, text.encode())

@@ -69,8 +69,10 @@ def quick(tmp_path_factory):
 def test_the_report_is_that_of_the_numbers(quick):
   out, err, path, found = quick
   assert list(found['sections']) == list(runner.SECTIONS)
-  assert path.read_text() == report.markdown(found, 'speed.png')
-  assert path.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+  assert path.read_text() == report.markdown(found, 'speed')
+  for picture in ('speed.png', 'speed_growth.png'):
+    assert (path.parent / picture).read_bytes().startswith(b'\x89PNG')
+    assert f']({picture})' in path.read_text()
   assert out == f'{report.goals_table(found)}\n\nreport: {path}\n'
   assert re.search(r'predict cnn: 100%.*run/s', err)
   assert re.search(r'memory: 100%', err)
@@ -87,7 +89,7 @@ def test_the_report_is_that_of_the_numbers(quick):
   for name in ('processor', 'instructions', 'jax', 'backend', 'device'):
     assert machine[name] and machine[name] in text
   assert f'XLA_FLAGS={machine["set"]["XLA_FLAGS"]} python bin/benchmark.py`, in' in text
-  alone = report.markdown({**found, 'only': ['linear', 'networks']}, None)
+  alone = report.markdown({**found, 'only': ['linear', 'networks']}, 'speed')
   assert ' python bin/benchmark.py --only=linear,networks`, in' in alone
   if keras_rivals.absent():
     assert text.count('the package tensorflow is not installed') == 2
@@ -337,7 +339,7 @@ def test_what_is_profiled_is_the_network():
 
 
 def test_a_history_may_have_many_equal_leaves():
-  history = histories.of_size(2_000, leaves=20)
+  history = histories.of_kernels(20, 100, 1)
   assert histories.num_predicted(history) == (2_000, 20)
   assert set(histories.by_kind(history)) == {'fc'}
 
@@ -523,6 +525,30 @@ def test_growth_is_the_power_of_the_size():
   }
 
 
+def test_the_cost_of_every_predictor_is_measured_at_every_size(quick):
+  *_, found = quick
+  section = found['sections']['growth']
+  sizes = {}
+  for entry in section['entries']:
+    sizes.setdefault(entry['predictor'], []).append((entry['about'], entry['weights']))
+  assert set(sizes) == set(api.PREDICTORS)
+  # Matrices that are decomposed have 16 x 16 weights.
+  by_size = [(size, size) for size in QUICK.growth]
+  of_tsv = [(2_000, 8 * 256), (20_000, 79 * 256)]
+  assert sizes == {name: of_tsv if name == 'tsv' else by_size for name in sizes}
+  for row in section['tables']['']:
+    (small, large) = (e for e in section['entries'] if e['predictor'] == row[''])
+    cost = [entry['seconds_a_weight']['median'] for entry in (small, large)]
+    assert [row[f'{size:,} weights, ns a weight'] for size in QUICK.growth] == [
+      pytest.approx(1e9 * seconds) for seconds in cost
+    ]
+    grown = np.log(cost[1] * large['weights'] / (cost[0] * small['weights']))
+    expected = grown / np.log(large['weights'] / small['weights'])
+    assert row['power'] == pytest.approx(expected, abs=1e-9)
+    goal = f'power of the size that cost grows with, every predictor: `{row[""]}, bfloat16, 1 step`'
+    assert [g['found'] for g in section['goals'] if g['what'] == goal] == [row['power']]
+
+
 # --- goals, GPU, mistakes -------------------------------------------------------------------------
 
 
@@ -585,7 +611,7 @@ def test_mistakes_are_found_before_anything_is_measured(monkeypatch, tmp_path):
   monkeypatch.setattr(os, 'access', lambda path, mode: path[:5] != '/proc' and real(path, mode))
   with pytest.raises(
     UserError,
-    match=r"section 'compile' reads .* or --only=predict,linear,leaves,start,training,networks,gpu",
+    match=r"section 'compile' reads .* or --only=predict,linear,leaves,growth,start,training,networks,gpu",
   ):
     runner.run(tmp_path / 'a.md')
   monkeypatch.undo()
