@@ -27,12 +27,9 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   made = resolve_all(REGISTRY)
   whole = [name for name, predictor in made.items() if isinstance(predictor, WholeLeaf)]
   others = [name for name in made if name not in whole]
-  side, most = settings.growth_kernel
-  sizes = settings.growth
-  small = [size for size in sizes if size <= most]
+  side, sizes = settings.growth_side, settings.growth
   entries: list[dict[str, Any]] = []
-  total = len(sizes) * len(others) + len(small) * len(whole)
-  with progress(total, 'growth', 'prediction', show=show) as bar:
+  with progress(len(sizes) * len(made), 'growth', 'prediction', show=show) as bar:
 
     def add(history: History, names: Sequence[str], size: int) -> None:
       for name in names:
@@ -41,7 +38,6 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
 
     for size in sizes:
       add(of_size(size, dtype=jnp.dtype(DTYPE)), others, size)
-    for size in small:
       add(of_kernels(-(-size // side**2), side, side, jnp.dtype(DTYPE)), whole, size)
   powers = growth(entries)
   return {

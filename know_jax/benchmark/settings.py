@@ -105,10 +105,10 @@ class Settings:
     ('float32', (1, 3), (10**5, 10**6, 10**7, 10**8)),
     ('bfloat16', (1,), (10**6, 10**7, 10**8, 10**9)),
   )
-  # Numbers of weights for the cost of every predictor; for those that decompose matrices the side
-  # of these, and how many weights at most, as they take minutes.
+  # Numbers of weights for the cost of every predictor, and the side of matrices for those that
+  # decompose them.
   growth: tuple[int, ...] = (10**6, 10**7, 10**8, 10**9)
-  growth_kernel: tuple[int, int] = (256, 10**8)
+  growth_side: int = 256
   size_seconds: float = 3.0  # Each size is repeated for so long, twice at least.
   fresh: bool = True  # Whether memory and compilation have a process for each measurement.
   streamed: int = 10**9  # Weights of a history in files, in bfloat16.
@@ -151,7 +151,7 @@ QUICK = Settings(
   compiled=(_TINY, dataclasses.replace(_TINY, options={'width': 3, 'convs': 1})),
   series=(('float32', (1,), (2_000, 20_000)), ('bfloat16', (1,), (2_000, 4_000))),
   growth=(2_000, 20_000),
-  growth_kernel=(16, 20_000),
+  growth_side=16,
   size_seconds=0.0,
   fresh=False,
   streamed=25_000,

@@ -1,8 +1,9 @@
 """Predictions on the host, a chunk of weights at a time: of arrays in memory, and of files.
 
-No shape of a leaf is ever compiled for. Linear predictors are arithmetic of NumPy on chunks that
-stay in the cache. Elementwise ones are compiled once for a row of `ROW` weights, which leaves fill
-one after the other, whatever their borders. Each processor works on chunks of its own.
+No shape of a leaf is ever compiled for, but by predictors of whole leaves. Linear predictors are
+arithmetic of NumPy on chunks that stay in the cache. Elementwise ones are compiled once for a row
+of `ROW` weights, which leaves fill one after the other, whatever their borders. Each processor
+works on chunks of its own.
 """
 
 import collections
@@ -56,7 +57,7 @@ def predict_leaves(
   ]
   result = _room([((len(steps), *view[-1].shape), view[-1].dtype) for view in views])
   pieces = [
-    Piece(info, [stage.reshape(-1) for stage in view], out.reshape(len(steps), -1))
+    Piece(info, [stage.reshape(-1) for stage in view], out.reshape(len(steps), -1), view[-1].shape)
     for view, info, out in zip(views, job.leaves, result, strict=True)
   ]
   facts = predict(pieces, theta, job, steps)
@@ -285,8 +286,10 @@ def _elementwise(
 
 def _whole(i: int, piece: Piece, theta: Any, job: Job, steps: tuple[int, ...]) -> list[Seen]:
   """A leaf as a whole, by the program that is compiled for its shape."""
-  plain = dataclasses.replace(job, leaves=(piece.leaf,), shardings=(None,), on_bad='ignore')
-  stages = tuple(stage.reshape(piece.shape or -1) for stage in piece.stages)
+  leaf = job.predictor.alike(piece.leaf)
+  plain = dataclasses.replace(job, leaves=(leaf,), shardings=(None,), on_bad='ignore')
+  shape = -1 if piece.shape is None else piece.shape
+  stages = tuple(stage.reshape(shape) for stage in piece.stages)
   (result,), _ = jax.device_get(predict_whole([stages], theta, plain, steps))
   facts = Facts.none(1, len(steps), job.keeps_still(len(piece.stages)))
   starts = np.zeros(1, np.intp)

@@ -17,7 +17,7 @@ from know_jax.nowcast import chunks, compiled
 from know_jax.nowcast import health as health_
 from know_jax.nowcast.history import History, check_finite, read_history
 from know_jax.nowcast.job import Job
-from know_jax.predictors.base import Leaf, Linear, WholeLeaf, max_steps
+from know_jax.predictors.base import Leaf, Linear, max_steps
 from know_jax.predictors.registry import resolve
 
 
@@ -61,7 +61,7 @@ class Plan:
     # Linear predictors take little longer than a reading of their stages, and see it on the way.
     if not (on_host and isinstance(self.job.predictor, Linear)):
       check_finite(self.history)
-    if on_host and not isinstance(self.job.predictor, WholeLeaf):
+    if on_host:
       # Now, also where the caller is traced and the history is a constant of the trace. Elsewhere
       # it would have every small operation compiled.
       with jax.core.eval_context() if is_traced() else contextlib.nullcontext():

@@ -187,6 +187,14 @@ class WholeLeaf(Predictor):
     """
     raise NotImplementedError
 
+  def alike(self, leaf: Leaf) -> Leaf:
+    """The leaf that `predict` is given for it, as for others that it predicts in the same way.
+
+    What is predicted on the host is compiled once for each such leaf and shape. By default each
+    leaf is its own, as `predict` may read any of its path.
+    """
+    return leaf
+
   def is_whole(self, leaf: Leaf, shape: tuple[int, ...]) -> bool:
     """Whether a leaf must be there as a whole; if not, any stretch of it may stand for it."""
     return True

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from know_jax.predictors.base import Leaf, WholeLeaf
 
+_OUTPUTS_FIRST, _OUT = 'weight', 'out/kernel'
+"""Paths of leaves that are other matrices than the rest."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TSV(WholeLeaf):
@@ -29,15 +32,20 @@ class TSV(WholeLeaf):
   def is_whole(self, leaf: Leaf, shape: tuple[int, ...]) -> bool:
     return leaf.kind != 'bias' and len(shape) > 1
 
+  def alike(self, leaf: Leaf) -> Leaf:
+    keys = leaf.path.removesuffix('/value').split('/')
+    usual = _OUT if keys[-2:-1] == ['out'] else 'kernel'
+    return Leaf(_OUTPUTS_FIRST if keys[-1] == _OUTPUTS_FIRST else usual, leaf.kind)
+
   def predict(
     self, history: Sequence[jax.Array], leaf: Leaf, params: Any, rate: float, steps: int
   ) -> jax.Array:
     tau = history[-1] - history[-1 - steps]
     if not self.is_whole(leaf, tau.shape) or not tau.size:
       return history[-1] + tau
-    keys = leaf.path.removesuffix('/value').split('/')
-    outputs_first = keys[-1] == 'weight'
-    inputs_first = leaf.kind == 'fc' and keys[-2:-1] != ['out']
+    path = self.alike(leaf).path
+    outputs_first = path == _OUTPUTS_FIRST
+    inputs_first = leaf.kind == 'fc' and path != _OUT
     in_axes = 1 if outputs_first or inputs_first else tau.ndim - 1
     matrix = tau.reshape(math.prod(tau.shape[:in_axes]), -1)
     rank = max(1, min(matrix.shape) // 10)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import references
+from runs import compilations
 
 import know_jax
 from know_jax.errors import UserError
@@ -244,6 +245,41 @@ def test_tsv_of_a_movement_of_rank_one_is_the_task_vector():
   history = [{'kernel': old}, {'kernel': new}]
   found = know_jax.predict(history, predictor='tsv')['kernel']
   np.testing.assert_allclose(found, 2 * new - old, atol=1e-5)
+
+
+def test_tsv_is_compiled_once_for_all_matrices_of_a_shape():
+  rng = np.random.default_rng(0)
+
+  def history(count):
+    names = [f'layer{i}' for i in range(count)]
+    return [
+      {name: {'kernel': rng.normal(size=(9, 7)).astype(np.float32)} for name in names}
+      for _ in range(2)
+    ]
+
+  know_jax.predict(history(1), predictor='tsv')
+  many = history(12)
+  with compilations() as found:
+    predicted = know_jax.predict(many, predictor='tsv')
+  assert not found
+  for name, layer in predicted.items():
+    old, new = (stage[name]['kernel'] for stage in many)
+    u, s, vt = np.linalg.svd(new - old)
+    np.testing.assert_allclose(layer['kernel'], new + s[0] * np.outer(u[:, 0], vt[0]), atol=1e-5)
+
+
+def test_a_predictor_of_whole_leaves_is_told_the_path_of_each():
+  class ByName(know_jax.WholeLeaf):
+    def predict(self, history, leaf, params, rate, steps):
+      return history[-1] + len(leaf.path)
+
+  history = [
+    {name: {'kernel': np.full((3, 2), t, np.float32)} for name in ('a', 'long')} for t in (-1, 0)
+  ]
+  found = know_jax.predict(history, predictor=ByName(), on_bad='ignore')
+  assert {name: set(np.ravel(layer['kernel'])) for name, layer in found.items()} == {
+    'a': {len('a/kernel')}, 'long': {len('long/kernel')}
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize('name', ['linear_fit', 'log_fit'])
