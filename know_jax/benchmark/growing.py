@@ -1,7 +1,6 @@
 """How the cost of every predictor grows with the number of weights."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,17 +8,16 @@ import jax.numpy as jnp
 
 from know_jax.benchmark.histories import History, num_predicted, of_kernels, of_size
 from know_jax.benchmark.memory import growth, series
+from know_jax.benchmark.predicting import prediction
 from know_jax.benchmark.settings import STAGES, Settings
 from know_jax.benchmark.timing import goal, spread, timed
-from know_jax.errors import PredictionWarning
-from know_jax.nowcast import api
 from know_jax.predictors.base import WholeLeaf
 from know_jax.predictors.registry import REGISTRY, resolve_all
 from know_jax.system.progress import progress
 
 DTYPE, STEPS = 'bfloat16', 1
 _MOST = 9  # Repetitions.
-_LONG = 10.0  # Seconds; what takes longer is not done twice, and compiles for a hundredth of it.
+_LONG = 10.0  # Seconds; what takes longer is not done twice: smaller sizes have compiled it.
 
 
 def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
@@ -58,13 +56,7 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
 
 def _entry(history: History, name: str, seconds: float) -> dict[str, Any]:
   """Of one predictor; a first call, which may compile, is left out unless it takes long."""
-
-  def call() -> Any:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore', PredictionWarning)
-      return api.predict(history, STEPS, predictor=name, rate=0.5)
-
-  began = time.perf_counter()
+  call, began = prediction(history, name), time.perf_counter()
   _, first = timed(call)
   found = [first] if first > _LONG else []
   while not found or (len(found) < _MOST and time.perf_counter() - began < seconds):

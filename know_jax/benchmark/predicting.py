@@ -135,7 +135,7 @@ def linear(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   source = np.ones(moved // 8, np.float32)
   target = np.zeros_like(source)
   contestants: dict[str, Callable[[], Any]] = {COPY: lambda: np.copyto(target, source)}
-  contestants |= {name: _predictor(history, name) for name in LINEAR}
+  contestants |= {name: prediction(history, name) for name in LINEAR}
   times = race(contestants, repetitions, 'linear predictors', show=show)
   speed = rates(times, moved / 1e9)
   # How fast each is for one copy, within each round.
@@ -202,7 +202,7 @@ def _many_and_one(
   many, one = of_kernels(count, size, 1), of_kernels(1, count * size, 1)
   rows, seconds = [], {}
   for name in names:
-    contestants = {'many': _predictor(many, name), 'one': _predictor(one, name)}
+    contestants = {'many': prediction(many, name), 'one': prediction(one, name)}
     seconds[name] = race(contestants, settings.linear[1], f'{count} leaves', show=show)
     rows.append({
       '': name,
@@ -236,7 +236,9 @@ def _from_files(
   return seconds, [{'': name, 'seconds': spread(seconds[name])} for name in names]
 
 
-def _predictor(history: History, name: str) -> Callable[[], Any]:
+def prediction(history: History, name: str) -> Callable[[], Any]:
+  """A call that predicts a history one step ahead, without warnings."""
+
   def call() -> Any:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', PredictionWarning)

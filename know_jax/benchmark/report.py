@@ -84,23 +84,8 @@ def draw_growth(path: Path, section: Mapping[str, Any]) -> None:
   """Draws cost by the number of weights, from the section `growth`."""
   figure = new_figure(8, 6)
   axes = figure.subplots()
-  entries = section['entries']
-  names = list(dict.fromkeys(e['predictor'] for e in entries))
-  for i, name in enumerate(names):
-    mine = [e for e in entries if e['predictor'] == name]
-    cost = [{key: e['weights'] * s for key, s in e['seconds_a_weight'].items()} for e in mine]
-    marker = MARKERS[i % len(MARKERS)]
-    style = {'color': f'C{i % 10}', 'marker': marker, 'linewidth': 1, 'label': name}
-    _curve(axes, [e['weights'] for e in mine], cost, style)
-  ends = [min(e['weights'] for e in entries), max(e['weights'] for e in entries)]
-  slowest = max(e['seconds_a_weight']['median'] for e in entries if e['weights'] == ends[1])
-  axes.plot(ends, [size * slowest for size in ends], ':', color='grey', label='linear')
-  axes.set_xscale('log')
-  axes.set_yscale('log')
-  axes.set_xlabel('weights')
-  axes.set_ylabel('seconds')
-  figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
-  figure.savefig(path, dpi=110, metadata={'Software': None})
+  _draw_cost(axes, section['entries'], lambda entry: entry['predictor'])
+  _save(figure, axes, path)
 
 
 def draw(path: Path, section: Mapping[str, Any]) -> None:
@@ -108,36 +93,52 @@ def draw(path: Path, section: Mapping[str, Any]) -> None:
   figure = new_figure(12, 5)
   left, right = figure.subplots(1, 2)
   entries = section['entries']
-  for i, label in enumerate(dict.fromkeys(map(series, entries))):
-    mine = [e for e in entries if series(e) == label]
-    sizes = [e['weights'] for e in mine]
-    style = {'color': f'C{i}', 'marker': MARKERS[i], 'linewidth': 1}
-    cost = [{key: e['weights'] * s for key, s in e['seconds_a_weight'].items()} for e in mine]
-    extra = [{key: bytes_ / MIB for key, bytes_ in e['extra'].items()} for e in mine]
-    for axes, spreads in ((left, cost), (right, extra)):
-      _curve(axes, sizes, spreads, {**style, 'label': label})
-  largest = max(entries, key=lambda e: (e['weights'], e['seconds_a_weight']['median']))
-  ends = [min(e['weights'] for e in entries), largest['weights']]
-  slowest = largest['seconds_a_weight']['median']
-  left.plot(ends, [size * slowest for size in ends], ':', color='grey', label='linear')
+  _draw_cost(left, entries, series)
+  _curves(right, entries, series, lambda entry: _times(entry['extra'], 1 / MIB))
   right.axhline(128, color='grey', linestyle=':', linewidth=1, label='128 MiB')
-  left.set_yscale('log')
   # Linear near zero: where little is needed, measurement of it may come out below.
   right.set_yscale('symlog', linthresh=10)
   right.set_ylim(bottom=min(0.0, *(e['extra']['low'] / MIB for e in entries)))
-  left.set_ylabel('seconds')
   right.set_ylabel('memory beyond inputs and outputs, MiB')
-  for axes in (left, right):
-    axes.set_xscale('log')
-    axes.set_xlabel('weights')
-  figure.legend(*left.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
+  _save(figure, left, path)
+
+
+def _draw_cost(axes: Any, entries: Sequence[Any], label: Callable[[Any], str]) -> None:
+  """Seconds by the number of weights, and what would be linear through the slowest."""
+  _curves(axes, entries, label, lambda entry: _times(entry['seconds_a_weight'], entry['weights']))
+  largest = max(entries, key=lambda e: (e['weights'], e['seconds_a_weight']['median']))
+  ends = [min(e['weights'] for e in entries), largest['weights']]
+  slowest = largest['seconds_a_weight']['median']
+  axes.plot(ends, [size * slowest for size in ends], ':', color='grey', label='linear')
+  axes.set_yscale('log')
+  axes.set_ylabel('seconds')
+
+
+def _times(spread_: Mapping[str, float], factor: float) -> dict[str, float]:
+  return {key: factor * value for key, value in spread_.items()}
+
+
+def _curves(
+  axes: Any,
+  entries: Sequence[Any],
+  label: Callable[[Any], str],
+  of: Callable[[Any], Mapping[str, float]],
+) -> None:
+  """A spread by the number of weights, a curve for each label."""
+  for i, name in enumerate(dict.fromkeys(map(label, entries))):
+    mine = [entry for entry in entries if label(entry) == name]
+    sizes = [entry['weights'] for entry in mine]
+    low, median, high = ([of(entry)[key] for entry in mine] for key in ('low', 'median', 'high'))
+    style = {'color': f'C{i}', 'marker': MARKERS[i % len(MARKERS)], 'linewidth': 1, 'label': name}
+    axes.plot(sizes, median, **style)
+    axes.fill_between(sizes, low, high, color=style['color'], alpha=0.2, linewidth=0)
+  axes.set_xscale('log')
+  axes.set_xlabel('weights')
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+  figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
   figure.savefig(path, dpi=110, metadata={'Software': None})
-
-
-def _curve(axes: Any, sizes: Sequence[int], spreads: Sequence[Any], style: Any) -> None:
-  low, median, high = ([s[key] for s in spreads] for key in ('low', 'median', 'high'))
-  axes.plot(sizes, median, **style)
-  axes.fill_between(sizes, low, high, color=style['color'], alpha=0.2, linewidth=0)
 
 
 PLOTS: dict[str, tuple[str, str, Callable[[Path, Mapping[str, Any]], None]]] = {

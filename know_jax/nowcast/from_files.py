@@ -319,8 +319,17 @@ class _LeafHistory:
   def pieces(self, steps: int, *, whole: bool = False) -> Iterator[Piece]:
     """All weights, a stretch at a time or as a whole, and room for the predictions of each."""
     for start, out in self.stretches(steps, whole=whole):
-      stages = [reader.read(start, start + out.shape[1]) for reader in self.readers]
-      yield Piece(self.leaf, stages, out, self.written.shape if whole else None)
+      yield self.piece(start, out, whole=whole)
+
+  def piece(self, start: int, out: np.ndarray, *, whole: bool, room: Room | None = None) -> Piece:
+    """The weights from a place on, read into a thread's own memory where that is given."""
+    size, stages = out.shape[1], []
+    for number, reader in enumerate(self.readers):
+      into = None
+      if room and not whole:  # What has one length for all leaves.
+        into = room.rows(f'read {number}', 1, reader.dtype, pieces.STRETCH)[0, :size]
+      stages.append(reader.read(start, start + size, into))
+    return Piece(self.leaf, stages, out, self.written.shape if whole else None)
 
   def stretches(self, steps: int, *, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
     """Where the pieces start, and room for the predictions of each."""
@@ -351,9 +360,7 @@ def _history(job: Job, path: str, scratch: Path) -> Iterator[_LeafHistory]:
 
 def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) -> None:
   for start, stop in history.slices(pieces.STRETCH):
-    newest = history.readers[-1].read(start, stop)
-    if newest.dtype != history.written.dtype:
-      newest = newest.astype(history.written.dtype)
+    newest = history.readers[-1].read(start, stop).astype(history.written.dtype, copy=False)
     for sink in sinks:
       sink.write(newest)
     if bar is not None:
@@ -377,13 +384,7 @@ def _worked(
   """
 
   def work(room: Room, start: int, out: np.ndarray) -> tuple[Piece, _T]:
-    size, stages = out.shape[1], []
-    for number, reader in enumerate(history.readers):
-      into = None
-      if not whole:  # What has one length for all leaves.
-        into = room.rows(f'read {number}', 1, reader.dtype, pieces.STRETCH)[0, :size]
-      stages.append(reader.read(start, start + size, into))
-    piece = Piece(history.leaf, stages, out, history.written.shape if whole else None)
+    piece = history.piece(start, out, whole=whole, room=room)
     return piece, function(room, piece, start)
 
   stretches = history.stretches(steps, whole=whole)
