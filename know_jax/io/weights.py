@@ -21,13 +21,18 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 
 from know_jax import showing
 from know_jax.errors import UserError, os_errors, reason
 from know_jax.io.files import file_checksum, replacing
+
+_T = TypeVar('_T')
+
+Mark = tuple[int, concurrent.futures.Future[Any]]
+"""A size, and the checksum of what had been written then."""
 
 _BLOCK = 1 << 20
 _position = threading.Lock()
@@ -138,7 +143,7 @@ class Sink:
     self.checksum: Any = hashlib.sha256()
 
     self._thread: concurrent.futures.ThreadPoolExecutor | None = None
-    self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    self._pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
     self._held: list[Any] = []
     self._held_bytes = 0
 
@@ -167,15 +172,24 @@ class Sink:
     self._held.append(raw)
     self._held_bytes += len(raw)
     if self._held_bytes >= _BLOCK // 4:
-      if self._thread is None:
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-      self._pending.append(self._thread.submit(self._put, self._held))
-      self._held, self._held_bytes = [], 0
+      self._submit(self._put, self._take_held())
       while len(self._pending) > 2:
         self._pending.popleft().result()
 
+  def _take_held(self) -> list[Any]:
+    held, self._held, self._held_bytes = self._held, [], 0
+    return held
+
+  def _submit(self, function: Callable[..., _T], *args: Any) -> concurrent.futures.Future[_T]:
+    """Has the thread call a function after what it was told before."""
+    if self._thread is None:
+      self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    future = self._thread.submit(function, *args)
+    self._pending.append(future)
+    return future
+
   def _put(self, parts: Sequence[Any]) -> None:
-    raw = b''.join(parts) if len(parts) > 1 else parts[0]
+    raw = parts[0] if len(parts) == 1 else b''.join(parts)
     self._file.write(raw)
     self.checksum.update(raw)
 
@@ -188,24 +202,24 @@ class Sink:
     while self._pending:
       self._pending.popleft().result()
     if self._held:
-      held, self._held, self._held_bytes = self._held, [], 0
-      self._put(held)
+      self._put(self._take_held())
 
   def identity(self) -> dict[str, Any]:
     """Size and SHA-256 of what has been written; of a folder also those of its `files`."""
     self.flush()
     return {'size': self.size, 'sha256': self.checksum.hexdigest()}
 
-  def mark(self) -> tuple[int, Any]:
+  def mark(self) -> Mark:
     """Where the file ends now; `go_back` returns to it."""
-    self.flush()
-    return self.size, self.checksum.copy()
+    # Nobody waits here until all is written: most marks are never returned to.
+    self._submit(self._put, self._take_held())
+    return self.size, self._submit(self.checksum.copy)
 
-  def go_back(self, mark: tuple[int, Any]) -> None:
+  def go_back(self, mark: Mark) -> None:
     """Takes back what was written after the mark."""
     self.flush()
     self.size, checksum = mark
-    self.checksum = checksum.copy()
+    self.checksum = checksum.result().copy()
     self._file.seek(self.size - self._begins)
     self._file.truncate()
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -326,23 +327,26 @@ def _new_rows(count: int, told: int | None, dtype: Any) -> tuple[np.ndarray, np.
 _compiled: set[tuple[Any, ...]] = set()
 """What `_compile_row` was called for in this process."""
 
+_compiling = threading.Lock()
+
 
 def _compile_row(
   count: int, told: int | None, dtype: Any, params: Any, job: Job, steps: tuple[int, ...]
 ) -> None:
-  """Compiles `_row_program`, where it is not, before threads take rows.
+  """Compiles `_row_program`, where it is not, before threads take rows: once, though several ask.
 
   The memory of both would be taken at a time otherwise, and the process would keep what compiling
   freed.
   """
   static = (job.predictor, steps, job.rate)
   program = (ROW, count, told, np.dtype(dtype), jax.tree.structure(params), *static)
-  if program in _compiled:
-    return
-  row, of_leaf = _new_rows(count, told, dtype)
-  jax.block_until_ready(_row_program()(*static, row, np.int32(0), params, of_leaf))
-  give_back_memory()
-  _compiled.add(program)
+  with _compiling:
+    if program in _compiled:
+      return
+    row, of_leaf = _new_rows(count, told, dtype)
+    jax.block_until_ready(_row_program()(*static, row, np.int32(0), params, of_leaf))
+    give_back_memory()
+    _compiled.add(program)
 
 
 @functools.cache

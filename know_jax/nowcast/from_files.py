@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from know_jax import kinds as kinds_
+from know_jax import trees
 from know_jax.errors import UserError, os_errors
 from know_jax.io import safetensors
 from know_jax.io.files import file_checksum, local_path, locked, write_atomic
@@ -387,13 +388,8 @@ def _worked(
     piece = history.piece(start, out, whole=whole, room=room)
     return piece, function(room, piece, start)
 
+  own, threads = iter(rooms), chunks.threads_for(trees.wide(history.readers[-1].dtype))
   stretches = history.stretches(steps, whole=whole)
-  if (first := next(stretches, None)) is None:
-    return
-  # Alone, as it may compile what the others then find.
-  piece, result = work(rooms[0], *first)
-  yield piece, result
-  own, threads = iter(rooms), chunks.threads_for(piece.width)
   yield from chunks.in_threads(work, stretches, threads, lambda: (next(own),), ahead=1)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from know_jax.errors import UserError, os_errors
-from know_jax.io.weights import Leaf, Opener, Reader, Shard, Sink, Weights, read_json
+from know_jax.io.weights import Leaf, Mark, Opener, Reader, Shard, Sink, Weights, read_json
 
 CHOICES = ('apart', 'merged')
 APART = (
@@ -249,6 +249,7 @@ class _Factoring(Sink):
     self._pairs = {pair.path: pair for pair in pairs}
     self._real, self._virtual, self._folder = real, virtual, folder
     self._pair: _Pair | None = None
+    self._empty = super().mark()
     self._factors: dict[str, np.ndarray] = {}
     self._written = 0
     self.errors: dict[str, float] = {}
@@ -257,7 +258,7 @@ class _Factoring(Sink):
     path = leaf.path
     if path in self._pairs:
       self._take_apart()
-      self._pair = self._pairs[path]
+      self._pair, self._empty = self._pairs[path], super().mark()
     else:
       self.end(self._order.index(path))
       self._inner.begin(leaf)
@@ -269,10 +270,10 @@ class _Factoring(Sink):
     else:
       self._inner.write(data)
 
-  def mark(self) -> tuple[int, Any]:
+  def mark(self) -> Mark:
     return super().mark() if self._pair else self._inner.mark()
 
-  def go_back(self, mark: tuple[int, Any]) -> None:
+  def go_back(self, mark: Mark) -> None:
     if self._pair:
       super().go_back(mark)
     else:
@@ -297,7 +298,7 @@ class _Factoring(Sink):
     self.flush()  # What is written is written by a thread.
     self._file.seek(0)
     product = np.frombuffer(self._file.read(), np.float32).reshape(left.shape[0], -1)
-    super().go_back((0, self.checksum))
+    super().go_back(self._empty)
     with self._virtual.leaves[pair.path].open(self._folder) as reader:
       is_newest = np.array_equal(reader.read(0, product.size), product.reshape(-1))
     if is_newest:

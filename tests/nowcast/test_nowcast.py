@@ -478,6 +478,16 @@ def test_leaves_without_weights_and_scalars_are_no_trouble():
     trees.check_same(history[-1], found, names=('a stage', 'the result'))
 
 
+@pytest.mark.parametrize('place', [0, 1023, 1024, 2999])
+def test_a_leaf_of_which_one_weight_moved_has_moved(place):
+  older, newer = (np.full(3000, 0.5, jnp.bfloat16) for _ in range(2))
+  older[place] = 0.25
+  found = predict([{'bias': older}, {'bias': newer}], 1, 'task_vector')['bias']
+  expected = newer.copy()
+  expected[place] = 0.75
+  np.testing.assert_array_equal(np.asarray(found), expected)
+
+
 # --- KNOWN block by block -------------------------------------------------------------------------
 
 
