@@ -141,13 +141,17 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
   def join(key_path: tuple, *leaves: Any) -> Any:
     if not is_array(leaves[-1]):
       return objects(leaves)
-    arrays = [jnp.asarray(leaf) for leaf in leaves]
-    if arrays[0].dtype != dtype_of(leaves[0]):
+    if all(isinstance(leaf, np.ndarray) for leaf in leaves):
+      # By NumPy, as JAX would compile programs for every shape.
+      result = jax.device_put(np.stack(leaves))
+    else:
+      result = jnp.stack([jnp.asarray(leaf) for leaf in leaves])
+    if result.dtype != dtype_of(leaves[0]):
       raise UserError(
         f'leaf {path_string(key_path)!r} is {dtype_of(leaves[0])}, which JAX would narrow to '
-        f'{arrays[0].dtype} in silence; cast it or set jax_enable_x64.'
+        f'{result.dtype} in silence; cast it or set jax_enable_x64.'
       )
-    return jnp.stack(arrays)
+    return result
 
   return jax.tree_util.tree_map_with_path(join, *trees)
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # As in test_cli.py: importing takes seconds, so one process does it and forks for every script.
 DRIVER = """
 import glob, json, os, pathlib, runpy, signal, sys, time, traceback, warnings
-import matplotlib.figure, orbax.checkpoint, sklearn.datasets, tensorboardX
+import matplotlib.figure, orbax.checkpoint, tensorboardX
 from know_jax import transfer
 from know_jax.nowcast import from_run
 from know_jax.runs import cli

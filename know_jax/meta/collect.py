@@ -43,6 +43,7 @@ from know_jax.models import MODELS
 from know_jax.runs.record import RunRecord
 from know_jax.runs.workdir import load_trajectory
 from know_jax.runs.workers import each
+from know_jax.system.compiled import drop_programs
 from know_jax.system.machine import memory_bytes
 from know_jax.system.progress import progress
 from know_jax.training.state import OPTIMIZERS, DivergedError
@@ -261,22 +262,22 @@ def _make(config: Config, output: Path, number: int) -> None:
   else:
     _pack(path, about, workdir, record)
   shutil.rmtree(workdir)
-  # The next run's network is another. Programs of the last ones would stay, some 1,500 memory maps
-  # a run, until Linux gives no more (65,530 a process) and the compiler dies of it.
-  jax.clear_caches()
+  drop_programs()  # The next run's network is another.
 
 
 def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord) -> None:
   """Writes a finished run's two files; the JSON file, last, makes it count."""
   trajectory, _ = load_trajectory(workdir)
   weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
+  # Out of NumPy's arrays: from those of JAX it compiles programs for every shape.
+  newest = jax.tree.map(lambda leaf: leaf[-1], jax.device_get(trajectory.weights))
   data = safetensors.numpy.save(weights, {'format': FORMAT})
   write_atomic(path.with_suffix('.safetensors'), data)
   write_sealed(
     path,
     {
       **about,
-      'kinds': kinds.leaf_kinds(trajectory.newest),
+      'kinds': kinds.leaf_kinds(newest),
       'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
       'stages': record['stages'],
       'pretrain_loss': _pretrain_loss(workdir),

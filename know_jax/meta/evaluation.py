@@ -44,6 +44,7 @@ from know_jax.predictors.parameters import load_known, read_card, theta_digest
 from know_jax.predictors.registry import resolve
 from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.runs.record import RunRecord
+from know_jax.system.compiled import drop_programs
 from know_jax.system.progress import progress
 from know_jax.tasks import load_task
 from know_jax.training import loop
@@ -338,7 +339,7 @@ def score_all(
       key = str(run.number)
       done = journal.get(key) or journal.add(key, rows=score_networks(run, arms, policies))
       result += done['rows']
-      jax.clear_caches()  # As in `collect`: each run has another network.
+      drop_programs()  # As in `collect`: each run has another network.
       bar.update(1)
   return result
 

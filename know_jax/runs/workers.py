@@ -43,6 +43,7 @@ def each(
     yield from map(make, items)
     return
   try:
+    import dask
     from distributed import Client, LocalCluster, as_completed
     from distributed.scheduler import KilledWorker
   except ImportError as error:
@@ -52,6 +53,8 @@ def each(
     if scheduler is None:
       folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
       env = {'JAX_COMPILATION_CACHE_DIR': folder} if folder else {}
+      # Dask would look a hundred times a second at what a worker is at, deep in JAX.
+      stack.enter_context(dask.config.set({'distributed.worker.profile.enabled': False}))
       # No limit of memory: Dask would end a worker at it, again and again.
       cluster = stack.enter_context(
         LocalCluster(

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process which compiled them."""
+"""Compiled programs: those that outlive their process, and those of which it has too many."""
 
 import os
 from pathlib import Path
@@ -47,3 +47,23 @@ def keep_compiled(folder: str | os.PathLike | None = None) -> Path | None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
   compilation_cache.reset_cache()  # JAX asks once, at the first compilation, whether there is one.
   return path
+
+
+def drop_programs() -> None:
+  """Forgets the programs that were compiled in this process, once there are many.
+
+  A process that trains one network after the other has some 1,500 memory maps more for each, until
+  Linux gives no more (65,530 as it is set up) and the compiler dies of it. Before that, programs
+  are kept: many of them are of any network.
+  """
+  try:
+    maps = Path('/proc/self/maps').read_bytes().count(b'\n')
+    most = int(_MOST_MAPS.read_text())
+  except (OSError, ValueError):  # Not Linux.
+    jax.clear_caches()
+    return
+  if maps > most // 4:
+    jax.clear_caches()
+
+
+_MOST_MAPS = Path('/proc/sys/vm/max_map_count')

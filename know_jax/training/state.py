@@ -1,6 +1,7 @@
 """What training changes and how: state, recipe, optimisers, learning rates."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,8 +83,14 @@ def create_state(variables: Any, recipe: Recipe) -> TrainState:
     step=np.int32(0),
     params=params,
     collections={name: value for name, value in variables.items() if name != 'params'},
-    opt_state=optimizer(recipe).init(params),
+    opt_state=_init_optimizer(recipe)(params),
   )
+
+
+@functools.lru_cache(maxsize=64)
+def _init_optimizer(recipe: Recipe) -> Callable[[Any], Any]:
+  # As one program: by itself JAX compiles one for every shape of a leaf.
+  return jax.jit(optimizer(recipe).init)
 
 
 def continued(state: TrainState, recipe: Recipe, after: TrainState) -> TrainState:

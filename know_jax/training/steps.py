@@ -263,19 +263,20 @@ def keep_near(given: Sequence[Any]) -> None:
 
 def replicate(tree: Any) -> Any:
   """A copy of every leaf on every device of this process, `[local devices, ...]`, for pmap."""
-  if not jax.tree.leaves(tree):
-    return tree
   devices = jax.local_device_count()
-  stacked = jax.tree.map(
-    lambda x: np.broadcast_to(x, (devices, *np.shape(x))), jax.device_get(tree)
-  )
-  return _identity()(stacked)
+
+  def copies(x: Any) -> jax.Array:
+    x = np.array(x)  # A copy, as devices of a CPU take its memory as it is.
+    rows = np.broadcast_to(x, (devices, *x.shape))
+    return jax.make_array_from_process_local_data(_sharding(), rows)
+
+  return jax.tree.map(copies, jax.device_get(tree))
 
 
 @functools.cache
-def _identity() -> Callable[..., Any]:
-  # Under the axis name of the steps: arrays laid out under another would make each compile twice.
-  return mapped(lambda x: x)
+def _sharding() -> jax.sharding.Sharding:
+  """That of arrays which `mapped` gives: laid out otherwise they would make it compile twice."""
+  return mapped(lambda x: x)(np.zeros(jax.local_device_count())).sharding
 
 
 def unreplicate(tree: Any) -> Any:

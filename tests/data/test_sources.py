@@ -16,7 +16,7 @@ from PIL import Image
 from real_data import cache_dir, packed, prepared_data_dir
 
 import know_jax
-from know_jax.data import sources
+from know_jax.data import digits, sources
 from know_jax.data.sources import load_dataset, mean_image, to_device_input
 from know_jax.errors import UserError
 
@@ -158,6 +158,14 @@ def test_digits_are_those_of_scikit_learn():
   expected = np.rint(raw.images.astype(np.float64) / 16 * 255).astype(np.uint8)[..., None]
   labels = np.concatenate([train.labels, test.labels])
   np.testing.assert_array_equal(_hashes(both, labels), _hashes(expected, raw.target))
+
+
+def test_digits_are_asked_of_scikit_learn_where_their_file_is_not_found(monkeypatch):
+  expected = load_dataset('digits', 'test')
+  monkeypatch.setattr(digits, '_FILE', ('elsewhere',))
+  images, labels, _ = digits.load_digits.__wrapped__('test')
+  np.testing.assert_array_equal(images, expected.images)
+  np.testing.assert_array_equal(labels, expected.labels)
 
 
 def test_the_split_of_the_digits_is_stratified_and_fixed():

@@ -26,6 +26,7 @@ from know_jax.io.files import locked
 from know_jax.meta import collect, mat
 from know_jax.runs import workdir as workdirs
 from know_jax.runs import workers
+from know_jax.system import compiled
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,8 +182,10 @@ def test_a_second_call_makes_nothing_again(collected):
   assert not list((output / 'running').iterdir())
 
 
-def test_a_lost_run_is_made_again_with_the_same_bits(collected):
+def test_a_lost_run_is_made_again_with_the_same_bits(collected, monkeypatch, tmp_path):
   output, _ = collected
+  (tmp_path / 'most').write_text('100')
+  monkeypatch.setattr(compiled, '_MOST_MAPS', tmp_path / 'most')
   paths = [output / 'runs' / f'00001.{suffix}' for suffix in ('json', 'safetensors')]
   weights = paths[1].read_bytes()
   for path in paths:

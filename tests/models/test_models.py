@@ -14,6 +14,7 @@ import scipy.stats
 from jax import lax
 from jaxprs import equations
 
+from know_jax.data.digits import load_digits
 from know_jax.errors import UserError
 from know_jax.kinds import leaf_kinds
 from know_jax.models import HEAD, MODELS, build_model, model_options, ops
@@ -179,11 +180,9 @@ def test_batch_norm_synchronises_in_training_only(name):
 
 @pytest.mark.parametrize('name', SMALL)
 def test_every_family_learns(name):
-  from sklearn.datasets import load_digits
-
-  digits = load_digits()
-  x = jnp.asarray(digits.images[:32, :, :, None] / 8 - 1, jnp.float32)
-  y = jnp.asarray(digits.target[:32])
+  images, labels, _ = load_digits('train')
+  x = jnp.asarray(images[:32] / 127.5 - 1, jnp.float32)
+  y = jnp.asarray(labels[:32])
   model, params, state = initialised(name)
   optimizer = optax.adam(1e-2)
   moments = optimizer.init(params)

@@ -80,7 +80,7 @@ def run_both(folder, *commands, **variables):
 @functools.cache
 def compiled_for(devices):
   """What `training.steps` compiles, anew: for so many of the devices of this process."""
-  names = ('_train_step', '_eval_step', '_identity', 'count_wishes')
+  names = ('_train_step', '_eval_step', '_sharding', 'count_wishes')
   return {name: functools.cache(getattr(steps, name).__wrapped__) for name in names}
 
 

@@ -89,7 +89,7 @@ def one_device(monkeypatch):
   monkeypatch.setattr(jax, 'pmap', functools.partial(jax.pmap, devices=jax.devices()[:1]))
   monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
-  for name in ('_train_step', '_eval_step', '_identity'):
+  for name in ('_train_step', '_eval_step', '_sharding'):
     monkeypatch.setattr(steps, name, functools.cache(getattr(steps, name).__wrapped__))
 
 
