@@ -243,7 +243,7 @@ def run(
   examples = config.examples or task.test.size
   if not 1 <= examples <= task.test.size:
     raise UserError(f'examples is {examples}; expected 0 (all) to {task.test.size}.')
-  stages = [jax.device_get(stage) for stage in trajectory]
+  stages = list(jax.device_get(trajectory))
   clouds = []
   for i, stage in enumerate(stages):
     key = named_key(config.seed, 'neighbours', i)

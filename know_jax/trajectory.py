@@ -46,7 +46,11 @@ class Trajectory:
     return stacked_length(self.weights)
 
   def __getitem__(self, index: int | slice) -> Any:
-    """One stage as a pytree, or a slice of the trajectory."""
+    """One stage as a pytree, or a slice of the trajectory.
+
+    Of JAX arrays it compiles a program for every shape of a leaf, which `jax.device_get` of the
+    trajectory spares.
+    """
     if isinstance(index, slice):
       return Trajectory(jax.tree.map(lambda leaf: leaf[index], self.weights))
     if not -len(self) <= index < len(self):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from know_jax import transfer
@@ -78,7 +79,7 @@ def run(
       'know_jax.recommend with that loop.'
     )
   task = load_task(fields, source)
-  transfer.check_fits(task, [trajectory.newest])
+  transfer.check_fits(task, [jax.device_get(trajectory).newest])
   score = task_score(task, fields, validation, labels_seed)
   asked = config_dict(fields) | {
     'labels_seed': labels_seed,

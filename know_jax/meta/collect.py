@@ -269,15 +269,13 @@ def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord
   """Writes a finished run's two files; the JSON file, last, makes it count."""
   trajectory, _ = load_trajectory(workdir)
   weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
-  # Out of NumPy's arrays: from those of JAX it compiles programs for every shape.
-  newest = jax.tree.map(lambda leaf: leaf[-1], jax.device_get(trajectory.weights))
   data = safetensors.numpy.save(weights, {'format': FORMAT})
   write_atomic(path.with_suffix('.safetensors'), data)
   write_sealed(
     path,
     {
       **about,
-      'kinds': kinds.leaf_kinds(newest),
+      'kinds': kinds.leaf_kinds(jax.device_get(trajectory).newest),
       'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
       'stages': record['stages'],
       'pretrain_loss': _pretrain_loss(workdir),

@@ -108,9 +108,8 @@ def run(
     )
   test = None if task is None else Data(task.test, task.prepare)
   rule = kinds if kinds is not None or task is None else task.kinds
-  named_kinds = kinds_.leaf_kinds(trajectory.newest, rule)
-
-  newest = jax.device_get(trajectory.newest)
+  newest = jax.device_get(trajectory).newest
+  named_kinds = kinds_.leaf_kinds(newest, rule)
   stage, score = record['stages'][0], 'score' if task is None else task.score
   result = [
     Prediction(
@@ -136,11 +135,11 @@ def run(
       )
   for name, forecast in forecasts.items():
     _remove_beyond(workdir, name, steps)
-    for n, weights in enumerate(forecast, start=1):
-      variables, metrics = jax.device_get(weights), {}
+    for n, variables in enumerate(jax.device_get(forecast), start=1):
+      metrics: dict[str, float] = {}
       if task is not None and test is not None:
         variables = settled(
-          batch_norm, task, weights,
+          batch_norm, task, variables,
           num_batches=recalibration_batches, batch_size=RECALIBRATION_BATCH,
         )  # fmt: skip
         variables = jax.device_get(variables)
@@ -236,7 +235,7 @@ def _movement(newest: Any, predicted: Any, kinds: dict[str, str]) -> dict[str, d
 
 def kinds_report(trajectory: Trajectory, kinds: kinds_.Rules | None = None) -> str:
   """A line for every leaf: path, shape and the kind it is predicted as."""
-  newest = trajectory.newest
+  newest = jax.device_get(trajectory).newest
   return kinds_.kinds_table(trees.named_leaves(newest), kinds_.leaf_kinds(newest, kinds))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from know_jax import kinds as kinds_
@@ -37,7 +38,7 @@ def plot_nowcast(
   with NaN or infinity have no place in the plane. `history_loss` is the test loss of the stages,
   all data first; empty where none is known, and then only the trajectory is drawn.
   """
-  history = [kinds_.flatten(stage, kinds) for stage in trajectory]
+  history = [kinds_.flatten(stage, kinds) for stage in jax.device_get(trajectory)]
   points = {
     name: [v for p in group if np.isfinite(v := kinds_.flatten(p.variables, kinds)).all()]
     for name, group in predictions.items()
