@@ -267,15 +267,15 @@ def _make(config: Config, output: Path, number: int) -> None:
 
 def _pack(path: Path, about: Mapping[str, Any], workdir: Path, record: RunRecord) -> None:
   """Writes a finished run's two files; the JSON file, last, makes it count."""
-  trajectory, _ = load_trajectory(workdir)
-  weights = {name: np.asarray(x) for name, x in trees.named_leaves(trajectory.weights).items()}
+  trajectory = jax.device_get(load_trajectory(workdir)[0])
+  weights = trees.named_leaves(trajectory.weights)
   data = safetensors.numpy.save(weights, {'format': FORMAT})
   write_atomic(path.with_suffix('.safetensors'), data)
   write_sealed(
     path,
     {
       **about,
-      'kinds': kinds.leaf_kinds(jax.device_get(trajectory).newest),
+      'kinds': kinds.leaf_kinds(trajectory.newest),
       'shapes': {name: list(leaf.shape) for name, leaf in weights.items()},
       'stages': record['stages'],
       'pretrain_loss': _pretrain_loss(workdir),

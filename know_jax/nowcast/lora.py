@@ -258,7 +258,7 @@ class _Factoring(Sink):
     path = leaf.path
     if path in self._pairs:
       self._take_apart()
-      self._pair, self._empty = self._pairs[path], super().mark()
+      self._pair = self._pairs[path]
     else:
       self.end(self._order.index(path))
       self._inner.begin(leaf)

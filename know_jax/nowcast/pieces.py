@@ -69,12 +69,13 @@ class Facts:
     """Takes in which leaves, each from its start on, are equal at all stages `[N]`."""
     newest = stages[-1]
     for stage in reversed(stages[:-1]):
+      if not self.still.any():
+        break
       # bfloat16 is slow to compare, and the first few weights nearly always tell.
       if len(starts) == 1 and not np.array_equal(stage[:_FEW], newest[:_FEW]):
         self.still[:] = False
-      if not self.still.any():
-        break
-      self.still &= np.logical_and.reduceat(stage == newest, starts)
+      else:
+        self.still &= np.logical_and.reduceat(stage == newest, starts)
 
   def see_finite(self, stages: Sequence[np.ndarray], starts: np.ndarray) -> None:
     """Takes in which leaves have no NaN or infinity in these stages `[N]`."""
