@@ -45,6 +45,18 @@ def run(name, theta):
 """
 
 
+def test_the_garbage_collector_is_left_as_it_was_found():
+  for before in ('enable', 'disable'):
+    out = run(f'''
+import gc
+gc.{before}()
+before = gc.isenabled(), gc.get_threshold()
+import know_jax
+print((gc.isenabled(), gc.get_threshold()) == before, gc.get_stats()[2]['collections'])
+''')
+    assert out.split() == ['True', '0']  # And it was not at work on the way.
+
+
 def test_import_is_quick_and_neither_it_nor_predict_brings_in_the_heavy_packages():
   heavy = (
     'tensorflow', 'tensorflow_datasets', 'orbax', 'optax', 'sklearn', 'matplotlib', 'h5py',

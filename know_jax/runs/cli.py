@@ -1,5 +1,6 @@
 """What all scripts share: flags and configs with errors of one line, signals, compilation cache."""
 
+import gc
 import os
 import re
 import runpy
@@ -160,6 +161,10 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except (UserError, flags.Error) as error:
       _exit(EXIT_USER_ERROR, str(error))
 
+  # What was imported stays, and tracing makes many objects that do too: to search them all for
+  # garbage as often as Python does took a seventh of the time of short commands.
+  gc.freeze()
+  gc.set_threshold(_COLLECTED_AFTER, *gc.get_threshold()[1:])
   try:
     app.run(guarded, flags_parser=parse)
   except KeyboardInterrupt:
@@ -167,6 +172,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
   except Terminated:
     _exit(EXIT_TERMINATED, 'terminated.')
 
+
+_COLLECTED_AFTER = 5000
+"""Objects that are made, less those that are freed, before the youngest are searched for garbage."""
 
 _format_other_warning = warnings.formatwarning
 

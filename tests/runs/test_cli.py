@@ -297,6 +297,22 @@ def test_how_scripts_end(scripts, body, send, result):
   assert scripts.run(script, send=send) == result
 
 
+def test_what_was_imported_is_not_searched_for_garbage(scripts):
+  """But what a script makes is: cycles with weights in them must not stay."""
+  body = """
+    import gc, weakref
+    assert gc.isenabled()
+    class Cycle:
+      def __init__(self):
+        self.myself = self
+    one = weakref.ref(Cycle())
+    many = [[] for _ in range(10_000)]
+    print(gc.get_freeze_count() > len(gc.get_objects()), one())
+  """
+  script = MAIN.format(body=textwrap.indent(textwrap.dedent(body).strip(), '  '))
+  assert scripts.run(script) == (0, 'True None\n', '')
+
+
 def test_bugs_and_warnings_are_shown(scripts):
   code, _, err = scripts.run(MAIN.format(body='  1 / 0'))
   assert code == 1
