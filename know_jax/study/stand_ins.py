@@ -38,6 +38,7 @@ ARMS: tuple[Any, ...] = (
 
 NAIVE, TUNED = 'naive', 'naive at its best rate'
 _OFFICIAL = "the authors' KNOWN"
+_NORMS = 'naive at the norms of'
 
 
 def read_rows(workdir: str | Path) -> pd.DataFrame:
@@ -79,7 +80,7 @@ def _name(name: str, rate: float, is_naive: bool) -> str:
   if is_naive:
     return NAIVE if rate == 1 else f'naive, rate x{rate:g}'
   if name.endswith(' norms'):
-    return f'naive at the norms of {_OFFICIAL if "official" in name else name.split()[0]}'
+    return f'{_NORMS} {_OFFICIAL if "official" in name else name.split()[0]}'
   return _OFFICIAL if name == 'known_official' else name
 
 
@@ -110,7 +111,8 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
   body, gains = [], {}
   for (name, step), values in result.iterrows():
     multiple = rows[rows.step.eq(step)].multiple.max() if step else 1.0
-    cells = [f'{name}{f" x{multiple:.3g}" if step else ""}', str(int(values.notna().sum()))]
+    start = f'{name}{f" x{multiple:.3g}" if step else ""}'
+    cells = [start, str(int(values.notna().sum()))]
     cells.append(f'{values.mean():.2f}')
     for rival in (naive, tuned):
       if rival is None or values is rival or name == (NAIVE if rival is naive else TUNED):
@@ -119,22 +121,27 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
       differences = (values - rival).dropna()
       low, high = t_interval(differences)
       cells.append(f'{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]')
-      if step:
-        gains[name, step, 'tuned' if rival is tuned else 'naive'] = differences
-    body.append([*cells, _published(number, name, multiple)])
+      if step and not name.startswith(_NORMS):  # Those are controls.
+        gains[start, 'tuned' if rival is tuned else 'naive'] = differences
+    body.append([*cells, *([_published(number, name, multiple)] if number != 4 else [])])
   first = rows.iloc[0]
   sentence = verdict(gains, len(naive.dropna()), tuned is not None, score)
   if ('scratch', 0) in result.index and len(naive.dropna()) > 1:
     sentence += ' ' + _worth((naive - result.loc[('scratch', 0)]).dropna(), score)
-  paper = f"paper's, %{_data_sets(number)}"
-  header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}', paper]
+  header = ['start', 'seeds', f'{score}, %', 'minus naive', f'minus {TUNED}']
+  beside = ''
+  if number != 4:
+    header.append(f"paper's, %{_data_sets(number)}")
+    beside = (
+      ' Those are retyped in the last column beside the methods that both have, and as a whole '
+      "below: KNOWN's too, which stands beside no row, as `known` here has other weights."
+    )
   parts = [
     f"# A stand-in for the paper's table {number}",
     f'**{sentence}**',
     f'The paper (Jang, Kim and Kim, CVPR 2026): {what}, on a GPU. This: {first.source} to '
     f'{first.target}, `{first.model}`, shrunk until two cores could run it; its numbers reproduce '
-    "none of the paper's, which are retyped in the last column so that both can be read side by "
-    'side. The config says what was cut.',
+    f"none of the paper's.{beside} The config says what was cut.",
     table(header, body),
     f'Differences are paired by source seed, in points, with 95 % intervals of Student over source '
     f'seeds. "{TUNED}" takes of each source seed the rate that is best on validation examples of '
@@ -156,7 +163,7 @@ def write(number: int, workdir: str | Path, path: str | Path) -> str:
 def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) -> str:
   """What the differences show, corrected for their number by Holm's method."""
   rival = 'tuned' if tuned else 'naive'
-  chosen = {key: x for key, x in gains.items() if key[2] == rival}
+  chosen = {start: x for (start, of), x in gains.items() if of == rival}
   against = TUNED if tuned else 'naive transfer'
   if not chosen:
     return f'{seeds} source seed{"" if seeds == 1 else "s"}; no predicted start was scored.'
@@ -168,23 +175,24 @@ def verdict(gains: dict[Any, pd.Series], seeds: int, tuned: bool, score: str) ->
   adjusted = holm([paired_t_test(x) for x in chosen.values()])
   better, worse = (
     [
-      f'{name} at step {step} ({x.mean():+.2f})'
-      for ((name, step, _), x), p in zip(chosen.items(), adjusted, strict=True)
+      f'{start} ({x.mean():+.2f})'
+      for (start, x), p in zip(chosen.items(), adjusted, strict=True)
       if p < 0.05 and sign * x.mean() > 0
     ]
     for sign in (1, -1)
   )
-  largest = max(chosen.values(), key=lambda x: x.mean())
+  best = max(chosen, key=lambda start: chosen[start].mean())
+  over = f'Over {seeds} source seeds, after Holm over {len(chosen)} predicted starts,'
   if better:
-    start = f'Over {seeds} source seeds these starts beat {against} in {score}: {", ".join(better)}'
+    told = f'{over} these beat {against} in {score}: {", ".join(better)}'
   else:
-    start = (
-      f'Over {seeds} source seeds no predicted start beats {against} by more than chance (the best '
-      f'by {largest.mean():+.2f} points of {score})'
+    told = (
+      f'{over} none beats {against} by more than chance (the best, {best}, by '
+      f'{chosen[best].mean():+.2f} points of {score})'
     )
   if len(worse) == len(chosen):
-    return f'{start}; all lose, by more than chance.'
-  return start + (f'; these lose: {", ".join(worse)}.' if worse else '.')
+    return f'{told}; all lose, by more than chance.'
+  return told + (f'; these lose: {", ".join(worse)}.' if worse else '.')
 
 
 def _worth(gains: pd.Series, score: str) -> str:
@@ -207,7 +215,7 @@ _METHODS = {
 
 def _published(number: int, name: str, multiple: float) -> str:
   """The paper's own figures of a start, in the order of `_data_sets`."""
-  if number == 4 or name not in _METHODS:
+  if name not in _METHODS:
     return ''
   frame = published(number)
   row = frame[frame.method.eq(_METHODS[name]) & frame.times.astype(float).eq(round(multiple))]
@@ -215,8 +223,6 @@ def _published(number: int, name: str, multiple: float) -> str:
 
 
 def _data_sets(number: int) -> str:
-  if number == 4:
-    return ''
   return f' ({" / ".join(str(name) for name in published(number).columns[2::2])})'
 
 
