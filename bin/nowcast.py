@@ -94,7 +94,9 @@ def main() -> None:
       skip=_SKIP.value, stacked=_STACKED.value, format=_FORMAT.value, dtype=_DTYPE.value,
       lora=_LORA.value,
     )  # fmt: skip
-    print('\n'.join(f'stage {i}: {stage.path}' for i, stage in enumerate(job.stages)))
+    last = len(job.stages) - 1
+    for i, stage in enumerate(job.stages):
+      print(f'stage {i}{" (the oldest)" * (i == 0)}{" (the newest)" * (i == last)}: {stage.path}')
     print(kinds_.kinds_table(job.leaves, job.kinds))
     if _DRY_RUN.value:
       print(file_job.plan(job, output))

@@ -47,13 +47,13 @@ def run(name, theta):
 
 def test_the_garbage_collector_is_left_as_it_was_found():
   for before in ('enable', 'disable'):
-    out = run(f'''
+    out = run(f"""
 import gc
 gc.{before}()
 before = gc.isenabled(), gc.get_threshold()
 import know_jax
 print((gc.isenabled(), gc.get_threshold()) == before, gc.get_stats()[2]['collections'])
-''')
+""")
     assert out.split() == ['True', '0']  # And it was not at work on the way.
 
 

@@ -30,6 +30,29 @@ def test_every_file_and_make_target_that_it_names_is_there():
     assert f'\n{target}:' in makefile
 
 
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+  for target in re.findall(
+    r'\]\(([^)\s]+)\)', re.sub(r'```.*?```', '', page.read_text(), flags=re.S)
+  ):
+    name, _, anchor = target.partition('#')
+    if ':' in name:
+      continue  # Of the web, which the tests do not visit.
+    path = (page.parent / name) if name else page
+    assert path.exists(), target
+    if anchor and path.suffix == '.md':
+      headings = re.findall(r'^#+ (.*)$', path.read_text(), re.M)
+      assert anchor in map(_slug, headings), target
+
+
+def _slug(heading):
+  """The anchor that Python-Markdown gives a heading."""
+  return re.sub(r'[-\s]+', '-', re.sub(r'[^\w\s-]', '', heading).strip().lower())
+
+
 def test_the_tables_of_results_are_those_of_the_documents():
   pattern = r'\| `.*` (\| \d\.\d{3} \[[^]]*\] ){4}\|'
   rows = [line for line in EVIDENCE.splitlines() if re.fullmatch(pattern, line)]

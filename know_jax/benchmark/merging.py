@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -36,8 +37,10 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
       found = _merged(model, Path(name), rival, settings.starts, show)
     merged.append(found)
     times, peaks, start = found['seconds'], found['peak'], found['start_seconds']
-    copied = spread(times[COPY])['median']
-    over = (spread(times[OURS])['median'] - start[OURS]) / copied
+    apart = {
+      name: spread(seconds)['median'] - start.get(name, 0) for name, seconds in times.items()
+    }
+    over = apart[OURS] / apart[COPY]
     faster = speedups(times, OURS)
     what = f'{model.weights / 1e9:.2g} billion weights'
     rows += [
@@ -45,6 +48,7 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
         '': name, 'weights': f'{model.weights:,}', 'seconds': spread(seconds),
         'start-up, s': start.get(name), 'over the copy, start-up apart': over if name == OURS
         else None, 'know_jax is faster by': faster.get(name),
+        'the same, start-up apart': None if name == OURS else apart[name] / apart[OURS],
         'memory, MiB': peaks[name] / MIB if name in peaks else None,
       }
       for name, seconds in times.items()
@@ -59,8 +63,13 @@ def measure(settings: Settings, *, show: bool = True) -> dict[str, Any]:
   return {
     'note': 'Two checkpoints in bfloat16 with the names of a Llama, two shards each, give one by '
     'task arithmetic (`bin/nowcast.py --predictor=task_vector`), the embedding included. *copy* '
-    'reads both and writes one. Programs run in turn, each from its start to its end.'
-    + ('' if rival else f' {RIVAL} is not compared with: there is no {PROGRAM} on the PATH.'),
+    'reads both and writes one. Programs run in turn, each from its start to its end; start-up is '
+    'that of `--help`, the shortest of all rounds.'
+    + (
+      f' {RIVAL} is version {_version(rival)}.'
+      if rival
+      else f' {RIVAL} is not compared with: there is no {PROGRAM} on the PATH.'
+    ),
     'merged': merged,
     'tables': {'': rows},
     'goals': goals,
@@ -93,9 +102,7 @@ def _merged(
     target = folder / RIVAL
     options = [str(config), str(target), '--no-write-model-card', '--no-copy-tokenizer']
     programs[RIVAL] = ([rival], options, target)
-  start = {
-    name: call([*program, '--help'], log)['seconds'] for name, (program, _, _) in programs.items()
-  }
+  starts: dict[str, list[float]] = {name: [] for name in programs}
   seconds: dict[str, list[float]] = {name: [] for name in (COPY, *programs)}
   peak = dict.fromkeys(programs, 0)
   with progress(repetitions * len(seconds), 'merge', 'run', show=show) as bar:
@@ -105,6 +112,7 @@ def _merged(
       bar.update()
       for name, (program, options, _) in programs.items():
         shutil.rmtree(folder / name, ignore_errors=True)
+        starts[name].append(call([*program, '--help'], log)['seconds'])
         result = call([*program, *options], log)
         seconds[name].append(result['seconds'])
         peak[name] = max(peak[name], result['peak'])
@@ -112,7 +120,19 @@ def _merged(
   if rival:
     ours, theirs = (_leaf(path) for _, _, path in programs.values())
     check_equal(RIVAL, float((np.abs(ours - theirs) / np.abs(ours).max()).max()), _ROUNDED)
+  # The first one may have read a program from the disk.
+  start = {name: min(times) for name, times in starts.items()}
   return {'weights': model.weights, 'seconds': seconds, 'start_seconds': start, 'peak': peak}
+
+
+def _version(program: str) -> str:
+  """Of a program of Python's, as the Python beside it says."""
+  asked = f'import importlib.metadata as m; print(m.version({RIVAL!r}))'
+  python = Path(program).parent / 'python'
+  if not python.exists():
+    return 'unknown'
+  done = subprocess.run([python, '-c', asked], capture_output=True, text=True, check=False)
+  return done.stdout.strip() or 'unknown'
 
 
 def write_checkpoints(model: Llama, old: Path, new: Path, *, show: bool = True) -> None:

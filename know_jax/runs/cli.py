@@ -174,7 +174,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
 
 _COLLECTED_AFTER = 5000
-"""Objects that are made, less those that are freed, before the youngest are searched for garbage."""
+"""Objects made, less those freed, after which the youngest are searched for garbage."""
 
 _format_other_warning = warnings.formatwarning
 

@@ -444,6 +444,10 @@ def test_a_rival_that_merges_the_same_is_timed_and_another_is_refused(
   assert list(rows) == ['copy', 'know_jax', 'mergekit']
   ours, theirs = (np.array(merged['seconds'][name]) for name in ('know_jax', 'mergekit'))
   assert rows['mergekit']['know_jax is faster by'] == quartiles(theirs / ours)
+  start = merged['start_seconds']
+  apart = [np.median(merged['seconds'][name]) - start[name] for name in ('mergekit', 'know_jax')]
+  assert rows['mergekit']['the same, start-up apart'] == pytest.approx(apart[0] / apart[1])
+  assert 'mergekit is version unknown' in section['note']
   assert min(merged['peak'].values()) > 2**26
   over, memory, faster = section['goals']
   copied = np.median(merged['seconds']['copy'])
