@@ -52,11 +52,11 @@ def plot_nowcast(
 
   past = plane[: len(history)]
   left.plot(*past.T, '-o', color='black', label='history (stages)')
-  for stage, point in enumerate(past):
-    age = len(past) - 1 - stage
-    if age not in (0, len(past) - 1):
-      continue  # The stages between lie on the line between.
-    left.annotate(f'$\\Theta^{age}$', point, textcoords='offset points', xytext=(6, 6))
+  # The stages between lie on the line between; the label of the oldest is on its other side.
+  across = np.where(past[0] > past[1], 6, -6) if len(past) > 1 else (6, 6)
+  for age, point, at in ((len(past) - 1, past[0], across), (0, past[-1], (6, 6))):
+    side = {'ha': 'left' if at[0] > 0 else 'right', 'va': 'bottom' if at[1] > 0 else 'top'}
+    left.annotate(f'$\\Theta^{age}$', point, textcoords='offset points', xytext=at, **side)
   start = len(history)
   for i, (name, group) in enumerate(points.items()):
     ahead = np.vstack([past[-1:], plane[start : start + len(group)]])

@@ -256,8 +256,8 @@ def page(rows: Sequence[Mapping[str, Any]], picture: str) -> str:
       '# What a forgetting step consists of',
       'From one trained Theta^0, branches are trained on a random half of its images, the other '
       'half, the same images, and twice as many. tau = Theta^0 - half is forgetting reversed, '
-      'more = twice - Theta^0, further = same - Theta^0: all as means of the branches where not '
-      f'said otherwise. Means over seeds with 95 % t-intervals; {len(rows)} Theta^0 in all. All '
+      'more = twice - Theta^0, further = same - Theta^0: averaged over branches '
+      f'unless stated. Means over seeds with 95 % t-intervals; {len(rows)} Theta^0 in all. All '
       'branches train further; where `same` gains accuracy, Theta^0 was not finished. '
       f'Sizes: {sizes}; Adam, cosine, no augmentation.',
       'The contrast same - half takes further training out of tau, as twice - same takes it out of '

@@ -573,7 +573,7 @@ def table(rows: list[Row], left_out: list[str]) -> str:
     'moved each time; `bin/nowcast.py --history=FOLDER --output=DIR --steps=1 --predictor=known` '
     'predicts the next; the library loads that strictly, no key missing and none left over, and '
     'runs it. The last column is the largest change of an output from that of the newest '
-    'checkpoint: finite, and not nothing. A flag is what a user must add; `--kinds` is pasted from '
+    'checkpoint: finite and not zero. A flag is what a user must add; `--kinds` is pasted from '
     'the message of the first call.',
     '',
     '| model | saved as | loaded by | flag | leaves | change |',
