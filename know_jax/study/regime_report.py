@@ -165,8 +165,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
       f'all their labels, {STAGES} stages of {config.source_epochs} epochs, {config.warmup_epochs} '
       f'epochs of head and BatchNorm and {config.epochs} of everything (the authors: 50,000 images '
       f'and 200, 10 and 100 epochs), batch {config.batch_size}, {config.optimizer} with epsilon '
-      f'{config.epsilon:g}, {kept} before all layers are fine-tuned, {config.conv_init} convolutions, computed in '
-      f"{config.dtype} on one {sources[0]['device']}. BatchNorm is Flax's (epsilon 1e-5, momentum "
+      f'{config.epsilon:g}, {kept} before all layers are fine-tuned, {config.conv_init} convolutions, '
+      f"computed in {config.dtype} on one {sources[0]['device']}. BatchNorm is Flax's (epsilon 1e-5, momentum "
       f'0.9; Keras: 1e-3, 0.99). It is no reproduction of a number of the paper.{lossy} '
       f'{len(rows) - len(sources)} transfers from {len(sources)} sources, one a source and arm; '
       'arms with fewer sources came last, when time was short.',

@@ -80,8 +80,8 @@ def beyond_text(gains: Sequence[tuple[str, Comparison, Comparison]]) -> list[str
     ],
   }
   return [
-    f'Of {len(gains)} predictions (`shrink` left out), these lie above naive transfer and above the '
-    'shrink sweep at their weight norm: '
+    f'Of {len(gains)} predictions (`shrink` left out), these lie above naive transfer and above '
+    'the shrink sweep at their weight norm: '
     + '; '.join(f'by 95 % {how}, {", ".join(names) or "none"}' for how, names in both.items())
     + ' (uncorrected for how many they are).'
   ]

@@ -146,7 +146,10 @@ def test_a_page_tells_of_the_config_of_its_rows():
   told = [r | ({'config': own} if r['arm'] == regime.SOURCE else {}) for r in rows]
   found = regime_report.page(told)
   assert 'and 7 of everything' in found and 'glorot_uniform convolutions' in found
-  assert 'adam with epsilon 1e-07, kept before all layers are fine-tuned' in found and 'lossy' not in found
+  assert (
+    'adam with epsilon 1e-07, kept before all layers are fine-tuned' in found
+    and 'lossy' not in found
+  )
 
 
 def test_the_committed_page_is_that_of_the_committed_rows():
