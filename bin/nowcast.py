@@ -44,7 +44,9 @@ _HISTORY = flags.DEFINE_list('history', None, 'Files with the stages, oldest fir
 flags.DEFINE_string('output', None, 'With --history: folder for the predictions.')
 _RATE = flags.DEFINE_float('rate', 0.5, 'With --history: sampling rate of the stages.')
 _KINDS = flags.DEFINE_list('kinds', [], "'regex=kind' where names of leaves do not tell it.")
-_MEMORY = flags.DEFINE_integer('memory', 1024, 'With --history: MiB for what is taken whole (tsv).')
+_MEMORY = flags.DEFINE_integer(
+  'memory', 1024, 'With --history: MiB for what is taken whole (tsv).', lower_bound=1
+)
 _ONLY = flags.DEFINE_string('only', None, 'With --history: regex of the leaves to predict.')
 _SKIP = flags.DEFINE_string('skip', None, 'With --history: regex of leaves to keep as they are.')
 _STACKED = flags.DEFINE_string(

@@ -69,7 +69,10 @@ def _help(scripts: dict[str, Path]) -> str:
 def _demo(flags: Sequence[str]) -> int:
   if flags and (len(flags) > 1 or not flags[0].startswith('--workdir=')):
     print(_DEMO)
-    return 0 if flags in (['--help'], ['-h']) else 2
+    if flags in (['--help'], ['-h']):
+      return 0
+    print(f'know-jax demo: found {" ".join(flags)}; expected --workdir=DIR.', file=sys.stderr)
+    return 2
   workdir = flags[0] if flags else '--workdir=demo'
   for command in (
     ('forget', workdir, '--config=forget_glyphs'),

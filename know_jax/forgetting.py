@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from know_jax import trees
 from know_jax.data.subsets import check_subsets, nested_subsets
 from know_jax.errors import UserError
-from know_jax.fields import Given, config_dict, editable, read_config
+from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io import checkpoints
-from know_jax.io.files import local_path, remove_tree
+from know_jax.io.files import alone, local_path, remove_tree
 from know_jax.models.common import Classifier
 from know_jax.models.convert import Start, start_from
 from know_jax.runs.metrics import MetricsLog, OnMetrics, find_callback
@@ -100,6 +100,7 @@ class SourceFields(RecipeFields, NetworkFields, DataFields):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    check_least(self, 1, 'stages')
     for stage in range(min(self.stages, 2)):
       self.training_of(stage)
 
@@ -159,10 +160,14 @@ def run(
   check_same(config_dict(checked), 'config')
   told = in_all(lambda: find_callback(on_metrics))
   run_ = in_all(lambda: _prepare(checked))(Path(workdir).expanduser())
+  from_first(lambda: _check_stages(run_.workdir, run_.stages_done))
   if run_.start is not None and show_progress and is_first():
     print(account(run_.record['start']))
-  while run_.unfinished:
-    _train_stage(run_, show_progress, told)
+  with contextlib.ExitStack() as stack:
+    if run_.unfinished:
+      from_first(lambda: stack.enter_context(alone(run_.workdir)) or 0)
+    while run_.unfinished:
+      _train_stage(run_, show_progress, told)
   return run_.record
 
 
@@ -216,6 +221,19 @@ def _prepare(config: Config) -> Callable[[Path], _Run]:
     return _Run(config, workdir, task, subsets, plans, recipe, record, start)
 
   return open_run
+
+
+def _check_stages(workdir: Path, done: int) -> None:
+  """Raises a `UserError` where a stage that the record calls trained is gone or damaged."""
+  for stage in range(done):
+    try:
+      checkpoints.verify(stage_path(workdir, stage))
+    except UserError as error:
+      raise UserError(
+        f'{error} The record says that this stage was trained. Restore it, or take another '
+        f'--workdir, or remove record.json, metrics.jsonl and stages from {workdir} to train all '
+        'stages again.'
+      ) from error
 
 
 def _start(task: Task, config: Config) -> Start | None:

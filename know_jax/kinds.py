@@ -40,6 +40,8 @@ class _Rule:
   """One regular expression and the kind that it gives."""
 
   def __init__(self, pattern: str, kind: str):
+    if not isinstance(pattern, str):
+      raise UserError(f'kinds: found {pattern!r}; expected a regular expression.')
     if kind not in (*KINDS, KEEP):
       raise unknown_name(f'kind of {pattern!r}', kind, (*KINDS, KEEP))
     flags = re.match(r'(\(\?[aiLmsux]+\))?', pattern)
@@ -111,6 +113,11 @@ def find_kinds(
     path: jax.ShapeDtypeStruct(arrays[path].shape[1:], dtype_of(arrays[path])) for path in layered
   }
   names = Names({p: tuple(leaf.shape) for p, leaf in arrays.items() if _may_be_weight(leaf)})
+  if not (kinds is None or isinstance(kinds, Mapping) or callable(kinds)):
+    raise UserError(
+      f'kinds is {kinds!r}; expected a mapping of regular expressions to kinds, as in '
+      "{'embed': 'keep'}, or a function (path, leaf) -> kind."
+    )
   rules = [_Rule(*rule) for rule in kinds.items()] if isinstance(kinds, Mapping) else []
   touched: dict[_Rule, str | None] = {}  # Of each rule that was found: a leaf that it only touches.
   changed: dict[_Rule, list[str]] = collections.defaultdict(list)

@@ -22,6 +22,7 @@ from know_jax.errors import PredictionWarning, UserError
 from know_jax.io.journal import Journal
 from know_jax.kinds import Rules
 from know_jax.nowcast import api
+from know_jax.predictors.registry import resolve
 from know_jax.report.intervals import t_interval
 
 BUDGETS = (1 / 9, 1 / 3, 1.0)
@@ -156,6 +157,8 @@ def recommend(
     raise UserError(f'repeats is {repeats}; expected at least 3, for an interval.')
   if len(set(rates)) != len(rates) or not rates or not all(0 < r < math.inf for r in rates):
     raise UserError(f'rates are {tuple(rates)}; expected different numbers above 0.')
+  for start in starts:
+    resolve(start.predictor, dict(start.options))
   weights: dict[Start, Any] = {}
   left_out = []
   for start in dict.fromkeys([NAIVE, *starts]):

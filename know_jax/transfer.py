@@ -25,11 +25,12 @@ from know_jax import kinds as kinds_
 from know_jax.errors import UserError
 from know_jax.fields import Given, check_least, config_dict, editable, read_config
 from know_jax.io import checkpoints
+from know_jax.io.files import alone
 from know_jax.io.journal import append_line, read_lines
 from know_jax.jsonable import digest
 from know_jax.report import markdown
 from know_jax.runs.record import RunRecord
-from know_jax.runs.workdir import finished_record, stage_path
+from know_jax.runs.workdir import check_stages, finished_record, stage_path
 from know_jax.seeds import named_key
 from know_jax.system.progress import progress
 from know_jax.tasks import domains, load_task
@@ -183,7 +184,7 @@ def _run(
   done = {_row_key(row): row for row in read_lines(path)}
   data = put_data(task)
   rows = []
-  with progress(len(arms) * config.seeds, 'transfer', 'training') as bar:
+  with alone(folder), progress(len(arms) * config.seeds, 'transfer', 'training') as bar:
     for arm in arms:
       for seed, subset in enumerate(subsets):
         about = {
@@ -222,7 +223,7 @@ def find_arms(
   """The newest weight and every prediction in a workdir.
 
   Raises:
-    UserError: a checkpoint is damaged, or a predictor in `only` has no predictions.
+    UserError: a checkpoint is damaged or of other stages, or a predictor in `only` has none.
   """
   newest = stage_path(workdir, 0)
   # Hidden folders with other names are what a kill left of a save.
@@ -242,6 +243,7 @@ def find_arms(
     if only and path.parent.name not in only:
       continue
     about = checkpoints.read_metadata(path)
+    check_stages(workdir, path, about)
     arms.append(
       Arm(
         about['predictor'],

@@ -28,6 +28,7 @@ from know_jax.data.sources import load_dataset
 from know_jax.data.subsets import nested_subsets
 from know_jax.errors import UserError
 from know_jax.io import checkpoints
+from know_jax.io.files import alone
 from know_jax.nowcast import from_run
 from know_jax.runs import workdir as workdirs
 from know_jax.runs.metrics import MetricsLog
@@ -391,7 +392,9 @@ def test_a_resume_checkpoint_is_written_when_it_is_time(monkeypatch, tmp_path):
       'stage 2 (0 is the whole set) has 9 examples but none of class',
     ),
     ({'rate': 1.0}, 'rate is 1.0; expected a number between 0 and 1'),
-    ({'stages': 0}, 'is 0; expected 1 or more'),
+    ({'stages': 0}, 'stages is 0; expected at least 1'),
+    ({'seed': 2**32}, 'seed is 4294967296; expected one of 32 bits'),
+    ({'seed': -(2**64)}, 'expected one of 32 bits'),
     ({'epochs': 0}, 'stage 0 has 0 epochs; expected at least 1'),
     ({'stage_epochs': 0}, 'stage 1 has 0 epochs; expected at least 1'),
     ({'lr': -0.1}, 'the learning rate is -0.1; expected'),
@@ -442,6 +445,23 @@ def test_a_damaged_stage_is_named(finished, tmp_path):
   victim.write_bytes(content)
   with pytest.raises(UserError, match=r'checkpoint .*stages/2 is damaged: file .* altered'):
     workdirs.load_trajectory(workdir)
+  # The run itself must not say that all is well.
+  with pytest.raises(UserError, match=r'stages/2 is damaged.* remove record.json, .* to train all'):
+    forget(workdir)
   shutil.rmtree(workdir / 'stages' / '2')
   with pytest.raises(UserError, match=r'there is no checkpoint .*stages/2'):
     workdirs.load_trajectory(workdir)
+  with pytest.raises(
+    UserError, match=r'no checkpoint .*stages/2.* says that this stage was trained'
+  ):
+    forget(workdir)
+
+
+def test_two_processes_do_not_train_one_run(finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  record_of(workdir).update(stages=record_of(workdir)['stages'][:3])
+  with alone(workdir), pytest.raises(UserError, match=r'run: another process is working here'):
+    forget(workdir)
+  forget(workdir)
+  assert len(record_of(workdir)['stages']) == 5

@@ -400,3 +400,11 @@ def test_every_leaf_has_one_kind_or_the_first_without_one_is_named(tree, instead
     assert touched <= set(told)
   else:
     assert list(found) == list(kinds)
+
+
+@pytest.mark.parametrize('rules', [['kernel$=keep'], 'kernel$=keep', [('kernel$', 'keep')], 3])
+def test_rules_of_another_type_are_refused(rules):
+  with pytest.raises(UserError, match='expected a mapping of regular expressions to kinds'):
+    kinds_.find_kinds({'dense/kernel': np.ones((2, 2), np.float32)}, rules)
+  with pytest.raises(UserError, match='kinds: found 1; expected a regular expression'):
+    kinds_.find_kinds({'dense/kernel': np.ones((2, 2), np.float32)}, {1: 'fc'})

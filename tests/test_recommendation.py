@@ -166,3 +166,12 @@ def test_a_run_and_a_transfer_task(finished, tmp_path):
 def test_a_validation_set_that_cannot_be_is_refused(finished, validation, message):
   with pytest.raises(UserError, match=message):
     transfer_starts.run(small_transfer(), finished, validation=validation)
+
+
+def test_an_unknown_predictor_is_told_before_anything_is_trained():
+  def score(params, rate, budget, seed):
+    raise AssertionError('something was trained')
+
+  for start in (Start('nope'), Start('shrink', options=(('d', 1),))):
+    with pytest.raises(UserError, match=r"unknown predictor 'nope'|has no option 'd'"):
+      know_jax.recommend(HISTORY, score, starts=[Start('shrink'), start])

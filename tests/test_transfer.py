@@ -429,6 +429,17 @@ def cells_of(table):
   return header, {cells[0]: cells[1:] for cells in body}
 
 
+@pytest.mark.parametrize('stage', [0, 3])
+def test_predictions_of_another_run_are_refused(copy, tmp_path, stage):
+  path = workdirs.stage_path(copy, stage)
+  weights = jax.tree.map(lambda x: x + 1, checkpoints.restore(path))
+  metadata = checkpoints.read_metadata(path)
+  checkpoints.save(path, weights, metadata=metadata, overwrite=True)
+  with pytest.raises(UserError, match=r'magmax/1 was predicted from other stages than those of'):
+    transfer.run(small_transfer(), copy)
+  assert not (copy / 'transfer').exists()
+
+
 def test_the_table_has_means_and_spreads():
   scores = {
     ('scratch', 0): [0.2, 0.4, 0.3],

@@ -6,10 +6,11 @@ by the names of their parts: a matrix, or a convolution, and the vector of its o
 that remain have no kind but by a rule of the user's.
 """
 
+import functools
 import math
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -44,32 +45,44 @@ def open(path: Path) -> Weights:
   Raises:
     UserError: one is damaged or cut off, or holds Python objects.
   """
-  arrays: list[tuple[np.dtype, tuple[int, ...], int]] = []
+  arrays: list[_Array] = []
   with path.open('rb') as file:
     size = os.fstat(file.fileno()).st_size
     while file.tell() < size:
       arrays.append(_array(file, path, len(arrays)))
-  names = _names([shape for _, shape, _ in arrays])
-  leaves = [
-    Leaf(name, shape, dtype, opener(path, place, dtype, name), place=place)
-    for name, (dtype, shape, place) in zip(names, arrays, strict=True)
-  ]
+  names, leaves = _names([array.shape for array in arrays]), []
+  for name, (dtype, shape, place, header) in zip(names, arrays, strict=True):
+    opened = opener(path, place, dtype, name)
+    if header is not None:
+      opened = npz.reordered(path, place, dtype, name, shape)
+    leaves.append(Leaf(name, shape, dtype, opened, place=place))
+  headers = [array.header for array in arrays if array.header is not None]
   note = (
     f'an .eqx file has no names: its {len(arrays)} arrays are called by their numbers, and taken '
     'for weights, biases and norms by their order and shapes, as the table of leaves shows.'
   )
-  return of_file(path, 'equinox', leaves, notes=[note])
+  finish = functools.partial(npz.in_c_order, headers=headers)
+  return of_file(path, 'equinox', leaves, finish=finish, notes=[note])
 
 
-def _array(file: IO[bytes], path: Path, number: int) -> tuple[np.dtype, tuple[int, ...], int]:
-  """dtype, shape and place of the array that begins here; the file is left at its end."""
+class _Array(NamedTuple):
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  place: int
+  header: tuple[int, int] | None  # Start and length, of one in Fortran's order.
+
+
+def _array(file: IO[bytes], path: Path, number: int) -> _Array:
+  """The array that begins here; the file is left at its end."""
   begin, what = file.tell(), f'{path}: array {number} '
-  dtype, shape, header = npz.read_header(file.read(npz.MAX_HEADER), what)
+  dtype, shape, header, is_fortran = npz.read_header(file.read(npz.MAX_HEADER), what)
   place, nbytes = begin + header, math.prod(shape) * dtype.itemsize
   if place + nbytes > os.fstat(file.fileno()).st_size:
     raise UserError(f'{what}is cut off: {dtype}{list(shape)} takes {nbytes} bytes.')
   file.seek(place + nbytes)
-  return np.dtype(ml_dtypes.bfloat16) if dtype == npz.BFLOAT16 else dtype, shape, place
+  if dtype == npz.BFLOAT16:
+    dtype = np.dtype(ml_dtypes.bfloat16)
+  return _Array(dtype, shape, place, (begin, header) if is_fortran else None)
 
 
 def _names(shapes: list[tuple[int, ...]]) -> list[str]:

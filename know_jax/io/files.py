@@ -51,7 +51,10 @@ def local_path(path: str | os.PathLike, what: str) -> Path:
         '(gcsfuse, mountpoint-s3, rclone).'
       )
     text = '/' + text[scheme.end() :].lstrip('/')
-  return Path(text).expanduser()
+  try:
+    return Path(text).expanduser()
+  except RuntimeError as error:
+    raise UserError(f'{what}: {text!r} begins with a home folder that is unknown here.') from error
 
 
 def fsync_directory(path: Path) -> None:
@@ -137,6 +140,25 @@ def locked(path: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
         name.unlink(missing_ok=True)
     finally:
       os.close(fd)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+  """Keeps other processes from work in a folder that one alone can do.
+
+  Raises:
+    UserError: another one is at it.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      # One that was just killed may still be ending.
+      stack.enter_context(locked(folder / 'work', wait_seconds=3.0))
+    except TimeoutError as error:
+      raise UserError(
+        f'{folder}: another process is working here; wait until it has ended, or take another '
+        'folder.'
+      ) from error
+    yield
 
 
 def remove_tree(path: Path) -> None:

@@ -1,10 +1,11 @@
 """NumPy's .npz: arrays by their names, read in their places unless they are compressed."""
 
-import functools
 import io
 import math
+import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,7 @@ from know_jax.io.weights import Leaf, Opener, Weights, copying, of_file, opener
 MAX_HEADER = 10_000
 # NumPy writes bfloat16 as two bytes of no type; nothing else of two bytes has no name of its own.
 BFLOAT16 = np.dtype('V2')
+_FORTRAN = re.compile(rb"'fortran_order': True")  # Of one length with what replaces it.
 
 
 def detect(path: Path) -> bool:
@@ -33,7 +35,7 @@ def open(path: Path) -> Weights:
     UserError: the archive or a header is damaged, or an array holds Python objects.
   """
   members = zipped.members(path)
-  leaves, notes = [], []
+  leaves, notes, headers = [], [], list[tuple[int, int]]()
   with path.open('rb') as file, zipfile.ZipFile(path) as archive:
     for member_name, member in members.items():
       name = member_name.removesuffix('.npy')
@@ -46,7 +48,7 @@ def open(path: Path) -> Weights:
         with zipped.reading(f'{what}cannot be unpacked'), archive.open(member_name) as packed:
           head = packed.read(MAX_HEADER)
         size = archive.getinfo(member_name).file_size
-      dtype, shape, begin = read_header(head, what)
+      dtype, shape, begin, is_fortran = read_header(head, what)
       if math.prod(shape) * dtype.itemsize != size - begin:
         raise UserError(
           f'{what}has {size - begin} bytes; expected {math.prod(shape) * dtype.itemsize}, for '
@@ -57,19 +59,27 @@ def open(path: Path) -> Weights:
         notes.append(f'{what}has two-byte numbers without a name, as bfloat16 has: taken for that.')
       if member.stored:
         place = member.start + begin
-        leaves.append(Leaf(name, shape, dtype, opener(path, place, dtype, name), place=place))
+        if is_fortran:
+          opened = reordered(path, place, dtype, name, shape)
+          headers.append((member.start, begin))
+        else:
+          opened = opener(path, place, dtype, name)
+        leaves.append(Leaf(name, shape, dtype, opened, place=place))
       else:
-        leaves.append(Leaf(name, shape, dtype, _unpacker(path, member_name, begin, dtype, what)))
+        transposed = shape if is_fortran else None
+        opened = _unpacker(path, member_name, begin, dtype, what, transposed)
+        leaves.append(Leaf(name, shape, dtype, opened))
   ordered = sorted(leaves, key=lambda leaf: leaf.place or 0)
-  finish = functools.partial(zipped.mend, changed=members.values())
+
+  def finish(file: IO[bytes]) -> None:
+    in_c_order(file, headers)
+    zipped.mend(file, members.values())
+
   return of_file(path, 'npz', ordered, finish=finish, notes=notes)
 
 
-def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int]:
-  """Dtype and shape that a header of .npy states, and its length.
-
-  Of an array in Fortran's order it is the shape of the transpose, whose bytes are in C's order.
-  """
+def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int, bool]:
+  """What a header of .npy states: dtype, shape, its length, whether the order is Fortran's."""
   data = io.BytesIO(head)
   with zipped.reading(f'{what}has no readable header'):
     version = np.lib.format.read_magic(data)
@@ -79,16 +89,53 @@ def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int]
     shape, fortran, dtype = read(data)
   if dtype.hasobject or dtype.names:
     raise UserError(f'{what}holds Python objects or records ({dtype}); expected numbers.')
-  return dtype, tuple(shape[::-1] if fortran else shape), data.tell()
+  is_fortran = fortran and 0 not in shape and sum(n != 1 for n in shape) > 1
+  if is_fortran and not _FORTRAN.search(head[: data.tell()]):
+    raise UserError(f"{what}is in Fortran's order, by a header that NumPy does not write.")
+  return dtype, tuple(shape), data.tell(), is_fortran
 
 
-def _unpacker(path: Path, member: str, begin: int, dtype: np.dtype, what: str) -> Opener:
+def reordered(path: Path, place: int, dtype: np.dtype, what: str, shape: tuple[int, ...]) -> Opener:
+  """For an array in Fortran's order at a place of a file: it is read in C's."""
+
+  def fill(file: IO[bytes]) -> None:
+    whole = np.memmap(path, f'V{dtype.itemsize}', 'r', place, shape, 'F')
+    file.write(whole.tobytes())
+
+  return copying(fill, dtype, what)
+
+
+def in_c_order(file: IO[bytes], headers: Sequence[tuple[int, int]]) -> None:
+  """Has headers, each of a start and a length, say that their arrays are in C's order."""
+  for start, length in headers:
+    file.seek(start)
+    head = file.read(length)
+    file.seek(start)
+    file.write(_FORTRAN.sub(b"'fortran_order':False", head, count=1))
+
+
+def _unpacker(
+  path: Path,
+  member: str,
+  begin: int,
+  dtype: np.dtype,
+  what: str,
+  transposed: tuple[int, ...] | None,
+) -> Opener:
+  """For a compressed array; `transposed` is the shape of one in Fortran's order."""
+
   def fill(file: IO[bytes]) -> None:
     with (
       zipped.reading(f'{what}cannot be unpacked'),
       zipfile.ZipFile(path) as archive,
       archive.open(member) as packed,
     ):
-      shutil.copyfileobj(packed, file, 1 << 20)
+      if transposed is None:
+        shutil.copyfileobj(packed, file, 1 << 20)
+        return
+      whole = packed.read()
+      file.write(whole[:begin])
+      numbers = np.frombuffer(whole, f'V{dtype.itemsize}', offset=begin)
+      file.write(numbers.reshape(transposed, order='F').tobytes())
 
   return copying(fill, dtype, what.strip(), begin)

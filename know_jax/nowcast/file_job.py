@@ -24,7 +24,7 @@ from know_jax.nowcast import api
 from know_jax.nowcast import lora as lora_
 from know_jax.nowcast import stages as stages_
 from know_jax.nowcast.job import grouped
-from know_jax.nowcast.plan import check_steps, plan_of
+from know_jax.nowcast.plan import check_steps, multiple_of, plan_of
 from know_jax.predictors import base
 from know_jax.predictors.registry import given_theta, resolve_all
 
@@ -139,6 +139,7 @@ def prepare(
     dict(options or {}), leaves, shards, newest.format if shards else 'safetensors', dtype,
     tuple(notes), result.stacked,
   )  # fmt: skip
+  multiple_of(rate, steps)
   for name in job.predictors:
     _check_predictor(job, name)
     _check_memory(job, name, memory)

@@ -42,7 +42,7 @@ from know_jax.nowcast.job import Job as EngineJob
 from know_jax.nowcast.job import grouped
 from know_jax.nowcast.linear import Room
 from know_jax.nowcast.pieces import Facts, Piece
-from know_jax.nowcast.plan import checked_theta
+from know_jax.nowcast.plan import checked_theta, multiple_of
 from know_jax.predictors import base
 from know_jax.predictors.parameters import theta_digest
 from know_jax.runs.record import RunRecord
@@ -213,7 +213,7 @@ def _write_predictor(job: Job, run: _Run, show_progress: bool) -> list[Path]:
       'format': FORMAT,
       **run.about,
       'steps': n,
-      'multiple': job.rate**-n,
+      'multiple': multiple_of(job.rate, n),
       'files': {name: finished[name]['files'][n - 1] for name in shards},
       # Of these the newest weights stand in the place of a bad prediction.
       'kept_newest': list(bad) if job.on_bad == 'keep' else [],
@@ -337,6 +337,10 @@ class _LeafHistory:
     for start, stop in self.slices(max(self.written.size, 1) if whole else pieces.STRETCH):
       yield start, np.empty((steps, stop - start), self.written.dtype)
 
+  def as_written(self, newest: np.ndarray) -> np.ndarray:
+    """Newest weights in the dtype that is written."""
+    return pieces.cast(newest, self.written.dtype, self.leaf.path)
+
   def check(self, piece: Piece, start: int, facts: Facts) -> None:
     """Raises a `UserError` where NaN or infinity was seen in a piece that begins at `start`."""
     for number, stage in enumerate(piece.stages) if not facts.finite.all() else ():
@@ -361,7 +365,7 @@ def _history(job: Job, path: str, scratch: Path) -> Iterator[_LeafHistory]:
 
 def _copy_newest(history: _LeafHistory, sinks: Sequence[Sink], bar: Bar | None) -> None:
   for start, stop in history.slices(pieces.STRETCH):
-    newest = history.readers[-1].read(start, stop).astype(history.written.dtype, copy=False)
+    newest = history.as_written(history.readers[-1].read(start, stop))
     for sink in sinks:
       sink.write(newest)
     if bar is not None:
@@ -467,7 +471,7 @@ def _write_batch(
     with _history(job, path, scratch) as history:
       if job.kinds[path] == kinds_.KEEP:
         newest = history.readers[-1].read(0, history.written.size)
-        written.append((path, [newest.astype(history.written.dtype, copy=False)] * len(sinks)))
+        written.append((path, [history.as_written(newest)] * len(sinks)))
         continue
       for one in history.layers() if path in job.stacked else [history]:
         health[one.leaf.path] = np.zeros((job.steps, health_.FIELDS))
@@ -484,7 +488,7 @@ def _write_batch(
     result = facts.health(lambda i: pieces.largest([batch[i]]))
     kept = _to_keep(job, run, facts, result, leaves)
     for i in np.flatnonzero(kept.any(1)).tolist():
-      batch[i].out[kept[i]] = batch[i].stages[-1]
+      batch[i].out[kept[i]] = predicted[i][0].as_written(batch[i].stages[-1])
     health |= {leaf.path: of_leaf for leaf, of_leaf in zip(leaves, result, strict=True)}
   last = None
   for path, values in written:

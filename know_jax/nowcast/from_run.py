@@ -20,11 +20,12 @@ from know_jax.errors import PredictionWarning, UserError, unknown_name
 from know_jax.io import checkpoints
 from know_jax.io.files import remove_tree
 from know_jax.nowcast import api
+from know_jax.nowcast.plan import multiple_of
 from know_jax.predictors.base import max_steps
 from know_jax.predictors.registry import given_theta, resolve_all
 from know_jax.recalibration import BATCH_NORM_POLICIES
 from know_jax.report.plots import plot_nowcast
-from know_jax.runs.workdir import load_trajectory
+from know_jax.runs.workdir import load_trajectory, stage_digests
 from know_jax.tasks import load_task
 from know_jax.training import loop
 from know_jax.training.batch_norm import settled
@@ -91,6 +92,7 @@ def run(
   workdir = Path(workdir).expanduser()
   trajectory, record = load_trajectory(workdir)
   config = record['config']
+  multiple_of(config['rate'], steps)
   for name, predictor in made.items():
     reach = max_steps(predictor, len(trajectory))
     if reach is not None and steps > reach:
@@ -133,6 +135,7 @@ def run(
         kinds=rule,
         on_bad=on_bad,
       )
+  digests = stage_digests(workdir, len(trajectory))
   for name, forecast in forecasts.items():
     _remove_beyond(workdir, name, steps)
     for n, variables in enumerate(jax.device_get(forecast), start=1):
@@ -147,7 +150,7 @@ def run(
       prediction = Prediction(
         predictor=name,
         steps=n,
-        multiple=config['rate'] ** -n,
+        multiple=multiple_of(config['rate'], n),
         variables=variables,
         accuracy=metrics.get(score),
         loss=metrics.get('loss'),
@@ -156,7 +159,7 @@ def run(
         path=prediction_path(workdir, name, n),
       )
       result.append(prediction)
-      _save(prediction, batch_norm, sources[name], warned[name])
+      _save(prediction, batch_norm, sources[name], warned[name], digests)
   history = [s['test_loss'] for s in record['stages'] if 'test_loss' in s]
   plot_nowcast(
     workdir / 'predictions' / 'nowcast.png', trajectory,
@@ -195,6 +198,7 @@ def _save(
   batch_norm: str,
   source: str | None,
   warned: Sequence[str],
+  stages: Sequence[str],
 ) -> None:
   assert prediction.path is not None
   metadata = {
@@ -203,6 +207,7 @@ def _save(
     'multiple': prediction.multiple,
     'batch_norm': batch_norm,
     'warnings': list(warned),
+    'stages': list(stages),  # What it was predicted from.
   }
   if prediction.loss is not None:
     metadata |= {f'test_{prediction.score}': prediction.accuracy, 'test_loss': prediction.loss}

@@ -240,6 +240,9 @@ def _combine(
       has_towards = not _is(towards, 0.0)
       if not older and not has_towards:
         out[:] = stages[-1]
+        if is_watched and not scale.max() < _limit(out.dtype):
+          np.subtract(out, newest, out=moved, dtype=moved.dtype)
+          facts.movement[:, step] = np.maximum(facts.movement[:, step], largest_by(moved, starts))
         continue
       # A sum is the same as a difference of the negative, which spares a multiplication.
       is_minus = len(older) == 1 and not has_towards and _is(older[0][1], -1.0)

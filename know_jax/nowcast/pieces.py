@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from know_jax import trees
+from know_jax.errors import UserError
 from know_jax.nowcast import health as health_
 from know_jax.predictors.base import Leaf
 
@@ -118,6 +119,22 @@ _WHOLE = np.zeros(1, np.intp)
 def largest_by(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
   """The largest magnitude of each stretch of `[N]`, from each start to the next; NaN for NaN."""
   return np.maximum(np.maximum.reduceat(values, starts), -np.minimum.reduceat(values, starts))
+
+
+def cast(newest: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+  """The newest weights of a leaf, which are kept, in another dtype.
+
+  Raises:
+    UserError: it cannot hold them.
+  """
+  with np.errstate(over='ignore'):
+    result = newest.astype(dtype, copy=False)
+  if result is not newest and (lost := np.isfinite(newest) & ~np.isfinite(result)).any():
+    raise UserError(
+      f'leaf {path!r} keeps its newest weights, and {dtype} cannot hold one of them, '
+      f'{newest[lost][0]}; take another --dtype.'
+    )
+  return result
 
 
 def sums_finite(*arrays: np.ndarray) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import numbers
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,6 +37,21 @@ def check_steps(steps: Any, least: int) -> int:
   if steps < least:
     raise UserError(f'steps is {steps}; expected at least {least}.')
   return steps
+
+
+def multiple_of(rate: float, steps: int) -> float:
+  """r^-n, how many times the data a prediction stands for.
+
+  Raises:
+    UserError: more than a float can hold.
+  """
+  try:
+    return rate**-steps
+  except OverflowError as error:
+    raise UserError(
+      f'steps is {steps}; expected fewer: at rate {rate:g} it stands for more than 1e308 times the '
+      'data.'
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +203,8 @@ def checked_theta(
     if theta is not None:
       raise UserError(f'theta is for the predictors that run KNOWN; {name!r} takes none.')
     return predictor, None
+  if not (theta is None or isinstance(theta, Mapping)):
+    raise UserError(f'theta is {theta!r}; expected a mapping of kinds to parameters.')
   if steps:
     theta = predictor.default_theta() if theta is None else theta
     predictor.check_theta(theta, kinds)

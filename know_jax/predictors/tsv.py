@@ -1,6 +1,7 @@
 """Task singular vectors: the main directions of a leaf's movement."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -49,9 +50,44 @@ class TSV(WholeLeaf):
     in_axes = 1 if outputs_first or inputs_first else tau.ndim - 1
     matrix = tau.reshape(math.prod(tau.shape[:in_axes]), -1)
     rank = max(1, min(matrix.shape) // 10)
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    low = jnp.matmul(u[:, :rank] * s[:rank], vt[:rank], precision=jax.lax.Precision.HIGHEST)
-    return history[-1] + low.reshape(tau.shape)
+    return history[-1] + _truncated(matrix, rank).reshape(tau.shape)
+
+
+_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _truncated(matrix: jax.Array, rank: int) -> jax.Array:
+  """The best approximation of a matrix by one of this rank."""
+  u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+  return _dot(u[:, :rank] * s[:rank], vt[:rank])
+
+
+@_truncated.defjvp
+def _truncated_jvp(rank: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  """That of the singular vectors would be NaN wherever two singular values are equal.
+
+  Only gaps between kept and dropped ones matter, as in Feppon and Lermusiaux, "A geometric approach
+  to dynamical model order reduction", SIAM J. Matrix Anal. Appl. 2018. Where there is none the
+  approximation is not differentiable; then what would turn kept directions to dropped ones is left
+  out.
+  """
+  (matrix,), (tangent,) = primals, tangents
+  u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+  kept = jnp.arange(s.size) < rank
+  within = _dot(_dot(u.T, tangent), vt.T)
+  gap = s[:, None] ** 2 - s[None, :] ** 2
+  turns = kept[:, None] & ~kept[None, :] & (gap > 0)
+  gap = jnp.where(turns, gap, 1.0)
+  own, other = s[:, None] ** 2 / gap, s[:, None] * s[None, :] / gap
+  to_right = jnp.where(turns, own * within + other * within.T, 0.0)
+  to_left = jnp.where(turns, own * within.T + other * within, 0.0)
+  inner = jnp.where(kept[:, None] & kept[None, :], within, 0.0) + to_right + to_left.T
+  # And to directions that are none of the singular vectors.
+  below = _dot(tangent - _dot(u, _dot(u.T, tangent)), _dot(vt[:rank].T, vt[:rank]))
+  beside = _dot(_dot(u[:, :rank], u[:, :rank].T), tangent - _dot(_dot(tangent, vt.T), vt))
+  low = _dot(u[:, :rank] * s[:rank], vt[:rank])
+  return low, _dot(_dot(u, inner), vt) + below + beside
 
 
 PREDICTORS = {'tsv': TSV}

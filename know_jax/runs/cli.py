@@ -1,5 +1,6 @@
 """What all scripts share: flags and configs with errors of one line, signals, compilation cache."""
 
+import errno
 import gc
 import os
 import re
@@ -167,11 +168,26 @@ def run(main: Callable[[], Any]) -> NoReturn:
   gc.set_threshold(_COLLECTED_AFTER, *gc.get_threshold()[1:])
   try:
     app.run(guarded, flags_parser=parse)
+  except BrokenPipeError:
+    # Python would say so once more when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _exit(1, 'the program that read the output has ended.')
+  except OSError as error:
+    if error.errno not in _OF_THE_SYSTEM:
+      raise
+    where = '' if error.filename is None else f'{error.filename}: '
+    _exit(EXIT_USER_ERROR, f'{where}{reason(error)}.')
   except KeyboardInterrupt:
     _exit(EXIT_INTERRUPTED, 'interrupted.')
   except Terminated:
     _exit(EXIT_TERMINATED, 'terminated.')
 
+
+_OF_THE_SYSTEM = (
+  errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC,
+  errno.EDQUOT,
+)  # fmt: skip
+"""What a path of the user's may meet at any place: no bug."""
 
 _COLLECTED_AFTER = 5000
 """Objects made, less those freed, after which the youngest are searched for garbage."""

@@ -1,5 +1,6 @@
 """What a forgetting run leaves in its workdir: a record, and a checkpoint for each stage."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,29 @@ def restore_stage(workdir: str | Path, stage: int) -> Any:
     UserError: the checkpoint is missing, damaged or foreign.
   """
   return checkpoints.restore(stage_path(workdir, stage))
+
+
+def stage_digests(workdir: str | Path, count: int) -> list[str]:
+  """What identifies the weights of the first stages, that of Theta^0 first.
+
+  Raises:
+    UserError: a checkpoint is missing or foreign.
+  """
+  return [checkpoints.weights_digest(stage_path(workdir, stage)) for stage in range(count)]
+
+
+def check_stages(workdir: str | Path, prediction: Path, about: Mapping[str, Any]) -> None:
+  """Checks that a prediction in a workdir, with this metadata, was made from the stages there.
+
+  Raises:
+    UserError: it was made from others.
+  """
+  stages = about.get('stages', [])  # Older predictions do not tell.
+  if stages != stage_digests(workdir, len(stages)):
+    raise UserError(
+      f'{prediction} was predicted from other stages than those of {workdir}; expected predictions '
+      'of this run: make them with bin/nowcast.py, or remove the folder.'
+    )
 
 
 def load_trajectory(workdir: str | Path) -> tuple[Trajectory, RunRecord]:

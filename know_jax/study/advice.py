@@ -50,6 +50,8 @@ def run(
     UserError: a value does not fit.
   """
   config = read_config(Config, config)
+  if name != Path(name).name or name == '..':
+    raise UserError(f'name is {name!r}; expected the name of a folder of {workdir}.')
   workdir = Path(workdir).expanduser()
   workdir.mkdir(parents=True, exist_ok=True)
   journal = Journal(workdir / 'rows.jsonl')

@@ -115,9 +115,11 @@ def write(workdir: Path, path: str | Path) -> Path:
   """Writes the page of `rows.jsonl` in a workdir.
 
   Raises:
-    UserError: arms that the bounds need are missing.
+    UserError: there are no rows, or arms that the bounds need are missing.
   """
   rows = read_lines(workdir / 'rows.jsonl')
+  if not any(row['arm'] != SOURCE for row in rows):
+    raise UserError(f'{workdir} has no rows of transfers yet; run the study first.')
   write_atomic(Path(path), page(rows).encode())
   return Path(path)
 
@@ -165,9 +167,10 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
       f'all their labels, {STAGES} stages of {config.source_epochs} epochs, {config.warmup_epochs} '
       f'epochs of head and BatchNorm and {config.epochs} of everything (the authors: 50,000 images '
       f'and 200, 10 and 100 epochs), batch {config.batch_size}, {config.optimizer} with epsilon '
-      f'{config.epsilon:g}, {kept} before all layers are fine-tuned, {config.conv_init} convolutions, '
-      f"computed in {config.dtype} on one {sources[0]['device']}. BatchNorm is Flax's (epsilon 1e-5, momentum "
-      f'0.9; Keras: 1e-3, 0.99). It is no reproduction of a number of the paper.{lossy} '
+      f'{config.epsilon:g}, {kept} before all layers are fine-tuned, {config.conv_init} '
+      f'convolutions, computed in {config.dtype} on one {sources[0]["device"]}. BatchNorm is '
+      "Flax's (epsilon 1e-5, momentum 0.9; Keras: 1e-3, 0.99). It is no reproduction of a number "
+      f'of the paper.{lossy} '
       f'{len(rows) - len(sources)} transfers from {len(sources)} sources, one a source and arm; '
       'arms with fewer sources came last, when time was short.',
       'The bounds stand in `know_jax/study/regime.py` and were committed before the first run. '

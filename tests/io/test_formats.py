@@ -3,6 +3,7 @@
 References: the libraries that write the formats, and the safetensors library.
 """
 
+import contextlib
 import gzip
 import importlib.util
 import io
@@ -18,8 +19,10 @@ import pytest
 import safetensors.numpy
 from complex_files import mark_complex
 
-from know_jax.errors import UserError
+import know_jax
+from know_jax.errors import PredictionWarning, UserError
 from know_jax.io.formats import open_weights
+from know_jax.nowcast import file_job, from_files
 
 
 def zipped(*names):
@@ -254,6 +257,47 @@ def test_an_array_of_msgpack_in_pieces_is_named(tmp_path, monkeypatch):
     open_weights(tmp_path / 'deep')
 
 
+@pytest.mark.parametrize(
+  'save', [np.savez, np.savez_compressed, None], ids=['npz', 'packed', 'eqx']
+)
+def test_arrays_in_fortran_s_order_are_predicted_as_in_memory(tmp_path, save):
+  """NumPy writes a transposed array in it; stages may differ in it."""
+  rng = np.random.default_rng(0)
+  shapes = {'layers/kernel': (4, 3, 5, 6), 'square/kernel': (8, 8), 'square/bias': (8,)}
+  history = [
+    {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for _ in range(3)
+  ]
+  files = []
+  for number, stage in enumerate(history):
+    files.append(tmp_path / f'{number}.{"npz" if save else "eqx"}')
+    orders = 'FCF' if number != 1 else 'CFC'
+    arrays = {k: np.array(x, order=o) for (k, x), o in zip(stage.items(), orders, strict=True)}
+    with files[-1].open('wb') as file:
+      if save is not None:
+        save(file, **arrays)
+      for array in arrays.values() if save is None else ():
+        np.save(file, array)
+  rules = {'layers' if save else '0/weight': 'conv'}
+  with contextlib.nullcontext() if save else pytest.warns(PredictionWarning, match='no names'):
+    job = file_job.prepare(files, predictors=['tsv', 'task_vector'], steps=1, kinds=rules)
+  for folder in from_files.write(job, tmp_path / 'out', show_progress=False):
+    written = folder / files[-1].name
+    result = open_weights(written if written.exists() else folder)
+    # Layouts go by names: those of the file, where there are others.
+    names = shapes if save else ['0/weight', '1/weight', '1/bias']
+    named = [dict(zip(names, stage.values(), strict=True)) for stage in history]
+    expected = know_jax.predict(named, predictor=folder.parent.name, kinds=rules)
+    for name, leaf in result.leaves.items():
+      array = expected[name.replace('.', '/')]
+      with leaf.open(tmp_path) as reader:
+        found = reader.read(0, array.size).reshape(leaf.shape)
+      np.testing.assert_allclose(found, array, rtol=1e-4, atol=1e-5)
+    if written.exists() and save is not None:
+      for name, array in np.load(written).items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_orders_and_dtypes_of_npz(tmp_path):
   values = np.arange(12, dtype=np.float32).reshape(3, 4)
   np.savez(tmp_path / 'a.npz', f=np.asfortranarray(values), b=values.astype(ml_dtypes.bfloat16))
@@ -262,8 +306,7 @@ def test_orders_and_dtypes_of_npz(tmp_path):
   for path, leaf in weights.leaves.items():
     with leaf.open(tmp_path) as reader:
       found[path] = reader.read(0, 12).reshape(leaf.shape)
-  # An array in Fortran's order is taken as its transpose.
-  np.testing.assert_array_equal(found['f'], values.T)
+  np.testing.assert_array_equal(found['f'], values)
   assert found['b'].dtype == ml_dtypes.bfloat16
   np.testing.assert_array_equal(found['b'], values)
   assert 'as bfloat16 has: taken for that' in weights.notes[0]

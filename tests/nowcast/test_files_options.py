@@ -5,6 +5,7 @@ References: `know_jax.predict`, the safetensors library, and hashlib.
 
 import hashlib
 import json
+import re
 import warnings
 
 import ml_dtypes
@@ -336,3 +337,24 @@ def test_stacks_that_are_not_declared_are_an_error(tmp_path):
   with pytest.raises(UserError, match="stacked: 'blocks' is found in no path"):
     run(paths, tmp_path / 'out', stacked='blocks')
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('on_bad', ['keep', 'raise'])
+@pytest.mark.parametrize('path', ['a/kernel', 'b/embedding', 'c/bias'])
+def test_what_a_narrower_dtype_cannot_hold_is_told(tmp_path, path, on_bad):
+  history = [
+    {'a/kernel': np.full((4, 4), 1.0 + t), 'b/embedding': np.ones((4, 4)), 'c/bias': np.ones(4)}
+    for t in range(2)
+  ]
+  for stage in history:
+    stage[path] = stage[path] * 60_000 * (1 if path == 'a/kernel' else 2)
+  paths = save(tmp_path, [{k: x.astype(np.float32) for k, x in h.items()} for h in history])
+  job = file_job.prepare(
+    paths, predictors=['persistence'], steps=1, dtype='float16', on_bad=on_bad,
+    kinds={'b/': 'keep'},
+  )  # fmt: skip
+  told = 'float16 cannot hold one of them, 120000.0' if on_bad == 'keep' else f'{path!r}'
+  if path == 'b/embedding':
+    told = f'leaf {path!r} keeps its newest weights, and float16 cannot hold'
+  with pytest.raises(UserError, match=re.escape(told)):
+    from_files.write(job, tmp_path / 'out', show_progress=False)

@@ -83,6 +83,7 @@ def test_every_prediction_is_there_once_and_says_what_it_is(predicted, known_fil
       'test_loss': p.loss,
       'batch_norm': 'keep',
       'warnings': [],
+      'stages': [checkpoints.weights_digest(workdir / 'stages' / str(i)) for i in range(5)],
     } | ({'known': str(known_file)} if p.predictor == 'known' else {})
   assert sorted(path.name for path in (workdir / 'predictions').iterdir()) == [
     'known', 'linear_fit', 'nowcast.png', 'shrink',

@@ -528,3 +528,28 @@ def test_bad_names_and_options_are_errors(name, options, message):
 )
 def test_the_most_steps_that_a_predictor_can_do(name, options, expected):
   assert tuple(max_steps(resolve(name, options)[1], length) for length in (1, 2, 3, 5)) == expected
+
+
+def test_the_gradient_of_tsv_where_singular_values_are_equal():
+  """By differences of NumPy's SVD, where a leaf moved by a matrix of rank one; that of keeping
+  where it did not move."""
+  rng = np.random.default_rng(0)
+  old, weights, ahead = rng.normal(size=(3, 6, 5))
+  new = old + np.outer(rng.normal(size=6), rng.normal(size=5))
+
+  def loss(new):
+    return (jax.numpy.asarray(weights) * predict(new)).sum()
+
+  def predict(new):
+    history = [{'kernel': jax.numpy.asarray(old)}, {'kernel': new}]
+    return know_jax.predict(history, predictor='tsv', on_bad='ignore')['kernel']
+
+  def reference(new):
+    u, s, vt = np.linalg.svd(new - old)
+    return (weights * (new + s[0] * np.outer(u[:, 0], vt[0]))).sum()
+
+  with jax.enable_x64(True):
+    found = np.vdot(jax.grad(loss)(jax.numpy.asarray(new)), ahead)
+    expected = (reference(new + 1e-6 * ahead) - reference(new - 1e-6 * ahead)) / 2e-6
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+    np.testing.assert_array_equal(jax.grad(loss)(jax.numpy.asarray(old)), weights)

@@ -297,6 +297,25 @@ def test_how_scripts_end(scripts, body, send, result):
   assert scripts.run(script, send=send) == result
 
 
+@pytest.mark.parametrize(
+  ('body', 'result'),
+  [
+    ('pathlib.Path("a" * 300).exists()', (2, f'script.py: {"a" * 300}: File name too long.\n')),
+    ('raise PermissionError(13, "Permission denied", "x")',
+     (2, 'script.py: x: Permission denied.\n')),
+    ('raise OSError(28, "No space left on device")', (2, 'script.py: No space left on device.\n')),
+    ('raise BrokenPipeError(32, "Broken pipe")',
+     (1, 'script.py: the program that read the output has ended.\n')),
+    ('raise UserError(str(cli.local_path("~nobody-of-this-name/x", "--workdir")))',
+     (2, "script.py: --workdir: '~nobody-of-this-name/x' begins with a home folder that is unknown "
+         'here.\n')),
+  ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_told_in_one_line(scripts, body, result):
+  code, out, err = scripts.run(MAIN.format(body=f'  {body}'))
+  assert (code, err) == result and not out
+
+
 def test_what_was_imported_is_not_searched_for_garbage(scripts):
   """But what a script makes is: cycles with weights in them must not stay."""
   body = """

@@ -31,6 +31,13 @@ def test_the_loop_resumes_and_none_is_the_same_training_as_naive(tmp_path):
   assert (tmp_path / 'rows.jsonl').read_bytes() == before
 
 
+def test_a_name_stays_within_the_workdir(tmp_path):
+  for name in ('../x', str(tmp_path), 'a/b', '..'):
+    with pytest.raises(UserError, match='expected the name of a folder of'):
+      advice.run(design.default_config(), tmp_path / 'w', name=name)
+  assert not list(tmp_path.iterdir())
+
+
 def rows(study, gains, starts):
   return [
     {

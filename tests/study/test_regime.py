@@ -155,3 +155,9 @@ def test_a_page_tells_of_the_config_of_its_rows():
 def test_the_committed_page_is_that_of_the_committed_rows():
   rows = read_lines(ROOT / 'docs' / 'results' / 'resnet18' / 'rows.jsonl')
   assert (ROOT / 'docs' / 'results' / 'resnet18.md').read_text() == regime_report.page(rows)
+
+
+def test_there_is_no_page_without_rows(tmp_path):
+  with pytest.raises(UserError, match='has no rows of transfers yet'):
+    regime_report.write(tmp_path, tmp_path / 'page.md')
+  assert not (tmp_path / 'page.md').exists()
