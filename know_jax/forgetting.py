@@ -165,7 +165,9 @@ def run(
     print(account(run_.record['start']))
   with contextlib.ExitStack() as stack:
     if run_.unfinished:
-      from_first(lambda: stack.enter_context(alone(run_.workdir)) or 0)
+      from_first(lambda: stack.enter_context(alone(run_.workdir)))
+      # Another process may just have finished it.
+      run_.record = in_all(lambda: RunRecord.read(run_.workdir, KIND))
     while run_.unfinished:
       _train_stage(run_, show_progress, told)
   return run_.record

@@ -181,10 +181,10 @@ def _run(
   folder = workdir / 'transfer' / f'{dataset}-{digest(config_dict(config))[:8]}'
   RunRecord.open(folder, config, kind=KIND).update(**task.about)
   path = folder / 'results.jsonl'
-  done = {_row_key(row): row for row in read_lines(path)}
   data = put_data(task)
   rows = []
   with alone(folder), progress(len(arms) * config.seeds, 'transfer', 'training') as bar:
+    done = {_row_key(row): row for row in read_lines(path)}
     for arm in arms:
       for seed, subset in enumerate(subsets):
         about = {

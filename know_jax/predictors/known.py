@@ -255,7 +255,8 @@ def rollout(
   """
 
   def step(windows: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-    predicted = windows[-1] + fused_steps(fused, windows, of_leaf)
+    # Parameters may be wider than weights.
+    predicted = windows[-1] + fused_steps(fused, windows, of_leaf).astype(windows.dtype)
     return jnp.concatenate([windows[1:], predicted[None]]), predicted
 
   # A loop: many steps ahead would take long to compile one by one.

@@ -169,7 +169,8 @@ def step_coefficients(params: Any, moments: jax.Array, rate: jax.Array | float) 
   newest = moments[-1, -1]
   ratio = jnp.where(newest > 0, _root(_movement(moments)) / _root(newest), 0.0)
   moved = (_movement(moments) > 0).astype(out.dtype)
-  return jnp.concatenate([out[:-1] * moved, (out[-1] * ratio * moved - decay)[None]])
+  step = jnp.concatenate([out[:-1] * moved, (out[-1] * ratio * moved - decay)[None]])
+  return step.astype(moments.dtype)  # Parameters may be wider than weights.
 
 
 def rollout(

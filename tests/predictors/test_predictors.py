@@ -553,3 +553,20 @@ def test_the_gradient_of_tsv_where_singular_values_are_equal():
     expected = (reference(new + 1e-6 * ahead) - reference(new - 1e-6 * ahead)) / 2e-6
     np.testing.assert_allclose(found, expected, rtol=1e-7)
     np.testing.assert_array_equal(jax.grad(loss)(jax.numpy.asarray(old)), weights)
+
+
+@pytest.mark.parametrize('name', ['known', 'known_leaf'])
+def test_parameters_may_be_wider_than_weights(name):
+  rng = np.random.default_rng(0)
+  history = [{'kernel': rng.normal(size=(6, 5)).astype(np.float32) / 10} for _ in range(5)]
+  theta = jax.device_get(know_jax.load_known(shipped=name))
+  expected = know_jax.predict(history, predictor=name, theta=theta, on_bad='ignore')['kernel']
+  wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), theta)
+  with jax.enable_x64(True):
+    for call in (
+      know_jax.predict,
+      jax.jit(know_jax.predict, static_argnames=('predictor', 'on_bad')),
+    ):
+      found = call(history, predictor=name, theta=wide, on_bad='ignore')['kernel']
+      assert found.dtype == np.float32
+      np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
