@@ -10,7 +10,7 @@ from know_jax.predictors.registry import REGISTRY
 PACKAGE = Path(__file__).parents[1] / 'know_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
-MOST_LINES = 28_760
+MOST_LINES = 28_770
 """Of the package: whoever adds more deletes as much elsewhere, or raises this and says what for."""
 MOST_OF_A_FILE = 500
 

@@ -207,7 +207,7 @@ def check_predictor(entry: Any, what: str) -> None:
   """Checks that something is a predictor: an object or a class of one of the capabilities.
 
   Raises:
-    UserError: it is not, or cannot be hashed, as what is compiled for must be.
+    UserError: it is not, lacks its method, or cannot be hashed, as what is compiled for must be.
   """
   is_class = isinstance(entry, type)
   if not (issubclass(entry, CAPABILITIES) if is_class else isinstance(entry, CAPABILITIES)):
@@ -222,6 +222,13 @@ def check_predictor(entry: Any, what: str) -> None:
       f'{what} is a {type(entry).__name__}, which cannot be hashed ({error}); make it a '
       '@dataclasses.dataclass(frozen=True) with options that can.'
     ) from error
+  cls = entry if is_class else type(entry)
+  for capability, method in zip(CAPABILITIES, ('coefficients', 'predict', 'predict'), strict=True):
+    if issubclass(cls, capability) and getattr(cls, method) is getattr(capability, method):
+      raise UserError(
+        f'{what} is a {cls.__name__} without a method {method!r}; expected one, as of every '
+        f'{capability.__name__}.'
+      )
 
 
 def make(name: str, entry: Any, options: Mapping[str, Any]) -> Any:

@@ -45,10 +45,10 @@ SCALES = (0.7, 0.5, 0.3)
 NORMS = (1.0, 0.6, 0.35)
 STRENGTHS = (0.5, 1.0, 2.0)
 EXPONENTS = (0.35, 0.7, 1.2)
-NAIVE, SHRINK = 'naive', 'shrink'
+NAIVE, SHRINK, SCRATCH = 'naive', 'shrink', 'scratch'
 MORE_DATA, LONGER = 'twice the data in truth', 'the same data for twice the epochs'
 FAMILIES = (
-  NAIVE, SHRINK,
+  NAIVE, SCRATCH, SHRINK,
   'average of 3 stages', 'average of 4 half branches', 'average of the last epochs',
   'scale by movement', 'scale by movement, permuted', 'scale by depth',
   'shrink what the gradient shrinks', 'contrast, same - half',
@@ -282,6 +282,7 @@ def starts_of(
   last = range(end - _LAST + 1, end + 1)
   return {
     NAIVE: lambda: {'as it is': newest},
+    SCRATCH: lambda: {'fresh': None},  # As `transfer.train_one` takes it.
     SHRINK: lambda: scaled(newest, SCALES),
     'average of 3 stages': lambda: at_norms(mean_of(made.stages[-3:])),
     'average of 4 half branches': lambda: at_norms(mean_of(made.halves)),

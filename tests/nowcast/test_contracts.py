@@ -315,6 +315,8 @@ class WrongLeaf(know_jax.WholeLeaf):
   [
     (3, r'predictor is 3; expected a know_jax.Linear, Elementwise or WholeLeaf'),
     (dict, r"predictor is <class 'dict'>; expected a know_jax.Linear"),
+    (type('Bare', (know_jax.Linear,), {}), "is a Bare without a method 'coefficients'; expected"),
+    (type('Bare', (know_jax.WholeLeaf,), {})(), "is a Bare without a method 'predict'; expected"),
     (lambda history: history, r'predictor is <function .*; expected a know_jax.Linear'),
     (Unhashable(), r'predictor is a Unhashable, which cannot be hashed'),
     ('collections:OrderedDict', r"predictor 'collections:OrderedDict' is <class .*; expected a"),

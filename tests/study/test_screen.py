@@ -68,7 +68,7 @@ def norm(x):
 def test_every_family_has_three_candidates_or_is_naive_and_leaves_the_head(made, starts):
   newest = trees.named_leaves(made.stages[-1])
   for name, family in starts[0].items():
-    one = (screen.NAIVE, screen.MORE_DATA, screen.LONGER)
+    one = (screen.NAIVE, screen.SCRATCH, screen.MORE_DATA, screen.LONGER)
     assert len(family) == (1 if name in one else 3)
     if name not in ('known_leaf', 'log_fit') and not name.startswith(one[1:]):
       for leaves in family.values():
@@ -162,13 +162,13 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   monkeypatch.setattr(screen, '_score', watched)
   monkeypatch.setattr(screen, '_VALIDATION', 100)
   monkeypatch.setattr(screen, '_BRANCHES', 1)
-  only = (screen.NAIVE, screen.SHRINK)
+  only = (screen.NAIVE, screen.SCRATCH, screen.SHRINK)
   (row,) = screen.run(small(), tmp_path, name='digits', only=only)
   assert list(row['families']) == list(only)
   tested = int((load_digits('test')[1] >= 5).sum())
   # Twelve for a third of the epochs, four in full, then two on the test set with other seeds.
   each = [(100, 1, 0)] * 12 + [(100, 3, 0)] * 4 + [(tested, 3, 1000), (tested, 3, 2000)]
-  assert judged == 2 * each
+  assert judged == 3 * each
   assert all(0 < value <= 1 for value in row['as_is'].values())
   assert row['families']['naive']['rates'] == list(screen.ONE_RATES)
   assert row['families']['shrink']['rates'] == list(screen.RATES)
@@ -176,8 +176,10 @@ def test_the_loop_resumes_and_judges_by_images_that_chose_nothing(tmp_path, monk
   before = (tmp_path / 'rows.jsonl').read_bytes()
   screen.run(small(), tmp_path, name='digits', only=only)
   assert (tmp_path / 'rows.jsonl').read_bytes() == before
-  assert len(judged) == 36
-  with pytest.raises(UserError, match=r'has the families naive, shrink; expected naive\. Give'):
+  assert len(judged) == 54
+  with pytest.raises(
+    UserError, match=r'has the families naive, scratch, shrink; expected naive\. Give'
+  ):
     screen.run(small(), tmp_path, name='digits', only=[screen.NAIVE])
   assert (tmp_path / 'rows.jsonl').read_bytes() == before
 
