@@ -68,8 +68,8 @@ def _help(scripts: dict[str, Path]) -> str:
 
 def _demo(flags: Sequence[str]) -> int:
   if flags and (len(flags) > 1 or not flags[0].startswith('--workdir=')):
-    print(_DEMO)
     if flags in (['--help'], ['-h']):
+      print(_DEMO)
       return 0
     print(f'know-jax demo: found {" ".join(flags)}; expected --workdir=DIR.', file=sys.stderr)
     return 2

@@ -169,9 +169,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
   try:
     app.run(guarded, flags_parser=parse)
   except BrokenPipeError:
-    if not _is_output_closed():
-      raise
-    _exit(1, 'the program that read the output has ended.')
+    # Python would say so once more when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _exit(1, 'the program at the other end of a pipe has ended.')
   except OSError as error:
     if error.errno not in _OF_THE_SYSTEM:
       raise
@@ -181,16 +181,6 @@ def run(main: Callable[[], Any]) -> NoReturn:
     _exit(EXIT_INTERRUPTED, 'interrupted.')
   except Terminated:
     _exit(EXIT_TERMINATED, 'terminated.')
-
-
-def _is_output_closed() -> bool:
-  try:
-    sys.stdout.flush()
-  except BrokenPipeError:
-    # Python would say so once more when it ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-  return False
 
 
 _OF_THE_SYSTEM = (

@@ -305,7 +305,7 @@ def test_how_scripts_end(scripts, body, send, result):
      (2, 'script.py: x: Permission denied.\n')),
     ('raise OSError(28, "No space left on device")', (2, 'script.py: No space left on device.\n')),
     ('import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1); print("x" * 100_000)',
-     (1, 'script.py: the program that read the output has ended.\n')),
+     (1, 'script.py: the program at the other end of a pipe has ended.\n')),
     ('raise UserError(str(cli.local_path("~nobody-of-this-name/x", "--workdir")))',
      (2, "script.py: --workdir: '~nobody-of-this-name/x' begins with a home folder that is unknown "
          'here.\n')),
