@@ -239,11 +239,10 @@ def find_arms(
   arms = [Arm('persistence', 0, 1.0, metadata.get(f'test_{score}'), *_weights(newest))]
   if scratch:
     arms.insert(0, Arm('scratch', 0, 0.0, None, 'scratch', None))
-  for path in paths:
-    if only and path.parent.name not in only:
-      continue
-    about = checkpoints.read_metadata(path)
-    check_stages(workdir, path, about)
+  chosen = [path for path in paths if not only or path.parent.name in only]
+  predictions = {path: checkpoints.read_metadata(path) for path in chosen}
+  check_stages(workdir, predictions)
+  for path, about in predictions.items():
     arms.append(
       Arm(
         about['predictor'],

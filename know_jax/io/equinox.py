@@ -17,7 +17,7 @@ import numpy as np
 
 from know_jax.errors import UserError
 from know_jax.io import npz
-from know_jax.io.weights import Leaf, Weights, of_file, opener
+from know_jax.io.weights import Leaf, Weights, of_file
 
 _MAGIC = b'\x93NUMPY'
 
@@ -51,12 +51,10 @@ def open(path: Path) -> Weights:
     while file.tell() < size:
       arrays.append(_array(file, path, len(arrays)))
   names, leaves = _names([array.shape for array in arrays]), []
-  for name, (dtype, shape, place, header) in zip(names, arrays, strict=True):
-    opened = opener(path, place, dtype, name)
-    if header is not None:
-      opened = npz.reordered(path, place, dtype, name, shape)
+  for name, (dtype, shape, place, transposed, _) in zip(names, arrays, strict=True):
+    opened = npz.array_opener(path, place, dtype, name, transposed)
     leaves.append(Leaf(name, shape, dtype, opened, place=place))
-  headers = [array.header for array in arrays if array.header is not None]
+  headers = [array.header for array in arrays if array.transposed]
   note = (
     f'an .eqx file has no names: its {len(arrays)} arrays are called by their numbers, and taken '
     'for weights, biases and norms by their order and shapes, as the table of leaves shows.'
@@ -69,20 +67,21 @@ class _Array(NamedTuple):
   dtype: np.dtype
   shape: tuple[int, ...]
   place: int
-  header: tuple[int, int] | None  # Start and length, of one in Fortran's order.
+  transposed: tuple[int, ...] | None  # The shape of one in Fortran's order.
+  header: tuple[int, int]  # Start and length.
 
 
 def _array(file: IO[bytes], path: Path, number: int) -> _Array:
   """The array that begins here; the file is left at its end."""
   begin, what = file.tell(), f'{path}: array {number} '
-  dtype, shape, header, is_fortran = npz.read_header(file.read(npz.MAX_HEADER), what)
+  dtype, shape, header, transposed = npz.read_header(file.read(npz.MAX_HEADER), what)
   place, nbytes = begin + header, math.prod(shape) * dtype.itemsize
   if place + nbytes > os.fstat(file.fileno()).st_size:
     raise UserError(f'{what}is cut off: {dtype}{list(shape)} takes {nbytes} bytes.')
   file.seek(place + nbytes)
   if dtype == npz.BFLOAT16:
     dtype = np.dtype(ml_dtypes.bfloat16)
-  return _Array(dtype, shape, place, (begin, header) if is_fortran else None)
+  return _Array(dtype, shape, place, transposed, (begin, header))
 
 
 def _names(shapes: list[tuple[int, ...]]) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -48,7 +48,7 @@ def open(path: Path) -> Weights:
         with zipped.reading(f'{what}cannot be unpacked'), archive.open(member_name) as packed:
           head = packed.read(MAX_HEADER)
         size = archive.getinfo(member_name).file_size
-      dtype, shape, begin, is_fortran = read_header(head, what)
+      dtype, shape, begin, transposed = read_header(head, what)
       if math.prod(shape) * dtype.itemsize != size - begin:
         raise UserError(
           f'{what}has {size - begin} bytes; expected {math.prod(shape) * dtype.itemsize}, for '
@@ -59,14 +59,10 @@ def open(path: Path) -> Weights:
         notes.append(f'{what}has two-byte numbers without a name, as bfloat16 has: taken for that.')
       if member.stored:
         place = member.start + begin
-        if is_fortran:
-          opened = reordered(path, place, dtype, name, shape)
-          headers.append((member.start, begin))
-        else:
-          opened = opener(path, place, dtype, name)
+        opened = array_opener(path, place, dtype, name, transposed)
         leaves.append(Leaf(name, shape, dtype, opened, place=place))
+        headers += [(member.start, begin)] if transposed else []
       else:
-        transposed = shape if is_fortran else None
         opened = _unpacker(path, member_name, begin, dtype, what, transposed)
         leaves.append(Leaf(name, shape, dtype, opened))
   ordered = sorted(leaves, key=lambda leaf: leaf.place or 0)
@@ -78,8 +74,11 @@ def open(path: Path) -> Weights:
   return of_file(path, 'npz', ordered, finish=finish, notes=notes)
 
 
-def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int, bool]:
-  """What a header of .npy states: dtype, shape, its length, whether the order is Fortran's."""
+_Shape = tuple[int, ...]
+
+
+def read_header(head: bytes, what: str) -> tuple[np.dtype, _Shape, int, _Shape | None]:
+  """What a header of .npy states: dtype, shape, its length; the shape again of Fortran's order."""
   data = io.BytesIO(head)
   with zipped.reading(f'{what}has no readable header'):
     version = np.lib.format.read_magic(data)
@@ -92,17 +91,24 @@ def read_header(head: bytes, what: str) -> tuple[np.dtype, tuple[int, ...], int,
   is_fortran = fortran and 0 not in shape and sum(n != 1 for n in shape) > 1
   if is_fortran and not _FORTRAN.search(head[: data.tell()]):
     raise UserError(f"{what}is in Fortran's order, by a header that NumPy does not write.")
-  return dtype, tuple(shape), data.tell(), is_fortran
+  return dtype, tuple(shape), data.tell(), tuple(shape) if is_fortran else None
 
 
-def reordered(path: Path, place: int, dtype: np.dtype, what: str, shape: tuple[int, ...]) -> Opener:
-  """For an array in Fortran's order at a place of a file: it is read in C's."""
+def array_opener(
+  path: Path, place: int, dtype: np.dtype, what: str, transposed: _Shape | None
+) -> Opener:
+  """For an array at a place of a file; `transposed` is the shape of one in Fortran's order."""
+  if transposed is None:
+    return opener(path, place, dtype, what)
 
   def fill(file: IO[bytes]) -> None:
-    whole = np.memmap(path, f'V{dtype.itemsize}', 'r', place, shape, 'F')
-    file.write(whole.tobytes())
+    file.write(_in_c_order(np.memmap(path, np.uint8, 'r'), place, dtype, transposed))
 
   return copying(fill, dtype, what)
+
+
+def _in_c_order(data: Any, place: int, dtype: np.dtype, shape: _Shape) -> bytes:
+  return np.ndarray(shape, f'V{dtype.itemsize}', data, place, order='F').tobytes()
 
 
 def in_c_order(file: IO[bytes], headers: Sequence[tuple[int, int]]) -> None:
@@ -120,9 +126,9 @@ def _unpacker(
   begin: int,
   dtype: np.dtype,
   what: str,
-  transposed: tuple[int, ...] | None,
+  transposed: _Shape | None,
 ) -> Opener:
-  """For a compressed array; `transposed` is the shape of one in Fortran's order."""
+  """As `array_opener`, for a compressed array."""
 
   def fill(file: IO[bytes]) -> None:
     with (
@@ -135,7 +141,6 @@ def _unpacker(
         return
       whole = packed.read()
       file.write(whole[:begin])
-      numbers = np.frombuffer(whole, f'V{dtype.itemsize}', offset=begin)
-      file.write(numbers.reshape(transposed, order='F').tobytes())
+      file.write(_in_c_order(whole, begin, dtype, transposed))
 
   return copying(fill, dtype, what.strip(), begin)

@@ -230,6 +230,12 @@ def _combine(
   if newest.dtype != moved.dtype:
     in_width[:] = newest
     newest = in_width
+
+  def written_movement(out: np.ndarray) -> np.ndarray:
+    """That of what is written, which may have overflowed."""
+    np.subtract(out, newest, out=moved, dtype=moved.dtype)
+    return largest_by(moved, starts)
+
   with np.errstate(over='ignore', invalid='ignore'):
     is_seen, used = False, {-1}
     if is_watched:
@@ -241,8 +247,7 @@ def _combine(
       if not older and not has_towards:
         out[:] = stages[-1]
         if is_watched and not scale.max() < _limit(out.dtype):
-          np.subtract(out, newest, out=moved, dtype=moved.dtype)
-          facts.movement[:, step] = np.maximum(facts.movement[:, step], largest_by(moved, starts))
+          facts.movement[:, step] = np.maximum(facts.movement[:, step], written_movement(out))
         continue
       # A sum is the same as a difference of the negative, which spares a multiplication.
       is_minus = len(older) == 1 and not has_towards and _is(older[0][1], -1.0)
@@ -267,8 +272,7 @@ def _combine(
         if is_seen := is_seen and bool(np.isfinite(movement).all()):
           used |= {place for place, _ in older}
         if not (scale + movement).max() < _limit(out.dtype):
-          np.subtract(out, newest, out=moved, dtype=moved.dtype)  # It may have overflowed.
-          movement = largest_by(moved, starts)
+          movement = written_movement(out)
         facts.movement[:, step] = np.maximum(facts.movement[:, step], movement)
   if not is_checked:
     # What a finite prediction was made of is finite.

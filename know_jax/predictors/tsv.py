@@ -60,6 +60,10 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def _truncated(matrix: jax.Array, rank: int) -> jax.Array:
   """The best approximation of a matrix by one of this rank."""
   u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+  return _product(u, s, vt, rank)
+
+
+def _product(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> jax.Array:
   return _dot(u[:, :rank] * s[:rank], vt[:rank])
 
 
@@ -86,8 +90,7 @@ def _truncated_jvp(rank: int, primals: Any, tangents: Any) -> tuple[jax.Array, j
   # And to directions that are none of the singular vectors.
   below = _dot(tangent - _dot(u, _dot(u.T, tangent)), _dot(vt[:rank].T, vt[:rank]))
   beside = _dot(_dot(u[:, :rank], u[:, :rank].T), tangent - _dot(_dot(tangent, vt.T), vt))
-  low = _dot(u[:, :rank] * s[:rank], vt[:rank])
-  return low, _dot(_dot(u, inner), vt) + below + beside
+  return _product(u, s, vt, rank), _dot(_dot(u, inner), vt) + below + beside
 
 
 PREDICTORS = {'tsv': TSV}

@@ -36,18 +36,21 @@ def stage_digests(workdir: str | Path, count: int) -> list[str]:
   return [checkpoints.weights_digest(stage_path(workdir, stage)) for stage in range(count)]
 
 
-def check_stages(workdir: str | Path, prediction: Path, about: Mapping[str, Any]) -> None:
-  """Checks that a prediction in a workdir, with this metadata, was made from the stages there.
+def check_stages(workdir: str | Path, predictions: Mapping[Path, Mapping[str, Any]]) -> None:
+  """Checks that predictions in a workdir, path -> metadata, were made from the stages there.
 
   Raises:
-    UserError: it was made from others.
+    UserError: one was made from others.
   """
-  stages = about.get('stages', [])  # Older predictions do not tell.
-  if stages != stage_digests(workdir, len(stages)):
-    raise UserError(
-      f'{prediction} was predicted from other stages than those of {workdir}; expected predictions '
-      'of this run: make them with bin/nowcast.py, or remove the folder.'
-    )
+  # Older predictions do not tell.
+  made_from = {path: about.get('stages', []) for path, about in predictions.items()}
+  digests = stage_digests(workdir, max(map(len, made_from.values()), default=0))
+  for path, stages in made_from.items():
+    if stages != digests[: len(stages)]:
+      raise UserError(
+        f'{path} was predicted from other stages than those of {workdir}; expected predictions of '
+        'this run: make them with bin/nowcast.py, or remove the folder.'
+      )
 
 
 def load_trajectory(workdir: str | Path) -> tuple[Trajectory, RunRecord]:
